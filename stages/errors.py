@@ -1,0 +1,55 @@
+"""What can be wrong with a song, in words that appear in ledgers and reports.
+
+A data fault raises `BadInput` (quarantined: the file is broken) or `Unwanted` (filtered: the file is
+fine but a setting excludes it). `pipeline.ledger` is the only place that catches them. Everything
+else that a stage raises is a bug of ours or a fault of the storage, and stops or retries the task.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Why a song or a clip is not in the dataset."""
+
+    # quarantined: the input is at fault
+    EMPTY = "empty_file"
+    MISSING = "missing"
+    CHANGED = "changed_since_planned"
+    NO_PERMISSION = "no_permission"
+    UNREADABLE = "unreadable"
+    UNSUPPORTED = "unsupported_format"
+    NEEDS_FFMPEG = "needs_ffmpeg"
+    TRUNCATED = "truncated"
+    NOT_FINITE = "not_finite"
+    TOO_MANY_CHANNELS = "too_many_channels"
+    TOO_LONG = "too_long"
+    TIMED_OUT = "timed_out"
+    OUT_OF_MEMORY = "out_of_memory"
+    CRASHED = "crashed"
+    # filtered: the input is fine, a setting leaves it out
+    SILENT = "silent"
+    SILENCE = "silence"
+    TOO_SHORT = "too_short"
+    CLIPPING = "clipping"
+    SILENCE_RATIO = "silence_ratio"
+    VOICED_RATIO = "voiced_ratio"
+    SNR = "snr"
+    BANDWIDTH = "bandwidth"
+
+
+class BadInput(Exception):
+    """The song cannot be used: it is quarantined with this reason and detail."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(reason, detail)  # both arguments, so that it survives pickling
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+class Unwanted(BadInput):
+    """The song is readable, but a setting leaves all of it out: it is filtered."""

@@ -1,0 +1,25 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_audio() -> Path:
+    """Folder of real singing and speech; tests that need it are skipped where it is absent."""
+    folder = Path(os.environ.get("CANTOR_TEST_AUDIO", ROOT.parent / "shared" / "audio"))
+    if not (folder / "vocadito_1.flac").is_file():
+        pytest.skip(f"no real recordings at {folder} (set CANTOR_TEST_AUDIO)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of reference vectors."""
+    return ROOT / "tests" / "golden"
