@@ -1,0 +1,36 @@
+"""Probabilistic YIN, through librosa.
+
+M. Mauch, S. Dixon, "pYIN: a fundamental frequency estimator using probabilistic threshold
+distributions", ICASSP 2014. Its pitches lie on a grid of 10 cents.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.f0.config import F0Config
+from stages.frames import Track
+from stages.types import Array
+
+
+def pyin(wav: Array, sample_rate: int, cfg: F0Config) -> Track:
+    """f0 in Hz and the samples that its values belong to."""
+    import librosa
+
+    # Half the window is correlated at lags up to the other half: the longest period must fit.
+    longest_period = int(np.ceil(sample_rate / cfg.f0_min))
+    frame_length = 1 << (2 * longest_period + 3).bit_length()
+    f0, voiced, probability = librosa.pyin(
+        wav,
+        fmin=cfg.f0_min,
+        fmax=cfg.f0_max,
+        sr=sample_rate,
+        frame_length=frame_length,
+        hop_length=cfg.hop_length,
+        fill_na=None,
+    )
+    if cfg.voicing_threshold is not None:
+        voiced = probability >= cfg.voicing_threshold
+    contour: NDArray[np.float64] = np.where(voiced, f0, 0.0)
+    return contour, np.arange(len(contour), dtype=np.float64) * cfg.hop_length

@@ -1,0 +1,85 @@
+"""WORLD's estimators DIO and Harvest, each refined by StoneMask, through pyworld.
+
+M. Morise et al., "Fast and reliable F0 estimation method based on the period extraction of vocal
+fold vibration of singing voice and speech", AES 35, 2009 (DIO).
+M. Morise, "Harvest: a high-performance fundamental frequency estimator from speech signals",
+Interspeech 2017.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.f0.config import F0Config
+from stages.frames import Track
+from stages.types import Array
+
+_POINTS = 128  # at which two periods are compared with the two that start one period later
+_BLOCK_FRAMES = 4096  # bounds the memory of that comparison
+
+
+def dio(wav: Array, sample_rate: int, cfg: F0Config) -> Track:
+    """f0 in Hz and the samples that its values belong to."""
+    return _on_samples("dio", wav, sample_rate, cfg)
+
+
+def harvest(wav: Array, sample_rate: int, cfg: F0Config) -> Track:
+    """f0 in Hz and the samples that its values belong to."""
+    return _on_samples("harvest", wav, sample_rate, cfg)
+
+
+def world_track(
+    estimator: Literal["dio", "harvest"], wav: Array, sample_rate: int, cfg: F0Config
+) -> Track:
+    """What WORLD returns after StoneMask; times in seconds."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
+        import pyworld
+
+    samples = wav.astype(np.float64)
+    f0, times = getattr(pyworld, estimator)(
+        samples,
+        sample_rate,
+        f0_floor=cfg.f0_min,
+        f0_ceil=cfg.f0_max,
+        frame_period=1000 * cfg.hop_length / sample_rate,
+    )
+    return pyworld.stonemask(samples, f0, times, sample_rate), times
+
+
+def _on_samples(
+    estimator: Literal["dio", "harvest"], wav: Array, sample_rate: int, cfg: F0Config
+) -> Track:
+    f0, times = world_track(estimator, wav, sample_rate, cfg)
+    positions = times * sample_rate
+    if cfg.voicing_threshold is not None:
+        strength = periodicity(wav, f0, positions, sample_rate)
+        f0 = np.where(strength >= cfg.voicing_threshold, f0, 0.0)
+    return f0, positions
+
+
+def periodicity(
+    wav: Array, f0: NDArray[np.float64], positions: NDArray[np.float64], sample_rate: int
+) -> NDArray[np.float64]:
+    """How well each frame repeats after one period: -1 to 1, 0 where unvoiced; (N,).
+
+    The normalised correlation of the two periods centred half a period before the frame with the
+    two centred half a period after it. Samples outside the clip count as its first or last one.
+    """
+    strength = np.zeros(len(f0))
+    voiced = np.flatnonzero(f0 > 0)
+    grid = np.arange(len(wav))
+    offsets = np.linspace(-1.5, 0.5, _POINTS, endpoint=False)  # periods from the frame
+    for start in range(0, len(voiced), _BLOCK_FRAMES):
+        frames = voiced[start : start + _BLOCK_FRAMES]
+        period = sample_rate / f0[frames, None]
+        earlier = positions[frames, None] + offsets * period  # (frames, points)
+        a = np.interp(earlier, grid, wav)
+        b = np.interp(earlier + period, grid, wav)
+        power = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
+        strength[frames] = (a * b).sum(axis=1) / np.maximum(power, np.finfo(np.float64).tiny)
+    return strength
