@@ -1,12 +1,13 @@
 """What can be wrong with a song, in words that appear in ledgers and reports.
 
-A data fault raises `BadInput` (quarantined: the file is broken) or `Unwanted` (filtered: the file is
-fine but a setting excludes it). `pipeline.ledger` is the only place that catches them. Everything
-else that a stage raises is a bug of ours or a fault of the storage, and stops or retries the task.
+A broken file raises `BadInput` and is quarantined; `pipeline.ledger` is the only place that catches
+it. A song that is fine but that the settings leave out is filtered: it has no clips, and `Dropped`
+says why. Everything else that a stage raises is a bug of ours or a fault of the storage.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -51,5 +52,10 @@ class BadInput(Exception):
         return f"{self.reason}: {self.detail}"
 
 
-class Unwanted(BadInput):
-    """The song is readable, but a setting leaves all of it out: it is filtered."""
+@dataclass(frozen=True)
+class Dropped:
+    """Stretches of a readable song that did not become clips, by reason."""
+
+    reason: Reason
+    clips: int
+    seconds: float

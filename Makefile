@@ -1,0 +1,40 @@
+# `make demo` and `make test` need nothing but python3 (3.11 or newer) with venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+KILLS ?= 20
+MINUTES ?= 10
+
+.PHONY: setup demo test soak lint bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/python run_pipeline.py demo-corpus demo/corpus
+	$(BIN)/python run_pipeline.py extract demo/corpus demo/dataset --config configs/demo.yaml
+	$(BIN)/python run_pipeline.py verify demo/dataset
+	$(BIN)/python run_pipeline.py report demo/dataset
+
+test: setup
+	$(BIN)/python -m pytest -m 'not soak'
+
+soak: setup
+	CANTOR_SOAK_KILLS=$(KILLS) $(BIN)/python -m pytest -m soak -s
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/extract.py --minutes $(MINUTES)
+
+clean:
+	rm -rf demo bench-out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

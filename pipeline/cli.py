@@ -1,0 +1,185 @@
+"""The command line. Says what was wrong in one sentence; heavy libraries load after the parsing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+# Each worker process sets its own threads; without this every library would start one per core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from pipeline.errors import SongBug, StorageFault, UserError
+
+app = typer.Typer(
+    name="cantor",
+    help="Turns singing corpora into training data, on Ray, exactly once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_EXTRACT_HELP = """Turn the songs of CORPUS into Parquet shards in DATASET.
+
+CORPUS is a folder with one folder per speaker, or a manifest (.csv or .jsonl with path, speaker
+and optionally split). Settings are section.key=value, e.g. f0.method=dio; --print-config lists
+them all. Run the same command again to resume, or to add songs that are new in CORPUS."""
+
+
+@app.callback()
+def _root() -> None:
+    """Turns singing corpora into training data, on Ray, exactly once."""
+
+
+@app.command(help=_EXTRACT_HELP)
+def extract(
+    corpus: Annotated[str, typer.Argument(help="Folder or manifest.", show_default=False)] = "",
+    dataset: Annotated[str, typer.Argument(help="Folder to fill.", show_default=False)] = "",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved settings and stop.")
+    ] = False,
+    speaker: Annotated[
+        str | None, typer.Option(help="One speaker for the whole corpus, whatever the folders.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster (HOST:PORT or 'auto'); default: this machine.")
+    ] = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="Run in this process without Ray, for debugging.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List and plan, say what would run, write nothing.")
+    ] = False,
+    force_new: Annotated[
+        bool, typer.Option("--force-new", help="Delete what DATASET holds and start over.")
+    ] = False,
+    retry_quarantined: Annotated[
+        bool, typer.Option("--retry-quarantined", help="Try quarantined songs again.")
+    ] = False,
+    redo_changed: Annotated[
+        bool, typer.Option("--redo-changed", help="Redo tasks whose songs changed since.")
+    ] = False,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the closing table to this file too.")
+    ] = None,
+) -> None:
+    from pipeline.config import load_config, to_yaml
+
+    settings = list(overrides or [])
+    if print_config:
+        settings = [word for word in (corpus, dataset, *settings) if "=" in word]
+        sys.stdout.write(to_yaml(load_config(config, settings)))
+        return
+    if not corpus or not dataset:
+        raise UserError("name a CORPUS and a DATASET folder; see extract --help")
+    resolved = load_config(config, settings)
+
+    from pipeline.extract import ExtractOptions, write_summary
+    from pipeline.extract import extract as run
+
+    options = ExtractOptions(
+        speaker=speaker,
+        ray_address=ray_address,
+        local=local,
+        dry_run=dry_run,
+        force_new=force_new,
+        retry_quarantined=retry_quarantined,
+        redo_changed=redo_changed,
+    )
+    console = Console()
+    outcome = run(Path(corpus), Path(dataset), resolved, options, console)
+    if dry_run:
+        return
+
+    from pipeline.tables import show_summary
+
+    show_summary(console, outcome, Path(dataset))
+    if json_path is not None:
+        write_summary(json_path, outcome)
+    if outcome.account.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    dataset: Annotated[Path, typer.Argument(help="Dataset folder.", show_default=False)],
+    source: Annotated[
+        Path | None, typer.Option(help="Corpus: compare the songs' content hashes too.")
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Write the ledger to this .csv or .parquet file.")
+    ] = None,
+) -> None:
+    """Read everything in DATASET back: footers, rows, balance, checksums, audio."""
+    from pipeline.tables import show_verification
+    from pipeline.verify import export_ledger
+    from pipeline.verify import verify as run
+
+    console = Console()
+    result = run(dataset, source)
+    show_verification(console, result)
+    if export is not None:
+        export_ledger(result.account, export)
+        console.print(f"ledger written to {escape(str(export))}")
+    if result.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    dataset: Annotated[Path, typer.Argument(help="Dataset folder.", show_default=False)],
+) -> None:
+    """Write DATASET/report.html: one page with figures, pictures and clips to hear."""
+    from pipeline.report import write_report
+
+    Console().print(f"report written to {escape(str(write_report(dataset)))}")
+
+
+@app.command()
+def demo_corpus(
+    folder: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    minutes: Annotated[float, typer.Option(help="Minutes of singing.")] = 3.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same songs.")] = 0,
+) -> None:
+    """Make a small corpus of synthetic singing with known f0, and a few faults."""
+    from pipeline.demo import make_demo_corpus
+
+    make_demo_corpus(folder, minutes=minutes, seed=seed)
+    Console().print(f"demo corpus written to {escape(str(folder))}")
+
+
+def main() -> None:
+    """Run the command line; faults become one sentence on stderr and an exit status.
+
+    0 done, 1 the dataset does not balance, 2 the user can put it right, 3 storage, 4 a bug of ours,
+    130 interrupted.
+    """
+    error_console = Console(stderr=True, soft_wrap=True)
+
+    def fail(message: str, status: int) -> None:
+        error_console.print(message, markup=False, highlight=False)
+        sys.exit(status)
+
+    try:
+        app()
+    except UserError as error:
+        fail(f"error: {error}", 2)
+    except StorageFault as error:
+        fail(f"storage: {error}. What was committed is whole; run the same command to go on.", 3)
+    except SongBug as error:
+        fail(
+            f"{error}\nThis is a bug of Cantor, not of your audio. The run stopped; what was "
+            "committed is whole. Please report the lines above.",
+            4,
+        )
+    except KeyboardInterrupt:
+        fail("\nstopped; what was committed is whole. Run the same command to go on.", 130)

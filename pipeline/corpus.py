@@ -1,0 +1,186 @@
+"""Listing a corpus: a folder per speaker, or a manifest. Names and sizes only; no audio is read."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+# Read by libsndfile; the rest needs ffmpeg. The content decides in the end, not the name.
+AUDIO_SUFFIXES = frozenset(
+    ".wav .wave .rf64 .w64 .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf "
+    ".m4a .m4b .aac .wma .mp4 .mkv .mov .webm .avi .ape .wv .tta .ac3".split()
+)
+MANIFEST_SUFFIXES = frozenset({".csv", ".jsonl"})
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One song of the corpus, as listed. `path` is relative to the corpus, or absolute."""
+
+    song_id: str
+    speaker: str
+    split: str
+    path: bytes
+    size: int  # bytes; 0 with mtime_ns 0 when a manifest names a file that is not there
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Everything found at `root`: its songs in order of song_id, and what was passed over."""
+
+    root: Path
+    songs: list[Source]
+    ignored: Counter[str] = field(default_factory=Counter)  # by suffix: not audio by name
+    loops: list[str] = field(default_factory=list)  # symbolic links that lead back up
+
+
+def song_id_of(path: bytes) -> str:
+    """The `/`-separated NFC name of a relative path; bytes that are not UTF-8 become `\\xNN`."""
+    text = os.fsdecode(path).replace(os.sep, "/").lstrip("/")
+    return unicodedata.normalize(
+        "NFC", text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    )
+
+
+def list_corpus(path: Path, speaker: str | None = None) -> Corpus:
+    """Songs of a folder tree (`root/SPEAKER/.../song.wav`) or of a manifest (CSV or JSONL).
+
+    speaker: name for every song, whatever folder it lies in.
+    Raises: UserError when nothing is there, a song has no speaker, or two names are one after NFC.
+    """
+    path = path.absolute()
+    if path.is_dir():
+        corpus = _list_folder(path, speaker)
+    elif path.suffix.lower() in MANIFEST_SUFFIXES and path.is_file():
+        corpus = _list_manifest(path, speaker)
+    elif path.exists():
+        raise UserError(f"{path} is neither a folder nor a .csv or .jsonl manifest")
+    else:
+        raise UserError(f"there is no corpus at {path}")
+    if not corpus.songs:
+        raise UserError(f"no audio files in {path}; expected {path}/SPEAKER/song.wav (or .flac, …)")
+    corpus.songs.sort(key=lambda song: (song.song_id, song.path))
+    for one, other in zip(corpus.songs, corpus.songs[1:], strict=False):
+        if one.song_id == other.song_id:
+            raise UserError(
+                f"two files have one name after Unicode normalisation (NFC): {one.path!r} and "
+                f"{other.path!r}; rename one of them"
+            )
+    return corpus
+
+
+def _list_folder(root: Path, speaker: str | None) -> Corpus:
+    corpus = Corpus(root, [])
+    for relative, stat in _walk(os.fsencode(root), b"", [], corpus):
+        folder, slash, _ = relative.partition(b"/")
+        if speaker is None and not slash:
+            raise UserError(
+                f"{os.fsdecode(relative)} lies directly in {root}, so its speaker is unknown; move "
+                f"it to {root}/SPEAKER/, or pass --speaker NAME for the whole corpus"
+            )
+        name = speaker if speaker is not None else song_id_of(folder)
+        corpus.songs.append(
+            Source(song_id_of(relative), name, "train", relative, stat.st_size, stat.st_mtime_ns)
+        )
+    return corpus
+
+
+def _walk(
+    root: bytes, relative: bytes, above: list[tuple[int, int]], corpus: Corpus
+) -> Iterator[tuple[bytes, os.stat_result]]:
+    """Audio files under `relative`, symbolic links followed unless they lead back up."""
+    folder = os.path.join(root, relative)
+    stat = os.stat(folder)
+    above = [*above, (stat.st_dev, stat.st_ino)]
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.name.startswith(b"."):
+                continue  # .ipynb_checkpoints, ._song.wav, .git are nobody's speakers
+            inside = os.path.join(relative, entry.name)
+            suffix = os.fsdecode(os.path.splitext(entry.name)[1]).lower()
+            try:
+                stat = entry.stat()
+            except FileNotFoundError:  # a dangling link: planned, and quarantined as missing
+                if suffix in AUDIO_SUFFIXES:
+                    yield inside, entry.stat(follow_symlinks=False)
+                continue
+            except OSError as error:
+                if entry.is_symlink():  # a link to itself
+                    corpus.loops.append(song_id_of(inside))
+                    continue
+                raise UserError(f"cannot read {song_id_of(inside)}: {error.strerror}") from error
+            if entry.is_dir():
+                if (stat.st_dev, stat.st_ino) in above:
+                    corpus.loops.append(song_id_of(inside))
+                else:
+                    yield from _walk(root, inside, above, corpus)
+            elif suffix in AUDIO_SUFFIXES:
+                yield inside, stat
+            else:
+                corpus.ignored[suffix or "(no suffix)"] += 1
+
+
+def _list_manifest(manifest: Path, speaker: str | None) -> Corpus:
+    root = manifest.parent
+    corpus = Corpus(root, [])
+    first_line: dict[str, int] = {}
+    for line, row in _read_manifest(manifest):
+        where = f"{manifest}, line {line}"
+        name = row.get("path")
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{where}: 'path' is missing")
+        who = speaker if speaker is not None else row.get("speaker")
+        if not isinstance(who, str) or not who.strip():
+            raise UserError(f"{where}: 'speaker' is missing (or pass --speaker NAME)")
+        split = row.get("split") or "train"
+        if not isinstance(split, str) or not re.fullmatch(r"[A-Za-z0-9_]{1,64}", split):
+            raise UserError(f"{where}: split {split!r} may hold letters, digits and _ only")
+        song_id = song_id_of(os.fsencode(name))
+        if song_id in first_line:
+            raise UserError(f"{where}: {name} was named in line {first_line[song_id]} already")
+        first_line[song_id] = line
+        try:
+            stat = os.stat(root / name)
+            size, mtime_ns = stat.st_size, stat.st_mtime_ns
+        except OSError:
+            size, mtime_ns = 0, 0  # planned all the same, so that it is quarantined and not lost
+        who = unicodedata.normalize("NFC", who.strip())
+        corpus.songs.append(Source(song_id, who, split, os.fsencode(name), size, mtime_ns))
+    return corpus
+
+
+def _read_manifest(manifest: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    try:
+        with manifest.open(encoding="utf-8-sig", newline="") as file:
+            if manifest.suffix.lower() == ".jsonl":
+                for number, text in enumerate(file, start=1):
+                    if text.strip():
+                        try:
+                            row = json.loads(text)
+                        except json.JSONDecodeError as error:
+                            raise UserError(f"{manifest}, line {number}: {error}") from error
+                        if not isinstance(row, dict):
+                            raise UserError(f"{manifest}, line {number}: not a JSON object")
+                        yield number, row
+            else:
+                reader = csv.DictReader(file)
+                columns = set(reader.fieldnames or ())
+                if "path" not in columns:
+                    raise UserError(
+                        f"{manifest}: the first line must name the columns path, speaker and "
+                        f"optionally split; it names {', '.join(sorted(columns)) or 'nothing'}"
+                    )
+                for row in reader:
+                    yield reader.line_num, dict(row)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{manifest} is not UTF-8: {error.reason} at byte {error.start}") from error

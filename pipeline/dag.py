@@ -1,0 +1,265 @@
+"""The Ray Data graph: a row is a task, one actor-pool operator, two where the cluster has GPUs.
+
+Ray schedules, retries and restarts; what is written once is decided by the plan and the commit.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+import models
+import pipeline
+import stages
+from pipeline.config import ExtractConfig, WorkersConfig
+from pipeline.errors import SongBug, UserError
+from pipeline.plan import Task
+from pipeline.progress import Board
+from pipeline.workers import (
+    ExtractTask,
+    FinishTask,
+    Job,
+    PrepareTask,
+    TaskResult,
+    probe_song,
+    read_result,
+    task_row,
+)
+
+# A worker's memory: libraries and one song's buffers, then what each minute of its task adds
+# (FLAC clips, f0, units in float32 while they are packed). benchmarks/extract.py measures both.
+_WORKER_BASE_GB = 0.8
+_WORKER_GB_PER_MINUTE = 0.02
+
+
+@dataclass(frozen=True)
+class Pools:
+    """How many workers of each kind a run uses. gpu = 0: one operator does it all."""
+
+    cpu: int
+    gpu: int
+    worker_memory: int  # bytes asked of Ray for each
+
+
+@contextmanager
+def connected(address: str | None, config: WorkersConfig) -> Iterator[None]:
+    """A Ray connection: to `address`, or to a cluster of this machine that ends with the run."""
+    threads = str(max(1, int(config.cpus_per_worker)))
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+    environment: dict[str, str] = dict.fromkeys(names, threads)
+    runtime_env: dict[str, Any] = {"env_vars": environment}
+    quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
+    if address is None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(_source_root()), *_python_path()])
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        store_gb = config.object_store_gb or min(4.0, max(0.1, memory / 2**30 / 10))
+        ray.init(
+            "local",
+            num_cpus=len(os.sched_getaffinity(0)),
+            object_store_memory=int(store_gb * 2**30),
+            include_dashboard=False,
+            runtime_env=runtime_env,
+            **quiet,
+        )
+    else:
+        # Other machines get our code from here; the libraries must be installed there.
+        runtime_env["py_modules"] = [str(Path(m.__path__[0])) for m in (pipeline, stages, models)]
+        try:
+            ray.init(address, runtime_env=runtime_env, **quiet)
+        except ConnectionError as error:
+            raise UserError(f"no Ray cluster answers at {address}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _source_root() -> Path:
+    return Path(pipeline.__path__[0]).parent
+
+
+def _python_path() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
+def worker_memory_gb(tasks: Mapping[int, Task]) -> float:
+    """What a worker may hold at its longest task."""
+    longest = max(task.duration_s for task in tasks.values()) / 60
+    return _WORKER_BASE_GB + _WORKER_GB_PER_MINUTE * longest
+
+
+def plan_pools(
+    nodes: list[dict[str, float]], tasks: Mapping[int, Task], config: ExtractConfig
+) -> Pools:
+    """Pool sizes for the resources of the living nodes ({"CPU", "GPU", "memory" in bytes}).
+
+    Raises: UserError with the numbers when not even one worker fits.
+    """
+    workers = config.workers
+    memory = math.ceil(worker_memory_gb(tasks) * 2**30)
+    longest = max(tasks.values(), key=lambda task: task.duration_s)
+    most = min(len(tasks), workers.max_workers or len(tasks))
+    slots = [
+        int(min(node.get("CPU", 0) // workers.cpus_per_worker, node.get("memory", 0) // memory))
+        for node in nodes
+    ]
+    gpus = sum(int(node.get("GPU", 0) // workers.gpus_per_worker) for node in nodes)
+    if config.encoder.device == "cpu":
+        gpus = 0
+    gpus = min(gpus, most)
+    # Each GPU worker takes a CPU too; it is a slot that the CPU pool does not get.
+    if sum(slots) < (2 if gpus else 1):
+        have = "; ".join(
+            f"{node.get('CPU', 0):g} CPUs and {node.get('memory', 0) / 2**30:.1f} GB"
+            for node in nodes
+        )
+        raise UserError(
+            f"no worker fits: each needs {workers.cpus_per_worker:g} CPUs"
+            f"{f' (and {workers.gpus_per_worker:g} GPUs)' if gpus else ''} and "
+            f"{memory / 2**30:.1f} GB (task {longest.index} holds {longest.duration_s / 60:.0f} "
+            f"minutes of audio), and the nodes offer {have or 'nothing'}; lower plan.task_minutes "
+            "(new dataset) or workers.cpus_per_worker, or use a larger machine"
+        )
+    gpus = min(gpus, sum(slots) - 1) if gpus else 0
+    return Pools(min(most, sum(slots) - gpus), gpus, memory)
+
+
+def living_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def check_nodes(dataset: Path, corpus: Path) -> None:
+    """Every node reads a token from DATASET and opens CORPUS.
+
+    Raises: UserError naming the node that cannot.
+    """
+    token = secrets.token_hex(8)
+    path = dataset / ".tmp" / f"token-{token}"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(token)
+
+    @ray.remote(num_cpus=0)
+    def look() -> str:
+        try:
+            if path.read_text() != token:
+                return f"it finds another file at {path}"
+            with os.scandir(corpus):
+                return ""
+        except OSError as error:
+            return f"{error.filename}: {error.strerror}"
+
+    try:
+        answers = {
+            node["NodeManagerHostname"] + " " + node["NodeManagerAddress"]: look.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote()
+            for node in living_nodes()
+        }
+        for name, answer in answers.items():
+            trouble = ray.get(answer)
+            if trouble:
+                raise UserError(
+                    f"node {name} does not share the storage: {trouble}; DATASET and CORPUS must "
+                    "be on a file system that every node mounts at the same path"
+                )
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def run_graph(
+    job: Job, tasks: Mapping[int, Task], crashed: Mapping[int, set[str]], pools: Pools, board: Any
+) -> Iterator[TaskResult]:
+    """Results of the tasks as they end. A task whose worker died too often gives none."""
+    workers = job.config.workers
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.verbose_progress = False
+    context.execution_options.preserve_order = False
+    context.max_errored_blocks = -1
+    context.wait_for_min_actors_s = 600
+    context.print_on_execution_start = False
+    options = {
+        "batch_size": 1,
+        "batch_format": "pyarrow",
+        "zero_copy_batch": True,
+        "memory": pools.worker_memory,
+        "max_task_retries": workers.max_task_retries,
+        "max_restarts": -1,
+    }
+    rows = [task_row(index, crashed.get(index, ())) for index in tasks]
+    data = ray.data.from_items(rows, override_num_blocks=len(rows))
+    cpu_pool = ray.data.ActorPoolStrategy(min_size=1, max_size=pools.cpu, initial_size=pools.cpu)
+    if pools.gpu == 0:
+        data = data.map_batches(
+            ExtractTask,
+            fn_constructor_args=(job, _Remote(board)),
+            compute=cpu_pool,
+            num_cpus=workers.cpus_per_worker,
+            **options,
+        )
+    else:
+        data = data.map_batches(
+            PrepareTask,
+            fn_constructor_args=(job, _Remote(board)),
+            compute=cpu_pool,
+            num_cpus=workers.cpus_per_worker,
+            **options,
+        ).map_batches(
+            FinishTask,
+            fn_constructor_args=(job,),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1, max_size=pools.gpu, initial_size=pools.gpu
+            ),
+            num_cpus=workers.cpus_per_worker,
+            num_gpus=workers.gpus_per_worker,
+            **options,
+        )
+    for batch in data.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
+        yield read_result(batch)
+
+
+class _Remote:
+    """A heartbeat that a worker sends to the driver's board and does not wait for."""
+
+    def __init__(self, board: Any) -> None:
+        self.board = board
+
+    def __call__(self, task: int, song_id: str, seconds: float, status: str) -> None:
+        self.board.song_done.remote(task, song_id, seconds, status)
+
+
+def start_board() -> Any:
+    """The actor that counts finished songs, beside the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board)
+    return actor.options(scheduling_strategy=here).remote()
+
+
+def find_killers(job: Job, task: Task, memory: int) -> set[str]:
+    """The songs of a task on which a fresh process dies twice, found one by one."""
+    probe = ray.remote(
+        num_cpus=job.config.workers.cpus_per_worker, memory=memory, max_retries=0, max_calls=1
+    )(probe_song)
+
+    def dies(song_id: str) -> bool:
+        try:
+            ray.get(probe.remote(job, task.index, song_id))
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
+            return True
+        except ray.exceptions.RayTaskError as error:
+            raise SongBug(f"{song_id}: {error}") from error
+        return False
+
+    return {s.song_id for s in task.songs if dies(s.song_id) and dies(s.song_id)}

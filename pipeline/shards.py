@@ -1,0 +1,241 @@
+"""The shard format: schema, footer, atomic commit, reading. docs/shards.md specifies it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import StorageFault, UserError
+from pipeline.ledger import SongEntry
+
+ROW_GROUP_CLIPS = 32
+QUALITY_COLUMNS = ("clipping_ratio", "silence_ratio", "voiced_ratio", "snr_db", "bandwidth_hz")
+
+# Columns that the CPU half of a task fills; units follow. (name, arrow type)
+_BEFORE_UNITS: list[tuple[str, pa.DataType]] = [
+    ("clip_id", pa.string()),
+    ("song_id", pa.string()),
+    ("speaker", pa.string()),
+    ("clip_index", pa.int32()),
+    ("clip_count", pa.int32()),
+    ("start", pa.int64()),
+    ("stop", pa.int64()),
+    ("audio", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+    ("sample_rate", pa.int32()),
+    ("num_samples", pa.int64()),
+    ("f0", pa.list_(pa.float32())),
+]
+_AFTER_UNITS: list[tuple[str, pa.DataType]] = [
+    ("loudness_lufs", pa.float32()),
+    ("gain_db", pa.float32()),
+    ("peak_db", pa.float32()),
+    *((name, pa.float32()) for name in QUALITY_COLUMNS),
+]
+CLIP_SCHEMA = pa.schema(_BEFORE_UNITS + _AFTER_UNITS)
+
+
+@dataclass(frozen=True)
+class EncoderIdentity:
+    """What a trainer must know of the units in a column."""
+
+    name: str
+    dim: int
+    dtype: str
+    frame_rate_hz: float
+    checkpoint_sha256: str | None
+
+    @property
+    def column(self) -> str:
+        return "units_" + self.name.replace("-", "_")
+
+    @property
+    def frames_column(self) -> str:
+        return "num_unit_frames_" + self.name.replace("-", "_")
+
+
+@dataclass(frozen=True)
+class Footer:
+    """The `cantor` entry of a shard's metadata."""
+
+    schema_version: int
+    fingerprint: str
+    task: int
+    task_id: str
+    sample_rate: int
+    hop_length: int
+    subtype: str
+    f0_method: str
+    encoders: list[EncoderIdentity]
+    environment: dict[str, str]  # what may change last bits: libraries, devices, threads
+    ledger: list[SongEntry]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> Footer:
+        values = json.loads(text)
+        values["encoders"] = [EncoderIdentity(**encoder) for encoder in values["encoders"]]
+        values["ledger"] = [SongEntry.from_dict(entry) for entry in values["ledger"]]
+        return Footer(**values)
+
+
+def shard_schema(encoders: Sequence[EncoderIdentity], sample_rate: int) -> pa.Schema:
+    """Arrow schema of a shard, with the Hugging Face features in its metadata."""
+    fields = list(_BEFORE_UNITS)
+    for encoder in encoders:
+        fields += [(encoder.column, pa.binary()), (encoder.frames_column, pa.int32())]
+    schema = pa.schema(fields + _AFTER_UNITS)
+    features = {field.name: _hf_feature(field.type, sample_rate) for field in schema}
+    return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def _hf_feature(kind: pa.DataType, sample_rate: int) -> dict[str, Any]:
+    if pa.types.is_struct(kind):
+        return {"sampling_rate": sample_rate, "_type": "Audio"}
+    if pa.types.is_list(kind):
+        # `Sequence` is read by every release of `datasets`, its successor `List` from 4.0 on.
+        return {"feature": _hf_feature(kind.value_type, sample_rate), "_type": "Sequence"}
+    names = {"float": "float32"}
+    return {"dtype": names.get(str(kind), str(kind)), "_type": "Value"}
+
+
+def write_shard(dataset: Path, shard_name: str, table: pa.Table, footer: Footer) -> Path:
+    """Commit a shard: `.tmp`, fsync, rename, fsync of the folder. Doing it twice is harmless.
+
+    table: columns of `shard_schema`. Without clips the file has zero row groups, since a row group
+    of zero rows breaks `datasets.load_dataset`.
+    """
+    schema = shard_schema(footer.encoders, footer.sample_rate)
+    schema = schema.with_metadata({**schema.metadata, "cantor": footer.to_json()})
+    binary = {"audio.bytes", *(encoder.column for encoder in footer.encoders)}
+    leaves = _leaf_paths(schema)
+
+    def write(file: BinaryIO) -> None:
+        with pq.ParquetWriter(
+            file,
+            schema,
+            compression={leaf: "NONE" if leaf in binary else "ZSTD" for leaf in leaves},
+            use_dictionary=["song_id", "speaker", "sample_rate", "clip_count"],
+            write_page_checksum=True,
+            write_statistics=[leaf for leaf in leaves if leaf not in binary],
+        ) as writer:
+            if table.num_rows:
+                writer.write_table(
+                    table.select(schema.names).cast(schema), row_group_size=ROW_GROUP_CLIPS
+                )
+
+    return commit_file(dataset, f"data/{shard_name}", write)
+
+
+def _leaf_paths(schema: pa.Schema) -> list[str]:
+    leaves = []
+    for field in schema:
+        if pa.types.is_struct(field.type):
+            leaves += [f"{field.name}.{child.name}" for child in field.type]
+        elif pa.types.is_list(field.type):
+            leaves.append(f"{field.name}.list.element")
+        else:
+            leaves.append(field.name)
+    return leaves
+
+
+def commit_file(dataset: Path, relative: str, write: Callable[[BinaryIO], Any]) -> Path:
+    """Write `dataset/relative` so that it is there whole or not at all.
+
+    Raises: OSError of the storage; the half-written file is removed.
+    """
+    final = dataset / relative
+    final.parent.mkdir(parents=True, exist_ok=True)
+    folder = dataset / ".tmp"
+    folder.mkdir(exist_ok=True)
+    temporary = folder / f"{final.name}.{secrets.token_hex(6)}"
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    descriptor = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
+            raise
+    finally:
+        os.close(descriptor)
+    return final
+
+
+def write_dataset_info(dataset: Path, info: dict[str, Any]) -> None:
+    """Write DATASET/dataset.json."""
+    text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
+    commit_file(dataset, "dataset.json", lambda file: file.write(text.encode()))
+
+
+def read_dataset_info(dataset: Path) -> dict[str, Any]:
+    """DATASET/dataset.json. Raises UserError when `dataset` is not one of ours."""
+    path = dataset / "dataset.json"
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{dataset} is not a dataset: it has no dataset.json") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(info, dict) or "fingerprint" not in info:
+        raise UserError(f"{path} is not the dataset.json of this program")
+    return info
+
+
+def iter_shards(dataset: Path) -> list[Path]:
+    """Committed shards, in order of their names."""
+    return sorted((dataset / "data").glob("*.parquet"))
+
+
+def read_footer(path: Path) -> Footer:
+    """Raises: UserError when the file is not a whole shard of ours, OSError of the storage."""
+    try:
+        metadata = pq.read_metadata(path).metadata or {}
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path} is not a whole Parquet file: {error}") from error
+    if b"cantor" not in metadata:
+        raise UserError(f"{path} has no 'cantor' metadata: not a shard of this program")
+    return Footer.from_json(metadata[b"cantor"].decode())
+
+
+def read_footers(paths: Sequence[Path]) -> Iterator[tuple[Path, Footer | UserError]]:
+    """Footers of many shards, read by a few threads; what is not a shard comes as its error."""
+
+    def read(path: Path) -> Footer | UserError:
+        try:
+            return read_footer(path)
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(8) as pool:
+        yield from zip(paths, pool.map(read, paths), strict=True)
+
+
+def is_disk_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def storage_fault(error: OSError) -> StorageFault:
+    """What a failing disk means for the person running the job."""
+    where = f" at {error.filename}" if error.filename else ""
+    if is_disk_full(error):
+        return StorageFault(f"no space left{where}; free some and run the same command to go on")
+    return StorageFault(f"the storage failed{where}: {error.strerror or error}")

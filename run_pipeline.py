@@ -1,0 +1,7 @@
+#!/usr/bin/env python3
+"""Cantor's command line, from a checkout: `python run_pipeline.py --help`."""
+
+from pipeline.cli import main
+
+if __name__ == "__main__":
+    main()

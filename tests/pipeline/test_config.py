@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import ExtractConfig, fingerprint, fingerprinted, flatten, load_config, to_yaml
+from pipeline.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def test_default_yaml_names_exactly_the_keys_and_defaults() -> None:
+    written = yaml.safe_load((CONFIGS / "default.yaml").read_text())
+    assert {f"{s}.{k}": v for s, keys in written.items() for k, v in keys.items()} == flatten(
+        ExtractConfig()
+    )
+
+
+def test_every_line_of_default_yaml_that_sets_a_key_has_a_comment() -> None:
+    lines = (CONFIGS / "default.yaml").read_text().splitlines()
+    assert [line for line in lines if line.startswith("  ") and "#" not in line] == []
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_presets_load(path: Path) -> None:
+    assert isinstance(load_config(path), ExtractConfig)
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("f0:\n  method: dio\nslice:\n  threshold_db: -50\n")
+    config = load_config(file, ["slice.threshold_db=-45", "quality.min_snr_db=12"])
+    assert (config.f0.method, config.slice.threshold_db) == ("dio", -45.0)
+    assert config.quality.min_snr_db == 12.0
+
+
+def test_printed_settings_read_back(tmp_path: Path) -> None:
+    config = load_config(None, ["f0.method=harvest", "plan.task_minutes=2.5"])
+    (tmp_path / "x.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "x.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("f0.metod=dio", "did you mean 'f0.method'"),
+        ("f00.method=dio", "did you mean 'f0'"),
+        ("f0.method=pitchfork", "pitchfork"),
+        ("slice.threshold_db=loud", "threshold_db"),
+        ("audio.sample_rate=10", "8000 to 192000"),
+        ("plan.task_minutes=0", "0.05 to 240"),
+        ("f0.checkpoint=${oc.env:HOME}", "interpolation"),
+        ("f0.method", "section.key=value"),
+        ("method=dio", "section.key=value"),
+    ],
+)
+def test_wrong_settings_are_refused_in_words(override: str, words: str) -> None:
+    with pytest.raises(UserError, match=words.replace("(", r"\(")):
+        load_config(None, [override])
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="twice"):
+        load_config(None, ["f0.method=dio", "f0.method=praat"])
+    (tmp_path / "x.yaml").write_text("f0:\n  method: dio\n  method: praat\n")
+    with pytest.raises(UserError, match="method"):
+        load_config(tmp_path / "x.yaml")
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing\.yaml"):
+        load_config(tmp_path / "nothing.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match=r"list\.yaml"):
+        load_config(tmp_path / "list.yaml")
+
+
+def test_fingerprint_is_of_what_changes_the_output() -> None:
+    base = fingerprint(fingerprinted(load_config()))
+
+    def changed(override: str) -> bool:
+        return fingerprint(fingerprinted(load_config(None, [override]))) != base
+
+    assert changed("f0.method=dio")
+    assert changed("slice.threshold_db=-41")
+    assert changed("encoder.name=log-mel")
+    assert not changed("workers.max_workers=3")
+    assert not changed("plan.task_minutes=3")
+    assert not changed("encoder.device=cpu")
+    assert not changed("decode.timeout_s=77")
+
+
+def test_a_checkpoint_counts_by_its_content(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(b"one")
+    (tmp_path / "b.pt").write_bytes(b"one")
+    (tmp_path / "c.pt").write_bytes(b"two")
+
+    def print_of(name: str) -> str:
+        config = load_config(None, [f"encoder.checkpoint={tmp_path / name}"])
+        return fingerprint(fingerprinted(config))
+
+    assert print_of("a.pt") == print_of("b.pt") != print_of("c.pt")
+    with pytest.raises(UserError, match=r"d\.pt"):
+        print_of("d.pt")

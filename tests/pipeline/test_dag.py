@@ -1,0 +1,179 @@
+"""The graph on Ray: pools that fit, one operator or two, nodes that come and go."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import load_config
+from pipeline.dag import plan_pools
+from pipeline.errors import StorageFault, UserError
+from pipeline.extract import Outcome, _run_rounds
+from pipeline.ledger import Account
+from pipeline.plan import PlannedSong, Task
+from pipeline.shards import iter_shards
+from pipeline.workers import COMMITTED, STORAGE, TaskResult
+from tests.pipeline.conftest import Extract, shard_hashes
+
+GB = 2**30
+
+
+def tasks(count: int, minutes: float = 1.0) -> dict[int, Task]:
+    def song(index: int) -> PlannedSong:
+        return PlannedSong(f"ann/{index}.wav", "ann", b"x", 1, 1, minutes * 60)
+
+    return {index: Task(index, "train", (song(index),)) for index in range(count)}
+
+
+def node(cpus: float, memory_gb: float = 64.0, gpus: float = 0.0) -> dict[str, float]:
+    return {"CPU": cpus, "memory": memory_gb * GB, "GPU": gpus}
+
+
+def test_one_worker_a_cpu_and_no_more_than_tasks() -> None:
+    pools = plan_pools([node(8), node(4)], tasks(100), load_config())
+    assert (pools.cpu, pools.gpu) == (12, 0)
+    assert plan_pools([node(8)], tasks(3), load_config()).cpu == 3
+    limited = load_config(None, ["workers.max_workers=2"])
+    assert plan_pools([node(8)], tasks(100), limited).cpu == 2
+
+
+def test_memory_limits_the_pool_too() -> None:
+    assert plan_pools([node(64, memory_gb=4.2)], tasks(100, minutes=10), load_config()).cpu == 4
+
+
+def test_a_gpu_worker_takes_a_cpu_from_the_pool() -> None:
+    pools = plan_pools([node(8, gpus=2), node(8)], tasks(100), load_config())
+    assert (pools.cpu, pools.gpu) == (14, 2)
+    on_cpu = load_config(None, ["encoder.device=cpu"])
+    assert plan_pools([node(8, gpus=2)], tasks(100), on_cpu).gpu == 0
+
+
+@pytest.mark.parametrize(
+    ("nodes", "minutes", "words"),
+    [
+        ([node(0.5)], 1.0, "needs 1 CPUs .* offer 0.5 CPUs"),
+        ([node(8, memory_gb=2)], 240.0, r"5\.6 GB \(task 0 holds 240 minutes"),
+        ([node(1, gpus=1)], 1.0, "and 1 GPUs"),
+        ([], 1.0, "offer nothing"),
+    ],
+)
+def test_a_plan_that_cannot_fit_is_refused_with_numbers(
+    nodes: list[dict[str, float]], minutes: float, words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        plan_pools(nodes, tasks(4, minutes), load_config())
+
+
+class Rounds:
+    """Stands in for a cluster: what each round reports is given beforehand."""
+
+    def __init__(self, *rounds: list[TaskResult]) -> None:
+        self.rounds = list(rounds)
+        self.asked: list[tuple[list[int], dict[int, set[str]]]] = []
+
+    def __call__(
+        self, waiting: dict[int, Task], crashed: dict[int, set[str]]
+    ) -> Iterator[TaskResult]:
+        self.asked.append((list(waiting), {k: set(v) for k, v in crashed.items()}))
+        yield from self.rounds.pop(0) if self.rounds else []
+
+
+def run_rounds(rounds: Rounds, killers: set[str]) -> Outcome:
+    outcome = Outcome(Account())
+    _run_rounds(tasks(2), rounds, lambda task: killers, defaultdict(float), outcome)
+    return outcome
+
+
+def test_a_task_that_gave_no_result_is_redone_without_its_killers() -> None:
+    rounds = Rounds([TaskResult(0, COMMITTED)], [TaskResult(1, COMMITTED)])
+    outcome = run_rounds(rounds, {"ann/1.wav"})
+    assert rounds.asked[1] == ([1], {1: {"ann/1.wav"}})
+    assert outcome.tasks_run == 2
+
+
+def test_storage_faults_are_tried_again_and_then_end_the_run() -> None:
+    fault = TaskResult(1, STORAGE, detail="the storage failed")
+    run_rounds(Rounds([TaskResult(0, COMMITTED), fault], [TaskResult(1, COMMITTED)]), set())
+    with pytest.raises(StorageFault, match="the storage failed"):
+        run_rounds(Rounds([TaskResult(0, COMMITTED), fault], *[[fault]] * 9), set())
+    full = TaskResult(1, STORAGE, detail="no space left", disk_full=True)
+    with pytest.raises(StorageFault, match="no space"):
+        run_rounds(Rounds([full]), set())
+
+
+def test_workers_that_die_though_every_song_passes_end_the_run() -> None:
+    with pytest.raises(StorageFault, match="max_workers"):
+        run_rounds(Rounds(), set())
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A Ray cluster of several nodes on this machine; the test adds them."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.mark.ray
+def test_ray_writes_the_same_bytes_as_one_process(
+    corpus: Path, tmp_path: Path, run_extract: Extract
+) -> None:
+    run_extract(corpus, tmp_path / "local")
+    outcome = run_extract(corpus, tmp_path / "ray", local=False)
+    assert outcome.account.problems == []
+    assert set(outcome.stage_s) == {
+        "decode", "slice", "loudness", "f0", "quality", "units", "write"
+    }
+    assert shard_hashes(tmp_path / "ray") == shard_hashes(tmp_path / "local")
+
+
+@pytest.mark.ray
+def test_two_operators_write_the_same_bytes_as_one(
+    corpus: Path, tmp_path: Path, run_extract: Extract, cluster: Any
+) -> None:
+    run_extract(corpus, tmp_path / "local")
+    cluster.add_node(num_cpus=2, num_gpus=1)
+    outcome = run_extract(corpus, tmp_path / "ray", local=False, ray_address=cluster.address)
+    assert outcome.account.problems == []
+    assert shard_hashes(tmp_path / "ray") == shard_hashes(tmp_path / "local")
+
+
+@pytest.mark.ray
+def test_a_lost_node_loses_no_clip(
+    corpus: Path, tmp_path: Path, run_extract: Extract, cluster: Any
+) -> None:
+    run_extract(corpus, tmp_path / "local")
+    cluster.add_node(num_cpus=1)
+    second = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+
+    def take_away() -> None:
+        while not iter_shards(tmp_path / "ray"):
+            time.sleep(0.05)
+        cluster.remove_node(second, allow_graceful=False)
+
+    thief = threading.Thread(target=take_away, daemon=True)
+    thief.start()
+    outcome = run_extract(corpus, tmp_path / "ray", local=False, ray_address=cluster.address)
+    thief.join(30)
+    assert not thief.is_alive()
+    assert outcome.account.problems == []
+    assert shard_hashes(tmp_path / "ray") == shard_hashes(tmp_path / "local")
+
+
+@pytest.mark.ray
+def test_a_cluster_that_is_not_there_is_named(
+    corpus: Path, tmp_path: Path, run_extract: Extract
+) -> None:
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:1"):
+        run_extract(corpus, tmp_path / "d", local=False, ray_address="127.0.0.1:1")

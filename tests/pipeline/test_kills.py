@@ -1,0 +1,188 @@
+"""Processes really killed, at random moments: every clip once, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.shards import iter_shards
+from pipeline.verify import verify
+from tests.pipeline.conftest import FAST, Extract, shard_hashes
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.ray
+
+
+def start(corpus: Path, dataset: Path, *more: str, **environment: str) -> psutil.Popen:
+    """The command as a user types it, in a process group of its own."""
+    command = [sys.executable, ROOT / "run_pipeline.py", "extract", corpus, dataset, *FAST, *more]
+    return psutil.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **environment},
+    )
+
+
+def finish(corpus: Path, dataset: Path, *more: str, **environment: str) -> str:
+    run = start(corpus, dataset, *more, **environment)
+    output, _ = run.communicate(timeout=240)
+    assert run.returncode == 0, output
+    return str(output)
+
+
+def workers(run: psutil.Popen) -> list[psutil.Process]:
+    return [p for p in descendants(run) if " ".join(p.cmdline()).startswith("ray::MapWorker")]
+
+
+def descendants(run: psutil.Popen) -> list[psutil.Process]:
+    try:
+        return [p for p in run.children(recursive=True) if p.is_running()]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_driver(run: psutil.Popen) -> None:
+    run.kill()
+
+
+def kill_worker(run: psutil.Popen) -> None:
+    alive = workers(run)
+    if alive:
+        random.choice(alive).kill()
+
+
+def kill_everything(run: psutil.Popen) -> None:
+    for process in [run, *descendants(run)]:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            pass
+
+
+def interrupt(run: psutil.Popen) -> None:
+    os.killpg(run.pid, signal.SIGINT)
+
+
+def strike(
+    run: psutil.Popen, dataset: Path, kill: Callable[[psutil.Popen], None], rng: random.Random
+) -> None:
+    """Kill at a random moment after the first workers are up, or a little into the next shard."""
+    shards = len(iter_shards(dataset)) + rng.randint(0, 2)
+    while run.poll() is None and len(iter_shards(dataset)) < shards or not workers(run):
+        if run.poll() is not None:
+            return
+        time.sleep(0.02)
+    time.sleep(rng.uniform(0, 0.6))
+    kill(run)
+
+
+@pytest.fixture(scope="module")
+def expected(
+    corpus: Path, tmp_path_factory: pytest.TempPathFactory, run_extract: Extract
+) -> dict[str, str]:
+    """Hashes of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "d"
+    run_extract(corpus, folder)
+    return shard_hashes(folder)
+
+
+@pytest.mark.parametrize("kill", [kill_driver, kill_worker, kill_everything])
+def test_a_kill_loses_nothing_and_doubles_nothing(
+    corpus: Path,
+    tmp_path: Path,
+    expected: dict[str, str],
+    kill: Callable[[psutil.Popen], None],
+) -> None:
+    run = start(corpus, tmp_path / "d")
+    strike(run, tmp_path / "d", kill, random.Random(kill.__name__))
+    output, _ = run.communicate(timeout=240)
+    assert (run.returncode == 0) == (kill is kill_worker), output
+    finish(corpus, tmp_path / "d")
+    assert shard_hashes(tmp_path / "d") == expected
+    assert verify(tmp_path / "d").problems == []
+
+
+def test_ctrl_c_stops_within_seconds_and_says_how_to_resume(
+    corpus: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    run = start(corpus, tmp_path / "d")
+    strike(run, tmp_path / "d", interrupt, random.Random(1))
+    struck = time.monotonic()
+    output, _ = run.communicate(timeout=60)
+    assert time.monotonic() - struck < 20
+    assert run.returncode == 130, output
+    assert "Run the same command to go on" in output
+    assert "Traceback" not in output
+    finish(corpus, tmp_path / "d")
+    assert shard_hashes(tmp_path / "d") == expected
+
+
+def test_a_song_that_kills_its_worker_is_quarantined_alone(corpus: Path, tmp_path: Path) -> None:
+    """A native library that crashes on one song, as segfaults do: the process dies each time."""
+    (tmp_path / "faulty").mkdir()
+    (tmp_path / "faulty" / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name != 'pyworld': return None\n"
+        "        sys.meta_path.remove(self)\n"
+        "        import pyworld\n"
+        "        dio = pyworld.dio\n"
+        "        def crash(x, *a, **k):\n"
+        "            if abs(float(abs(x).max()) - 0.123) < 2e-4: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "            return dio(x, *a, **k)\n"
+        "        pyworld.dio = crash\n"
+        "        return pyworld.__spec__\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    import numpy as np
+    import shutil
+    import soundfile as sf
+
+    from tests.songs import tune
+
+    poisoned = Path(shutil.copytree(corpus, tmp_path / "corpus"))
+    wav = tune(2.0)
+    sf.write(poisoned / "spk1" / "killer.wav", wav / np.abs(wav).max() * 0.123, 44100)
+    settings = ["loudness.mode=off", "workers.max_task_retries=1"]
+    output = finish(
+        poisoned, tmp_path / "d", *settings, PYTHONPATH=str(tmp_path / "faulty")
+    )
+    assert "workers died on spk1/killer.wav" in output
+    result = verify(tmp_path / "d")
+    assert result.problems == []
+    assert result.account.entries["spk1/killer.wav"].reason == "crashed"
+    assert result.account.count("kept") == 6
+
+
+@pytest.mark.soak
+def test_soak(corpus: Path, tmp_path: Path, expected: dict[str, str]) -> None:
+    """CANTOR_SOAK_KILLS random kills (20 by default), seeded by CANTOR_SOAK_SEED."""
+    rng = random.Random(int(os.environ.get("CANTOR_SOAK_SEED", "0")))
+    left = int(os.environ.get("CANTOR_SOAK_KILLS", "20"))
+    number = 0
+    while left:
+        dataset = tmp_path / str(number)
+        number += 1
+        while left and len(iter_shards(dataset)) < len(expected):
+            run = start(corpus, dataset)
+            kill = rng.choice([kill_driver, kill_worker, kill_everything, interrupt])
+            strike(run, dataset, kill, rng)
+            if run.poll() is None or run.returncode != 0:
+                left -= 1
+            run.communicate(timeout=240)
+        finish(corpus, dataset)
+        assert shard_hashes(dataset) == expected
+        assert verify(dataset).problems == []
