@@ -158,7 +158,7 @@ def test_frame_i_is_the_pitch_at_sample_i_hop(
 
 
 def test_the_peer_runs_ahead_by_most_of_a_hop() -> None:
-    """Why `align` exists: of 87 frames Praat gives 83, and the peer puts the one at 2.95 hops at 2."""
+    """Why `align` exists: Praat gives 83 of 87 frames, and the peer puts its first at 2, not 2.95."""
     num_samples = 45000
     _, times = praat_track(harmonic(np.full(num_samples, 200.0), RATE), RATE, F0Config())
     missing = num_samples // HOP - len(times)
