@@ -1,0 +1,366 @@
+"""What the header of an audio file declares about its length, read without libsndfile.
+
+libsndfile silently clamps a header that claims more than the file holds, so a download that stopped
+half way would look like a shorter song. These parsers read the claim itself. They are pure Python,
+read a few hundred bytes, and call a structure they do not understand "no claim", never an error.
+
+    wav, rf64, w64, aiff, au, caf   bytes of audio declared against bytes in the file: exact
+    flac                            libsndfile knows (STREAMINFO) and does not clamp: exact
+    ogg (vorbis, opus)              nothing declared; `ogg_end` looks for the end-of-stream flag
+    mp3                             frames of a Xing, Info or VBRI tag, within `MP3_TOLERANCE`
+    anything else                   what libsndfile says
+
+Sources: Microsoft RIFF and RFC 2361; EBU Tech 3306 (RF64); Apple AIFF-C 1991 and CAF 1.0; Sony
+Wave64; RFC 3533 (Ogg); ISO 11172-3; Xing/LAME and Fraunhofer VBRI tags as encoders write them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+Read = Callable[
+    [int, int], bytes
+]  # (offset, count) -> the bytes there, fewer at the end of the file
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A header's statement, and how libsndfile must see the file to read all of it."""
+
+    num_samples: int | None = None  # per channel, None where the header does not tell
+    num_bytes: int = 0  # of audio declared, where the format counts bytes
+    held_bytes: int = 0  # of those, in the file
+    estimate: int | None = None  # samples per channel, where nothing is declared
+    prefix: bytes = b""  # libsndfile is given this and then the file from `start` on
+    start: int = 0
+
+    @property
+    def shortage(self) -> str | None:
+        """In words, that the file ends before the audio that its header promises."""
+        if self.held_bytes >= self.num_bytes:
+            return None
+        if self.num_samples:
+            held = self.num_samples * self.held_bytes // self.num_bytes
+            return f"the header declares {self.num_samples} samples, the file holds {held}"
+        return f"the header declares {self.num_bytes} bytes, the file holds {self.held_bytes}"
+
+
+NO_CLAIM = Claim()
+UNKNOWN_BYTES = 2**62  # 64-bit sizes from here on are placeholders
+MAX_CHUNKS = 1000  # a file with more chunks before its audio is not one we can judge
+
+
+def read_claim(read: Read, size: int) -> Claim:
+    """The claim of a file of `size` bytes."""
+    head = read(0, 16)
+    if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE":
+        return _wave(read, size, ">" if head[:4] == b"RIFX" else "<")
+    if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
+        return _aiff(read, size)
+    if head[:4] in (b".snd", b"dns."):
+        return _au(read, size, ">" if head[:4] == b".snd" else "<")
+    if head[:4] == b"caff":
+        return _caf(read, size)
+    if head == W64_RIFF:
+        return _wave64(read, size)
+    if head[:3] == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0"):
+        return _mp3(read, size)
+    return NO_CLAIM
+
+
+def _is_placeholder(count: int) -> bool:
+    """Whether a 32-bit size was written by a program that could not seek back to correct it.
+
+    0 and 0xFFFFFFFF (ffmpeg), 0x7FFFF000 and 0x7F000000 (sox), 0x7FFFFFFF or 0x80000000 (arecord),
+    some with the length of their headers added or subtracted.
+    """
+    return (
+        count == 0
+        or 0x7F000000 <= count < 0x7F000400
+        or 0x7FFF0000 <= count < 0x80000400
+        or 0xFFFF0000 <= count
+    )
+
+
+def _claim(declared: int, held: int, frame_bytes: int | None) -> Claim:
+    """`frame_bytes`: of one sample of all channels; None for codecs that pack many into a block."""
+    samples = declared // frame_bytes if frame_bytes else None
+    return Claim(num_samples=samples, num_bytes=declared, held_bytes=max(0, min(declared, held)))
+
+
+# ---- RIFF/WAVE, RF64 ----------------------------------------------------------------------------
+
+WAVE_FIXED_WIDTH = (1, 3, 6, 7)  # PCM, float, A-law, mu-law: every sample has the same width
+WAVE_EXTENSIBLE = 0xFFFE
+
+
+def _wave(read: Read, size: int, endian: str) -> Claim:
+    riff_size = struct.unpack(endian + "I", read(4, 4))[0]
+    frame_bytes: int | None = None
+    long_at, long_data = 0, 0  # RF64: where its 64-bit data size stands, and that size
+    at = 12
+    for _ in range(MAX_CHUNKS):
+        chunk = read(at, 48)
+        if len(chunk) < 8:
+            return NO_CLAIM
+        name, count = chunk[:4], struct.unpack(endian + "I", chunk[4:8])[0]
+        body = chunk[8:]
+        if name == b"ds64" and len(body) >= 16:
+            long_at, long_data = at + 16, struct.unpack("<Q", body[8:16])[0]
+        elif name == b"fmt " and len(body) >= 16:
+            frame_bytes = _wave_frame_bytes(body, count, endian)
+        elif name == b"data":
+            start = at + 8
+            held = size - start
+            if count == 0xFFFFFFFF and 0 < long_data < UNKNOWN_BYTES:
+                return _claim(long_data, held, frame_bytes)
+            if count == 0 and riff_size > start - 8 and not _is_placeholder(riff_size):
+                return _claim(0, held, frame_bytes)  # truly empty: the RIFF goes on behind it
+            if not _is_placeholder(count) or 0 < count <= held:
+                return _claim(count, held, frame_bytes)
+            # Up to the end of the file, which libsndfile does too, but not if it sees a zero.
+            claim = _claim(held, held, frame_bytes)
+            if long_at:
+                return _patched(claim, read, long_at, struct.pack("<Q", held))
+            return _patched(claim, read, start - 4, b"\xff\xff\xff\xff")
+        at += 8 + count + count % 2
+    return NO_CLAIM
+
+
+def _patched(claim: Claim, read: Read, at: int, field: bytes) -> Claim:
+    """The claim of a file that libsndfile shall see with `field` at byte `at` of its header."""
+    prefix = read(0, at) + field
+    return replace(claim, prefix=prefix, start=len(prefix))
+
+
+def _wave_frame_bytes(fmt: bytes, count: int, endian: str) -> int | None:
+    tag, channels, _rate, _speed, align, bits = struct.unpack(endian + "HHIIHH", fmt[:16])
+    if tag == WAVE_EXTENSIBLE and count >= 26 and len(fmt) >= 26:
+        tag = struct.unpack(endian + "H", fmt[24:26])[0]
+    plain = tag in WAVE_FIXED_WIDTH and align == channels * ((bits + 7) // 8)
+    return align if plain and align else None
+
+
+# ---- AIFF, AIFC ---------------------------------------------------------------------------------
+
+AIFC_FIXED_WIDTH = b"NONE twos sowt in24 in32 fl32 FL32 fl64 FL64 raw  alaw ALAW ulaw ULAW".split()
+
+
+def _aiff(read: Read, size: int) -> Claim:
+    comm: tuple[int, int | None] | None = None  # samples, bytes a frame
+    sound: tuple[int, int, int] | None = None  # where its size stands, size, where its audio starts
+    at = 12
+    for _ in range(MAX_CHUNKS):
+        chunk = read(at, 32)
+        if len(chunk) < 8:
+            break
+        name, count = chunk[:4], struct.unpack(">I", chunk[4:8])[0]
+        if name == b"COMM" and len(chunk) >= 26:
+            channels, samples, bits = struct.unpack(">HIH", chunk[8:16])
+            code = chunk[26:30].strip() if read(8, 4) == b"AIFC" else b"NONE"
+            width = 1 if code.lower() in (b"alaw", b"ulaw") else (bits + 7) // 8
+            fixed = code in AIFC_FIXED_WIDTH
+            comm = (samples, channels * width if fixed else None)
+        elif name == b"SSND" and len(chunk) >= 16:
+            skip = struct.unpack(">I", chunk[8:12])[0]
+            sound = (at + 4, count, at + 16 + skip)
+        if comm and sound:
+            break
+        at += 8 + count + count % 2
+    if not comm or not sound:
+        return NO_CLAIM
+    samples, frame_bytes = comm
+    size_at, count, start = sound
+    declared, held = count - (start - size_at - 4), size - start
+    if declared > held and _is_placeholder(count):
+        return _claim(held, held, frame_bytes)
+    if declared <= 0 < held and samples == 0:
+        return _patched(_claim(held, held, frame_bytes), read, size_at, b"\xff\xff\xff\xff")
+    if frame_bytes and not _is_placeholder(samples):
+        return _claim(samples * frame_bytes, held, frame_bytes)
+    return _claim(declared, held, frame_bytes)
+
+
+# ---- AU, CAF, Wave64 ----------------------------------------------------------------------------
+
+
+def _au(read: Read, size: int, endian: str) -> Claim:
+    head = read(4, 8)
+    if len(head) < 8:
+        return NO_CLAIM
+    start, count = struct.unpack(endian + "II", head)
+    unknown = count == 0xFFFFFFFF
+    return NO_CLAIM if unknown else _claim(count, size - start, None)
+
+
+def _caf(read: Read, size: int) -> Claim:
+    at = 8
+    for _ in range(MAX_CHUNKS):
+        head = read(at, 12)
+        if len(head) < 12:
+            break
+        name, count = head[:4], struct.unpack(">q", head[4:])[0]
+        if count < 0:  # -1: up to the end of the file
+            break
+        if name == b"data":
+            return _claim(count, size - at - 12, None)
+        at += 12 + count
+    return NO_CLAIM
+
+
+W64_RIFF = bytes.fromhex("726966662e91cf11a5d628db04c10000")
+W64_DATA = bytes.fromhex("64617461f3acd3118cd100c04f8edb8a")
+
+
+def _wave64(read: Read, size: int) -> Claim:
+    at = 40
+    for _ in range(MAX_CHUNKS):
+        head = read(at, 24)
+        if len(head) < 24:
+            break
+        count = struct.unpack("<Q", head[16:])[0]
+        if not 24 <= count < UNKNOWN_BYTES:
+            break
+        if head[:16] == W64_DATA:
+            return _claim(count - 24, size - at - 24, None)
+        at += (count + 7) // 8 * 8
+    return NO_CLAIM
+
+
+# ---- MP3 ----------------------------------------------------------------------------------------
+
+# kbit/s of layer III, MPEG 1 and MPEG 2/2.5; index 0 (free format) and 15 are refused
+MP3_KBPS = {
+    True: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    False: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+MP3_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
+MP3_SEARCH = 1 << 16  # bytes in which the first frame must appear
+MP3_SAMPLED_FRAMES = 400  # frames whose mean length gives the estimate when no count is declared
+MP3_TOLERANCE = 2 * 1152  # samples: encoder delay and padding that a tag does not state
+
+
+def skip_id3(read: Read) -> int:
+    """Byte after the ID3v2 tags at the start of a file; 0 without one."""
+    at = 0
+    for _ in range(MAX_CHUNKS):
+        tag = read(at, 10)
+        if len(tag) < 10 or tag[:3] != b"ID3" or max(tag[6:10]) > 127:
+            break
+        length = tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9]
+        at += 10 + length + (10 if tag[5] & 0x10 else 0)
+    return at
+
+
+def _mp3(read: Read, size: int) -> Claim:
+    """Frame count from a Xing, Info or VBRI tag; else an estimate, and a tag that lifts the limit.
+
+    libsndfile takes the length of a file without a Xing tag from the bit rate of its first frame
+    and stops reading there: a file of variable rate would lose its end (5/6 of one measured). So
+    such a file is presented behind a Xing frame of ours that states an upper bound.
+    """
+    begin = skip_id3(read)
+    window = read(begin, MP3_SEARCH)
+    found = None if window[:4] in (b"fLaC", b"OggS", b"RIFF", b"FORM") else _first_frame(window)
+    if found is None:
+        return NO_CLAIM
+    at, frame = found
+    tag_at = at + 4 + frame.side_bytes
+    tag = window[tag_at : tag_at + 12]
+    if tag[:4] in (b"Xing", b"Info") and len(tag) == 12 and tag[7] & 1 and tag[8:] != b"\0\0\0\0":
+        return NO_CLAIM  # libsndfile reads this one, with the encoder's delay and padding
+    vbri = window[at + 36 : at + 36 + 18]
+    if vbri[:4] == b"VBRI" and len(vbri) == 18:
+        frames = struct.unpack(">I", vbri[14:18])[0]
+        start = begin + at + frame.length
+        return Claim(
+            num_samples=frames * frame.samples, prefix=_xing(frame, frames + 4), start=start
+        )
+    start = begin + at + (frame.length if tag[:4] in (b"Xing", b"Info") else 0)
+    mean = _mean_frame_length(window, start - begin)
+    estimate = int((size - start) / mean * frame.samples)
+    limit = (size - start) // 24 + 4  # no frame is shorter than 24 bytes
+    return Claim(estimate=estimate, prefix=_xing(frame, min(limit, 2**31 - 1)), start=start)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    header: bytes  # 4 bytes
+    length: int  # bytes
+    samples: int
+    side_bytes: int  # of side information, after which a Xing tag stands
+
+
+def _frame(header: bytes) -> _Frame | None:
+    """A layer III frame header, or None. ISO 11172-3 section 2.4.1.3 and 13818-3."""
+    if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
+        return None
+    version, rate_index, kbps_index = header[1] >> 3 & 3, header[2] >> 2 & 3, header[2] >> 4
+    if version == 1 or rate_index == 3 or kbps_index in (0, 15):
+        return None
+    first = version == 3
+    mono = header[3] >> 6 == 3
+    kbps, rate = MP3_KBPS[first][kbps_index - 1], MP3_RATES[version][rate_index]
+    length = (144000 if first else 72000) * kbps // rate + (header[2] >> 1 & 1)
+    side = (17 if mono else 32) if first else (9 if mono else 17)
+    return _Frame(header[:4], length, 1152 if first else 576, side)
+
+
+def _first_frame(window: bytes) -> tuple[int, _Frame] | None:
+    """Offset and header of the first frame that another one of the same kind follows."""
+    at = window.find(b"\xff")
+    while at >= 0:
+        frame = _frame(window[at : at + 4])
+        if frame:
+            follower = _frame(window[at + frame.length : at + frame.length + 4])
+            if follower and follower.header[1] == frame.header[1]:
+                return at, frame
+        at = window.find(b"\xff", at + 1)
+    return None
+
+
+def _mean_frame_length(window: bytes, at: int) -> float:
+    lengths: list[int] = []
+    while len(lengths) < MP3_SAMPLED_FRAMES and (frame := _frame(window[at : at + 4])):
+        lengths.append(frame.length)
+        at += frame.length
+    return sum(lengths) / len(lengths) if lengths else 418.0  # 128 kbit/s at 44.1 kHz
+
+
+def _xing(frame: _Frame, frames: int) -> bytes:
+    """A silent frame with a Xing tag that declares `frames`; else like `frame`, at the top rate."""
+    header = bytearray(frame.header)
+    header[1] |= 1  # no CRC
+    header[2] = header[2] & 0x0D | 14 << 4  # the highest bit rate: room for the tag; no padding
+    own = _frame(bytes(header))
+    assert own is not None
+    body = bytes(header) + bytes(own.side_bytes) + b"Xing" + struct.pack(">II", 1, frames)
+    return body.ljust(own.length, b"\0")
+
+
+# ---- Ogg ----------------------------------------------------------------------------------------
+
+
+def ogg_end(read: Read, size: int) -> str | None:
+    """What is wrong with the end of an Ogg file, in words; None when it ends as it should.
+
+    Ogg declares no length. Its last page carries the end-of-stream flag, so a file that stops
+    before it, or inside a page, was cut. Walks all pages, of which it reads the headers only.
+    """
+    at = 0
+    last_flags = 0
+    while at < size:
+        page = read(at, 27 + 255)
+        if page[:4] != b"OggS":  # damage, or bytes of others behind the last page
+            step = page.find(b"OggS", 1)
+            at += step if step > 0 else max(1, len(page) - 3)
+            continue
+        table = page[27 : 27 + page[26]] if len(page) >= 27 else b""
+        length = 27 + len(table) + sum(table)
+        if not table or len(table) < page[26] or at + length > size:
+            return "stops inside a page"
+        last_flags = page[5]
+        at += length
+    return None if last_flags & 4 else "has no page that ends the stream"

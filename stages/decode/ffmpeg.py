@@ -1,0 +1,202 @@
+"""The formats that libsndfile cannot read (m4a, aac, wma, video), through the program `ffmpeg`.
+
+A file reaches ffmpeg only when its first bytes are those of a container known here, and ffmpeg is
+told which one: it never guesses, so a playlist or a script in disguise is not followed. Runs inside
+the decode child, under its limits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stages.decode.claims import Read, skip_id3
+from stages.errors import BadInput, Reason
+
+# first bytes (at an offset) -> ffmpeg's name of the container
+CONTAINERS: tuple[tuple[int, bytes, str], ...] = (
+    (4, b"ftyp", "mov"),
+    (4, b"moov", "mov"),
+    (4, b"mdat", "mov"),
+    (4, b"wide", "mov"),
+    (0, b"\x1a\x45\xdf\xa3", "matroska"),
+    (0, bytes.fromhex("3026b2758e66cf11"), "asf"),
+    (0, b"FLV\x01", "flv"),
+    (0, b"\x00\x00\x01\xba", "mpeg"),
+    (8, b"AVI LIST", "avi"),
+    (0, b"wvpk", "wv"),
+    (0, b"MAC ", "ape"),
+    (0, b"TTA1", "tta"),
+    (0, b"ADIF", "aac"),
+    (0, b"#!AMR", "amr"),
+    (0, b"DSD ", "dsf"),
+)
+OGG_CODECS_OF_LIBSNDFILE = (b"\x01vorbis", b"OpusHead")
+CAF_CODECS_OF_LIBSNDFILE = (b"lpcm", b"alac", b"ulaw", b"alaw")
+TOLERANCE_S = 0.5  # containers state milliseconds, and codec delay is counted differently
+TOLERANCE_RATIO = 0.01
+ASSUMED_BYTES_PER_S = 16000  # 128 kbit/s, where the container states no duration
+OUT_OF_MEMORY_SIGNS = ("Cannot allocate memory", "failed to map segment")
+PR_SET_PDEATHSIG = 1
+
+
+def foreign_container(read: Read) -> str | None:
+    """ffmpeg's name for a container that libsndfile does not read; None for anything else."""
+    head = read(skip_id3(read), 1024)
+    for offset, magic, name in CONTAINERS:
+        if head[offset : offset + len(magic)] == magic:
+            return name
+    if head[:1] == b"\xff" and len(head) > 1 and head[1] & 0xF6 == 0xF0:
+        return "aac"  # ADTS: the layer bits, 0 here, tell it from MP3
+    if head[:1] == head[188:189] == head[376:377] == b"\x47":
+        return "mpegts"
+    if head[:4] == b"OggS" and not any(codec in head for codec in OGG_CODECS_OF_LIBSNDFILE):
+        return "ogg"
+    if head[:4] == b"caff" and head[8:12] == b"desc":
+        return None if head[28:32] in CAF_CODECS_OF_LIBSNDFILE else "caf"
+    return None
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """An ffmpeg at work. `num_samples` per channel is None where the container does not tell."""
+
+    container: str
+    sample_rate: int
+    channels: int
+    num_samples: int | None
+    codec: str
+    process: subprocess.Popen[bytes]
+    messages: IO[bytes]
+
+    @property
+    def tolerance(self) -> int:
+        """Samples by which a correct file may differ from its container's statement."""
+        stated_s = (self.num_samples or 0) / self.sample_rate
+        return int(self.sample_rate * max(TOLERANCE_S, TOLERANCE_RATIO * stated_s))
+
+    def blocks(self, block_samples: int) -> Iterator[NDArray[np.float32]]:
+        """Float32 blocks (T, C) of at most `block_samples`. Raises BadInput when ffmpeg fails."""
+        frame_bytes = 4 * self.channels
+        while data := _read_fully(self.process, block_samples * frame_bytes):
+            whole = len(data) // frame_bytes * frame_bytes
+            yield np.frombuffer(data[:whole], dtype="<f4").reshape(-1, self.channels)
+        code = self.process.wait()
+        if code != 0:
+            raise _failure(self.messages, code)
+
+    def close(self) -> None:
+        """End ffmpeg, whatever it is doing."""
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self.messages.close()
+
+
+def open_foreign(path: bytes, container: str) -> Foreign:
+    """Start ffmpeg on the first audio stream of `path`. Raises BadInput."""
+    program = shutil.which("ffmpeg")
+    if program is None:
+        raise BadInput(
+            Reason.NEEDS_FFMPEG,
+            f"this is a {container} file, which needs ffmpeg: install it (for example "
+            "`apt-get install ffmpeg`) so that it is on PATH of every machine that decodes",
+        )
+    messages = tempfile.TemporaryFile()
+    command: list[str | bytes] = [program, "-nostdin", "-hide_banner", "-nostats", "-threads", "1"]
+    command += ["-protocol_whitelist", "file,pipe", "-f", container, "-i", b"file:" + path]
+    # WAVE on the pipe: its header tells rate and channels before the first sample.
+    command += ["-map", "0:a:0", "-c:a", "pcm_f32le", "-f", "wav", "pipe:1"]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=messages,
+        preexec_fn=_die_with_parent,
+    )
+    header = _pipe_header(process)
+    if header is None:
+        with process, messages:
+            raise _failure(messages, process.wait())
+    channels, sample_rate = header
+    banner = _text(messages)
+    stated = _stated_seconds(banner)
+    codec = re.search(r"Audio: (\w+)", banner)
+    return Foreign(
+        container=container,
+        sample_rate=sample_rate,
+        channels=channels,
+        num_samples=None if stated is None else round(stated * sample_rate),
+        codec=codec.group(1) if codec else container,
+        process=process,
+        messages=messages,
+    )
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _read_fully(process: subprocess.Popen[bytes], count: int) -> bytes:
+    assert process.stdout is not None
+    return process.stdout.read(count)
+
+
+def _pipe_header(process: subprocess.Popen[bytes]) -> tuple[int, int] | None:
+    """Channels and rate from ffmpeg's WAVE header, leaving the pipe at its first sample."""
+    if len(_read_fully(process, 12)) < 12:
+        return None
+    channels = sample_rate = 0
+    while len(chunk := _read_fully(process, 8)) == 8:
+        if chunk[:4] == b"data":
+            return channels, sample_rate
+        body = _read_fully(process, struct.unpack("<I", chunk[4:])[0])
+        if chunk[:4] == b"fmt ":
+            channels, sample_rate = struct.unpack("<HI", body[2:8])
+    return None
+
+
+def _stated_seconds(banner: str) -> float | None:
+    """The container's duration, unless it is a guess or may be that of another stream (video)."""
+    stated = re.search(r"Duration: (\d+):(\d\d):(\d\d\.\d+)", banner)
+    source = re.split("^Stream mapping:", banner, maxsplit=1, flags=re.MULTILINE)[0]
+    pictures = source.count("(attached pic)")
+    alone = len(re.findall(r"^ *Stream #0:", source, re.MULTILINE)) - pictures == 1
+    if stated is None or not alone or "Estimating duration" in banner:
+        return None
+    hours, minutes, seconds = stated.groups()
+    return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+
+
+def _text(messages: IO[bytes], tail: bool = False) -> str:
+    size = os.fstat(messages.fileno()).st_size
+    return os.pread(messages.fileno(), 1 << 16, max(0, size - 4096) if tail else 0).decode(
+        "utf-8", "replace"
+    )
+
+
+def _failure(messages: IO[bytes], code: int) -> BadInput:
+    """ffmpeg's last words, without the address that it puts before them."""
+    if code < 0:
+        return BadInput(Reason.CRASHED, f"ffmpeg was ended by {signal.Signals(-code).name}")
+    lines = [line for line in _text(messages, tail=True).splitlines() if line.strip()]
+    words = re.sub(r"^\[.*?\] |^file:.*: ", "", lines[-1]) if lines else "no message"
+    reason = Reason.UNREADABLE
+    if any(sign in words for sign in OUT_OF_MEMORY_SIGNS):
+        reason = Reason.OUT_OF_MEMORY
+    elif code in (126, 127):  # the program itself does not start
+        reason = Reason.NEEDS_FFMPEG
+    return BadInput(reason, f"ffmpeg: {words.strip()} (exit code {code})")
