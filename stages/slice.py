@@ -192,11 +192,9 @@ def _silences(
         if length <= keep:
             left = right = _quietest(rms, first, stop)
         else:
+            # The original looks between these two as well, to no effect.
             left = _quietest(rms, first, first + keep)
             right = _quietest(rms, stop - keep, stop)
-            if first > 0 and length <= 2 * keep:
-                middle = _quietest(rms, stop - keep, first + keep)
-                left, right = min(left, middle), max(right, middle)
         silences.append((0 if first == 0 else left, right))
         clip_start = right
     return silences

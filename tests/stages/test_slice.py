@@ -275,6 +275,15 @@ def test_all_silent_is_one_silent_span() -> None:
     ]
 
 
+@pytest.mark.parametrize("num_zeros", range(4000, 8000, 160))
+def test_trailing_silence_counts_from_the_interval_on(num_zeros: int) -> None:
+    wav = np.concatenate([sine(6), np.zeros(num_zeros, np.float32)])
+    audible = np.flatnonzero(rms_frames(wav, 16000, SliceConfig()) >= 0.01)
+    num_silent_frames = len(rms_frames(wav, 16000, SliceConfig())) - 1 - audible[-1]
+    spans = slice_silence(wav, 16000, SliceConfig())
+    assert spans[-1].silent == (num_silent_frames >= 15)
+
+
 def test_nothing_is_one_empty_span() -> None:
     spans = slice_silence(np.zeros(0, np.float32), 16000, SliceConfig())
     assert spans == [Span(0, 0, False)]
