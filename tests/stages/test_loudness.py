@@ -125,6 +125,23 @@ def test_no_peak_is_missed(num_samples: int, burst_at: float, seed: int) -> None
     assert true_peak == pytest.approx(true_peak_of_whole(wav), rel=1e-12)
 
 
+@pytest.mark.parametrize("offset", range(-3, 4))
+@pytest.mark.parametrize(
+    "amplitudes", [(0.3, 0.3), (0.3, 0.15), (0.1, 0.3), (0.0, 0.3), (0.3, 0.0)]
+)
+def test_the_highest_point_hides_among_low_samples(
+    offset: int, amplitudes: tuple[float, float]
+) -> None:
+    """The worst input for the filter, at a border of two blocks, below a louder smooth passage."""
+    border = 3 * PEAK_BLOCK_SAMPLES - HALF_TAPS
+    n = np.arange(-HALF_TAPS + 1, HALF_TAPS + 1) + border + offset
+    wav = np.zeros(8 * PEAK_BLOCK_SAMPLES, np.float32)
+    wav[n] = np.where(n < border, *amplitudes) * np.sign(np.sinc(border + offset + 0.5 - n))
+    highest = true_peak_of_whole(wav)
+    wav[6 * PEAK_BLOCK_SAMPLES :][:1001] = 0.99 * highest * np.hanning(1001)
+    assert peaks(wav)[1] == pytest.approx(highest, rel=1e-12)
+
+
 def test_blocks_that_cannot_matter_are_not_read_again() -> None:
     class Counted:
         reads = 0
