@@ -25,6 +25,7 @@ BACKENDS = [
     ResampleConfig(backend="torchaudio"),
     ResampleConfig(backend="torchaudio", lowpass_filter_width=64),
 ]
+PEER = ResampleConfig(quality="HQ")  # so-vits-svc
 RATES = [(44100, 16000), (48000, 44100), (22050, 44100), (16000, 44100), (96000, 44100)]
 
 
@@ -77,9 +78,6 @@ def as_so_vits_writes(case: str, source: str, mode: Literal["peak", "off"]) -> A
     return apply_gain(wav, measure(wav, 44100, LoudnessConfig(mode=mode)).gain_db)
 
 
-PEER = ResampleConfig(quality="HQ")
-
-
 @pytest.mark.parametrize(
     ("case", "source", "mode"),
     [
@@ -126,7 +124,7 @@ def test_blocks_give_the_same_bits_as_the_whole(
 
 
 @pytest.mark.parametrize("cfg", BACKENDS)
-@pytest.mark.parametrize("num_samples", [0, 1, 2, 7, 100])
+@pytest.mark.parametrize("num_samples", [0, 1, 2, 50])
 def test_short_input(cfg: ResampleConfig, num_samples: int) -> None:
     for rates in RATES:
         wav = noise(num_samples)
