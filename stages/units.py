@@ -71,7 +71,7 @@ def _normalize(
         song_units = np.concatenate([units[i] for i in indices]).astype(np.float64)  # (F, D)
         mean = song_units.mean(axis=0)
         std = song_units.std(axis=0)
-        # Rounding alone gives a constant a deviation of about 1e-8 of itself.
+        # What moves by no more than float32 rounding (1e-7 of itself) is not blown up to 1.
         varies = std > 1e-6 * np.abs(mean)
         scale = np.where(varies, 1 / np.where(varies, std, 1.0), 0.0)
         for i in indices:

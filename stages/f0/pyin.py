@@ -13,6 +13,8 @@ from stages.f0.config import F0Config
 from stages.frames import Track
 from stages.types import Array
 
+_OCTAVES_A_SECOND = 35.92  # that a pitch moves at most; librosa's default
+
 
 def pyin(wav: Array, sample_rate: int, cfg: F0Config) -> Track:
     """f0 in Hz and the samples that its values belong to."""
@@ -21,6 +23,10 @@ def pyin(wav: Array, sample_rate: int, cfg: F0Config) -> Track:
     # Half the window is correlated at lags up to the other half: the longest period must fit.
     longest_period = int(np.ceil(sample_rate / cfg.f0_min))
     frame_length = 1 << (2 * longest_period + 3).bit_length()
+    # The path may move by so much in a frame; librosa fails where that is more than the range.
+    range_semitones = int(12 * np.log2(cfg.f0_max / cfg.f0_min))
+    hops_a_second = sample_rate / cfg.hop_length
+    octaves_a_second = min(_OCTAVES_A_SECOND, range_semitones / 12 * hops_a_second)
     f0, voiced, probability = librosa.pyin(
         wav,
         fmin=cfg.f0_min,
@@ -28,6 +34,7 @@ def pyin(wav: Array, sample_rate: int, cfg: F0Config) -> Track:
         sr=sample_rate,
         frame_length=frame_length,
         hop_length=cfg.hop_length,
+        max_transition_rate=octaves_a_second,
         fill_na=None,
     )
     if cfg.voicing_threshold is not None:

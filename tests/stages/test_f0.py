@@ -102,6 +102,15 @@ def test_a_tone_beyond_the_range_gives_no_pitch_beyond_the_range(method: str) ->
     assert ((f0 == 0) | ((f0 >= cfg.f0_min) & (f0 <= cfg.f0_max))).all()
 
 
+@pytest.mark.parametrize("f0_min, f0_max", [(150, 200), (200, 400), (215, 225), (219, 221)])
+@pytest.mark.parametrize("hop_length", [128, 2048])
+def test_a_narrow_range_holds(method: str, f0_min: float, f0_max: float, hop_length: int) -> None:
+    wav = harmonic(np.linspace(150, 400, RATE // 2), RATE)
+    cfg = F0Config(method=method, f0_min=f0_min, f0_max=f0_max, hop_length=hop_length)  # type: ignore[arg-type]
+    f0 = estimate_f0(wav, RATE, cfg)
+    assert ((f0 == 0) | ((f0 >= f0_min) & (f0 <= f0_max))).all()
+
+
 @pytest.mark.parametrize("fault", [np.nan, np.inf, -np.inf])
 def test_samples_that_are_not_finite_are_refused(method: str, fault: float) -> None:
     wav = harmonic(np.full(RATE // 2, 220.0), RATE)
@@ -158,7 +167,7 @@ def test_frame_i_is_the_pitch_at_sample_i_hop(
 
 
 def test_the_peer_runs_ahead_by_most_of_a_hop() -> None:
-    """Why `align` exists: Praat gives 83 of 87 frames, and the peer puts its first at 2, not 2.95."""
+    """Why `align` exists: Praat gives 83 of 87 frames; the first, at 2.95 hops, becomes frame 2."""
     num_samples = 45000
     _, times = praat_track(harmonic(np.full(num_samples, 200.0), RATE), RATE, F0Config())
     missing = num_samples // HOP - len(times)
@@ -326,6 +335,16 @@ def test_peer_contours_of_the_whole_recording(
     theirs = f"vocadito_full/sr44100_hop512_plenNone/{ {'praat': 'pm'}.get(method, method) }"
     np.testing.assert_array_equal(f0 > 0, reference[f"{theirs}/uv"] == 1)
     assert_same_contour(fill_unvoiced(f0, RATE, HOP), reference[f"{theirs}/f0"])
+
+
+def test_what_an_estimator_finds_outside_its_range_is_unvoiced(five_seconds: Array) -> None:
+    """StoneMask moves three of DIO's values here above the limit that DIO kept."""
+    wav = five_seconds[: 2 * RATE]
+    cfg = F0Config(method="dio", f0_min=200, f0_max=400)
+    raw, _ = world_track("dio", wav, RATE, cfg)
+    assert raw.max() > 400
+    f0 = estimate_f0(wav, RATE, cfg)
+    assert 0 < f0.max() <= 400
 
 
 @pytest.mark.parametrize("method", sorted(PEERS))

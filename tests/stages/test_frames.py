@@ -44,6 +44,10 @@ def test_nearest_never_makes_new_values() -> None:
 def test_beyond_both_ends_is_unvoiced() -> None:
     out = resize_contour(np.full(3, 150.0), np.array([4.0, 5.0, 6.0]) * HOP, 10, HOP)
     np.testing.assert_array_equal(np.flatnonzero(out), [4, 5, 6])
+    near = resize_contour(np.full(3, 150.0), np.array([3.6, 4.6, 5.6]) * HOP, 10, HOP)
+    np.testing.assert_array_equal(np.flatnonzero(near), [4, 5, 6])  # 3 is 0.6 steps before
+    far = resize_contour(np.full(3, 150.0), np.array([3.4, 4.4, 5.4]) * HOP, 10, HOP)
+    np.testing.assert_array_equal(np.flatnonzero(far), [3, 4, 5])  # 6 is 0.6 steps behind
 
 
 def test_no_value_and_one_value() -> None:

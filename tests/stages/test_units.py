@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from torch import Tensor
 
 from models.encoders import ENCODERS, load_encoder
 from stages.resample import ResampleConfig, resample
@@ -83,9 +85,26 @@ def test_normalised_per_song() -> None:
     np.testing.assert_array_equal(units[2], alone[1])
 
 
+class Steady:
+    """An encoder of three dimensions: one moves by a rounding, one with the clip, one never."""
+
+    name = "steady"
+    sample_rate = RATE
+    hop_length = RATE // 50
+    dim = 3
+
+    def encode(self, wavs: Sequence[Tensor]) -> list[Tensor]:
+        frames = [wav[:: self.hop_length] for wav in wavs]
+        return [torch.stack([0.1 + 1e-8 * (f > 0), f, torch.zeros_like(f)], 1) for f in frames]
+
+
 def test_what_never_changes_becomes_zero() -> None:
-    (units,) = encode([np.zeros(RATE, np.float32)], ["a"], normalize="song")
-    np.testing.assert_array_equal(units, np.zeros_like(units))
+    cfg = EncoderConfig(normalize="song")
+    clips = [noise(7 * RATE, 0), noise(3 * RATE, 1)]
+    units = encode_units(clips, ["a", "a"], RATE, Steady(), cfg, ResampleConfig())
+    song = np.concatenate(units)
+    np.testing.assert_array_equal(song[:, [0, 2]], np.zeros((500, 2)))
+    assert song[:, 1].std() == pytest.approx(1)
 
 
 # Bytes
