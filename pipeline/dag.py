@@ -5,10 +5,12 @@ Ray schedules, retries and restarts; what is written once is decided by the plan
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Ray writes to our terminal what is no trouble of ours (restartable actors, lost workers).
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -23,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import models
 import pipeline
 import stages
-from pipeline.config import ExtractConfig, WorkersConfig
+from pipeline.config import ExtractConfig
 from pipeline.errors import SongBug, UserError
 from pipeline.plan import Task
 from pipeline.progress import Board
@@ -36,6 +40,7 @@ from pipeline.workers import (
     probe_song,
     read_result,
     task_row,
+    threads_of,
 )
 
 # A worker's memory: libraries and one song's buffers, then what each minute of its task adds
@@ -54,9 +59,9 @@ class Pools:
 
 
 @contextmanager
-def connected(address: str | None, config: WorkersConfig) -> Iterator[None]:
+def connected(address: str | None, config: ExtractConfig) -> Iterator[None]:
     """A Ray connection: to `address`, or to a cluster of this machine that ends with the run."""
-    threads = str(max(1, int(config.cpus_per_worker)))
+    threads = str(threads_of(config))
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
     environment: dict[str, str] = dict.fromkeys(names, threads)
     runtime_env: dict[str, Any] = {"env_vars": environment}
@@ -64,8 +69,8 @@ def connected(address: str | None, config: WorkersConfig) -> Iterator[None]:
     if address is None:
         environment["PYTHONPATH"] = os.pathsep.join([str(_source_root()), *_python_path()])
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        store_gb = config.object_store_gb or min(4.0, max(0.1, memory / 2**30 / 10))
-        ray.init(
+        store_gb = config.workers.object_store_gb or min(4.0, max(0.1, memory / 2**30 / 10))
+        _init(
             "local",
             num_cpus=len(os.sched_getaffinity(0)),
             object_store_memory=int(store_gb * 2**30),
@@ -77,13 +82,25 @@ def connected(address: str | None, config: WorkersConfig) -> Iterator[None]:
         # Other machines get our code from here; the libraries must be installed there.
         runtime_env["py_modules"] = [str(Path(m.__path__[0])) for m in (pipeline, stages, models)]
         try:
-            ray.init(address, runtime_env=runtime_env, **quiet)
+            _init(address, runtime_env=runtime_env, **quiet)
         except ConnectionError as error:
             raise UserError(f"no Ray cluster answers at {address}: {error}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _init(address: str, **options: Any) -> None:
+    """`ray.init`, without the line by which it announces its log level on our stderr."""
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        ray.init(address, **options)
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _source_root() -> Path:
@@ -150,7 +167,6 @@ def check_nodes(dataset: Path, corpus: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(token)
 
-    @ray.remote(num_cpus=0)
     def look() -> str:
         try:
             if path.read_text() != token:
@@ -162,9 +178,11 @@ def check_nodes(dataset: Path, corpus: Path) -> None:
 
     try:
         answers = {
-            node["NodeManagerHostname"] + " " + node["NodeManagerAddress"]: look.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote()
+            node["NodeManagerHostname"] + " " + node["NodeManagerAddress"]: ray.remote(num_cpus=0)(
+                look
+            )
+            .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+            .remote()
             for node in living_nodes()
         }
         for name, answer in answers.items():
@@ -179,24 +197,31 @@ def check_nodes(dataset: Path, corpus: Path) -> None:
 
 
 def run_graph(
-    job: Job, tasks: Mapping[int, Task], crashed: Mapping[int, set[str]], pools: Pools, board: Any
+    job: Job,
+    tasks: Mapping[int, Task],
+    crashed: Mapping[int, Collection[str]],
+    pools: Pools,
+    board: Any,
 ) -> Iterator[TaskResult]:
     """Results of the tasks as they end. A task whose worker died too often gives none."""
     workers = job.config.workers
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.execution_options.verbose_progress = False
     context.execution_options.preserve_order = False
-    context.max_errored_blocks = -1
-    context.wait_for_min_actors_s = 600
+    context.max_errored_blocks = -1  # a task whose worker keeps dying is dropped, and we notice
+    context.max_consecutive_actor_init_deaths = -1
+    context.execution_no_progress_timeout_s = -1  # it sees only whole tasks; long ones are well
     context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # max_task_retries has no named parameter yet; without it a poisonous task is retried for ever.
+    warnings.filterwarnings("ignore", category=ray.util.annotations.RayDeprecationWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\.data")
     options = {
         "batch_size": 1,
         "batch_format": "pyarrow",
         "zero_copy_batch": True,
         "memory": pools.worker_memory,
         "max_task_retries": workers.max_task_retries,
-        "max_restarts": -1,
     }
     rows = [task_row(index, crashed.get(index, ())) for index in tasks]
     data = ray.data.from_items(rows, override_num_blocks=len(rows))

@@ -103,7 +103,7 @@ def extract(
         outcome = Outcome(Account())
         tasks, footers = _update_plan(dataset, corpus, config, options, outcome, console)
         missing = {index: task for index, task in tasks.items() if index not in footers}
-        outcome.notices += _mixed_environment(footers)
+        outcome.notices += _mixed_environment(footers, config)
         if missing:
             hours = sum(task.duration_s for task in missing.values()) / 3600
             console.print(
@@ -298,7 +298,7 @@ def _differences(
 
 
 def _quarantined_sources(corpus: Corpus, footers: dict[int, Footer]) -> list[Source]:
-    latest = {}
+    latest: dict[str, str] = {}
     for _, footer in sorted(footers.items()):
         latest |= {entry.song_id: entry.status for entry in footer.ledger}
     return [source for source in corpus.songs if latest.get(source.song_id) == QUARANTINED]
@@ -431,6 +431,7 @@ def _run_rounds(
                 for stage, seconds in result.stage_s.items():
                     stage_s[stage] += seconds
         for index in sorted(set(waiting) - reported):
+            outcome.notices.append(f"task {index}: workers died on it; its songs were tried alone")
             killers = find_killers(waiting[index])
             crashed[index] |= killers
             if killers:
@@ -474,7 +475,7 @@ def _ray_session(
 
     from pipeline import dag
 
-    with dag.connected(options.ray_address, job.config.workers):
+    with dag.connected(options.ray_address, job.config):
         nodes = [node["Resources"] for node in dag.living_nodes()]
         pools = dag.plan_pools(nodes, missing, job.config)
         dag.check_nodes(job.dataset, job.corpus)
@@ -497,11 +498,11 @@ def _checkpoint_hashes(settings: dict[str, Any]) -> tuple[str | None, ...]:
     return (settings.get("encoder.checkpoint_sha256"),)
 
 
-def _mixed_environment(footers: dict[int, Footer]) -> list[str]:
+def _mixed_environment(footers: dict[int, Footer], config: ExtractConfig) -> list[str]:
     """A word of warning when a run resumes what other libraries or machines began."""
-    from pipeline.workers import environment
+    from pipeline.workers import environment, threads_of
 
-    here = environment()
+    here = environment(threads_of(config))
     differing = {
         key: sorted({footer.environment.get(key, "?"), value})
         for footer in footers.values()

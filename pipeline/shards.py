@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import StorageFault, UserError
 from pipeline.ledger import SongEntry
+from stages.pcm import Subtype
 
 ROW_GROUP_CLIPS = 32
 QUALITY_COLUMNS = ("clipping_ratio", "silence_ratio", "voiced_ratio", "snr_db", "bandwidth_hz")
@@ -73,7 +74,7 @@ class Footer:
     task_id: str
     sample_rate: int
     hop_length: int
-    subtype: str
+    subtype: Subtype
     f0_method: str
     encoders: list[EncoderIdentity]
     environment: dict[str, str]  # what may change last bits: libraries, devices, threads

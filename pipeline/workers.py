@@ -15,7 +15,7 @@ import platform
 import shutil
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, overload
@@ -40,7 +40,7 @@ from stages.chain import PreparedSong, StageClock, prepare_song
 from stages.decode import Decoder
 from stages.errors import BadInput, Reason
 from stages.flac import decode_flac, encode_flac
-from stages.pcm import dequantise
+from stages.pcm import Subtype, dequantise
 from stages.types import Array
 from stages.units import encode_units, pack_units
 
@@ -106,6 +106,7 @@ class CpuHalf:
     """decode, resample, slice, loudness, quantise, f0 and quality of a task's songs."""
 
     def __init__(self, job: Job, heartbeat: Heartbeat) -> None:
+        _limit_threads(job.config)
         self.job = job
         self.heartbeat = heartbeat
         self.tasks = load_plan(job.dataset)
@@ -161,6 +162,7 @@ class UnitsHalf:
     """Units of a task's clips by every encoder, then the commit of its shard."""
 
     def __init__(self, job: Job) -> None:
+        _limit_threads(job.config)
         self.job = job
         self.tasks = load_plan(job.dataset)
         self.encoders = []
@@ -213,7 +215,7 @@ class UnitsHalf:
             subtype=config.audio.subtype,
             f0_method=config.f0.method,
             encoders=self.identities,
-            environment=environment(),
+            environment=environment(threads_of(config)),
             ledger=ledger,
         )
 
@@ -235,7 +237,7 @@ class ExtractTask:
 
     def __call__(self, row: pa.Table) -> pa.Table:
         task, crashed = _unpack_row(row)
-        return result_row(_guarded(task, lambda clock: self._run(task, crashed, clock)))
+        return _guarded(task, lambda clock: self._run(task, crashed, clock))
 
     def _run(self, task: int, crashed: list[str], clock: StageClock) -> None:
         self.units.finish(task, *self.cpu.prepare(task, crashed, clock), clock)
@@ -257,17 +259,16 @@ class PrepareTask:
 
     def __call__(self, row: pa.Table) -> pa.Table:
         task, crashed = _unpack_row(row)
+        return _guarded(task, lambda clock: self._run(task, crashed, clock))
+
+    def _run(self, task: int, crashed: list[str], clock: StageClock) -> bytes:
+        clips, ledger = self.cpu.prepare(task, crashed, clock)
+        entries = json.dumps([asdict(entry) for entry in ledger])
+        clips = clips.replace_schema_metadata({"ledger": entries})
         buffer = pa.BufferOutputStream()
-
-        def run(clock: StageClock) -> None:
-            clips, ledger = self.cpu.prepare(task, crashed, clock)
-            entries = json.dumps([asdict(entry) for entry in ledger])
-            clips = clips.replace_schema_metadata({"ledger": entries})
-            with pa.ipc.new_stream(buffer, clips.schema) as stream:
-                stream.write_table(clips)
-
-        result = _guarded(task, run)
-        return result_row(result, buffer.getvalue() if result.status == COMMITTED else None)
+        with pa.ipc.new_stream(buffer, clips.schema) as stream:
+            stream.write_table(clips)
+        return bytes(buffer.getvalue())
 
 
 class FinishTask:
@@ -292,7 +293,7 @@ class FinishTask:
             ledger = [SongEntry.from_dict(entry) for entry in entries]
             self.units.finish(before.task, clips, ledger, clock)
 
-        return result_row(_guarded(before.task, run))
+        return _guarded(before.task, run)
 
 
 def probe_song(job: Job, task: int, song_id: str) -> None:
@@ -305,7 +306,7 @@ def probe_song(job: Job, task: int, song_id: str) -> None:
         cpu.close()
 
 
-def task_row(task: int, crashed: Sequence[str] = ()) -> dict[str, Any]:
+def task_row(task: int, crashed: Collection[str] = ()) -> dict[str, Any]:
     """The row that stands for a task at the start of the graph."""
     return {"task": task, "crashed": json.dumps(sorted(crashed))}
 
@@ -314,7 +315,7 @@ def _unpack_row(row: pa.Table) -> tuple[int, list[str]]:
     return row["task"][0].as_py(), json.loads(row["crashed"][0].as_py())
 
 
-def result_row(result: TaskResult, clips: pa.Buffer | None = None) -> pa.Table:
+def result_row(result: TaskResult, clips: bytes | None = None) -> pa.Table:
     data = pa.array([clips], pa.large_binary())
     return pa.table({"result": [json.dumps(asdict(result))], "clips": data})
 
@@ -323,17 +324,21 @@ def read_result(row: pa.Table) -> TaskResult:
     return TaskResult(**json.loads(row["result"][0].as_py()))
 
 
-def _guarded(task: int, run: Callable[[StageClock], None]) -> TaskResult:
-    """Run a task; its faults become a row, so that the driver decides and Ray does not retry."""
+def _guarded(task: int, run: Callable[[StageClock], bytes | None]) -> pa.Table:
+    """The row a task gives. Its faults become a row too: the driver decides, Ray does not retry.
+
+    run: gives the clips that the next operator is to finish, or None when the task is committed.
+    """
     clock = StageClock()
     try:
-        run(clock)
+        clips = run(clock)
+        return result_row(TaskResult(task, COMMITTED, stage_s=dict(clock.seconds)), clips)
     except OSError as error:
         words = f"{storage_fault(error)}{_notes(error)}"
-        return TaskResult(task, STORAGE, detail=words, disk_full=is_disk_full(error))
+        return result_row(TaskResult(task, STORAGE, words, is_disk_full(error)))
     except Exception as error:  # noqa: BLE001  the driver names the song and stops the run
-        return TaskResult(task, BUG, detail="".join(traceback.format_exception(error)))
-    return TaskResult(task, COMMITTED, stage_s=dict(clock.seconds))
+        words = "".join(traceback.format_exception(error))
+        return result_row(TaskResult(task, BUG, words))
 
 
 def _notes(error: BaseException) -> str:
@@ -377,7 +382,7 @@ def _clip_table(planned: PlannedSong, song: PreparedSong, config: ExtractConfig)
 class _DecodedClips(Sequence[Array]):
     """Clips of a column of FLAC, decoded one at a time as they are read."""
 
-    def __init__(self, audio: pa.ChunkedArray, subtype: str) -> None:
+    def __init__(self, audio: pa.ChunkedArray, subtype: Subtype) -> None:
         self.flac = audio.combine_chunks().field("bytes") if len(audio) else []
         self.subtype = subtype
 
@@ -396,6 +401,17 @@ class _DecodedClips(Sequence[Array]):
         return dequantise(decode_flac(self.flac[index].as_py(), self.subtype), self.subtype)
 
 
+def threads_of(config: ExtractConfig) -> int:
+    """Threads of a worker: as many as it has CPUs, so that N workers do not fight."""
+    return max(1, int(config.workers.cpus_per_worker))
+
+
+def _limit_threads(config: ExtractConfig) -> None:
+    import torch
+
+    torch.set_num_threads(threads_of(config))
+
+
 def _device(choice: str) -> str:
     if choice != "auto":
         return choice
@@ -405,7 +421,7 @@ def _device(choice: str) -> str:
 
 
 @functools.cache
-def environment() -> dict[str, str]:
+def environment(threads: int) -> dict[str, str]:
     """What may change last bits of the output without changing its meaning."""
     libraries = ("numpy", "scipy", "torch", "librosa", "soxr", "soundfile", "pyloudnorm")
     estimators = ("praat-parselmouth", "pyworld", "pyarrow")
@@ -415,7 +431,7 @@ def environment() -> dict[str, str]:
     return versions | {
         "machine": platform.machine(),
         "cpu": _cpu_model(),
-        "threads": str(torch.get_num_threads()),
+        "threads": str(threads),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 

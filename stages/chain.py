@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from stages.decode import DecodeConfig, Decoder, Header
 from stages.errors import Dropped, Reason
 from stages.f0 import F0Config, estimate_f0
 from stages.loudness import LoudnessConfig, LoudnessReading, apply_gain, measure
-from stages.pcm import dequantise, quantise
+from stages.pcm import Subtype, dequantise, quantise
 from stages.quality import Quality, QualityConfig, measure_quality, unwanted
 from stages.resample import ResampleConfig
 from stages.slice import SliceConfig, Span, kept_spans, slice_silence
@@ -34,7 +34,7 @@ class AudioConfig:
     """What a clip's samples are: rate in Hz, integer subtype they are quantised to."""
 
     sample_rate: int = 44100
-    subtype: Literal["PCM_16", "PCM_24"] = "PCM_16"
+    subtype: Subtype = "PCM_16"
 
     def __post_init__(self) -> None:
         if not 8000 <= self.sample_rate <= 192000:
@@ -61,7 +61,7 @@ class Clip:
     """A stretch of a song between silences, as a trainer will see it."""
 
     span: Span
-    samples: NDArray[np.integer]  # (T,) integers of `audio.subtype`, gain applied
+    samples: NDArray[np.integer[Any]]  # (T,) integers of `audio.subtype`, gain applied
     f0: Array  # (F,) Hz at hop_length, 0 = unvoiced
     reading: LoudnessReading
     quality: Quality

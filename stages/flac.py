@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import soundfile as sf
 from numpy.typing import NDArray
 
+from stages.pcm import Subtype
+
 # Level 0.5 of libsndfile: 9 % smaller than level 0 for a fifth more time; 1.0 doubles the time.
 _COMPRESSION_LEVEL = 0.5
 
 
-def encode_flac(samples: NDArray[np.integer], sample_rate: int, subtype: str) -> bytes:
+def encode_flac(samples: NDArray[np.integer[Any]], sample_rate: int, subtype: Subtype) -> bytes:
     """samples: (T,) int16, or int32 that holds 24-bit values, as `stages.pcm.quantise` gives."""
     buffer = io.BytesIO()
     if subtype == "PCM_24":
@@ -24,10 +27,11 @@ def encode_flac(samples: NDArray[np.integer], sample_rate: int, subtype: str) ->
     return buffer.getvalue()
 
 
-def decode_flac(data: bytes, subtype: str) -> NDArray[np.integer]:
+def decode_flac(data: bytes, subtype: Subtype) -> NDArray[np.integer[Any]]:
     """(T,) integers, exactly those given to `encode_flac`.
 
     Raises: soundfile.LibsndfileError when the bytes are damaged.
     """
-    samples, _ = sf.read(io.BytesIO(data), dtype="int16" if subtype == "PCM_16" else "int32")
+    dtype = "int16" if subtype == "PCM_16" else "int32"
+    samples: NDArray[np.integer[Any]] = sf.read(io.BytesIO(data), dtype=dtype)[0]
     return samples >> 8 if subtype == "PCM_24" else samples

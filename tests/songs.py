@@ -20,9 +20,7 @@ def tune(
     return (wav + 1e-4 * rng.standard_normal(len(t))).astype(np.float32)
 
 
-def make_songs(
-    folder: Path, speakers: int = 3, songs: int = 2, seconds: float = 6.0
-) -> list[Path]:
+def make_songs(folder: Path, speakers: int = 3, songs: int = 2, seconds: float = 6.0) -> list[Path]:
     """`folder/spkN/songM.(wav|flac)`, each of another pitch, length and rate."""
     paths = []
     for speaker in range(speakers):

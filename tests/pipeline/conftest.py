@@ -28,7 +28,8 @@ def run_extract() -> Extract:
         corpus: Path, dataset: Path, overrides: list[str] | None = None, **options: object
     ) -> Outcome:
         options = {"local": True, **options}
-        config = load_config(None, [*FAST, *(overrides or [])])
+        by_key = {word.partition("=")[0]: word for word in [*FAST, *(overrides or [])]}
+        config = load_config(None, list(by_key.values()))
         console = Console(file=io.StringIO())
         return extract(corpus, dataset, config, ExtractOptions(**options), console)
 

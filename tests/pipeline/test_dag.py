@@ -132,7 +132,13 @@ def test_ray_writes_the_same_bytes_as_one_process(
     outcome = run_extract(corpus, tmp_path / "ray", local=False)
     assert outcome.account.problems == []
     assert set(outcome.stage_s) == {
-        "decode", "slice", "loudness", "f0", "quality", "units", "write"
+        "decode",
+        "slice",
+        "loudness",
+        "f0",
+        "quality",
+        "units",
+        "write",
     }
     assert shard_hashes(tmp_path / "ray") == shard_hashes(tmp_path / "local")
 

@@ -144,7 +144,8 @@ def test_a_song_that_changed_before_its_task_ran_is_planned_anew(
 ) -> None:
     run_extract(writable_corpus, tmp_path / "d")
     task = next(
-        t for t in load_plan(tmp_path / "d").values()
+        t
+        for t in load_plan(tmp_path / "d").values()
         if any(s.song_id == "spk1/song0.wav" for s in t.songs)
     )
     (tmp_path / "d" / "data" / task.shard_name).unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,15 +12,39 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+import soundfile as sf
 
 from pipeline.shards import iter_shards
 from pipeline.verify import verify
 from tests.pipeline.conftest import FAST, Extract, shard_hashes
+from tests.songs import tune
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.ray
+
+
+# Runs in every Python process of the run: pyworld.dio dies on songs whose peak is 0.123.
+CRASHING_PYWORLD = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pyworld":
+            sys.meta_path.remove(self)
+            import pyworld
+            dio = pyworld.dio
+            def crash(wav, *args, **options):
+                if abs(float(abs(wav).max()) - 0.123) < 2e-4:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return dio(wav, *args, **options)
+            pyworld.dio = crash
+            return pyworld.__spec__
+
+sys.meta_path.insert(0, Finder())
+"""
 
 
 def start(corpus: Path, dataset: Path, *more: str, **environment: str) -> psutil.Popen:
@@ -80,7 +105,7 @@ def strike(
 ) -> None:
     """Kill at a random moment after the first workers are up, or a little into the next shard."""
     shards = len(iter_shards(dataset)) + rng.randint(0, 2)
-    while run.poll() is None and len(iter_shards(dataset)) < shards or not workers(run):
+    while (run.poll() is None and len(iter_shards(dataset)) < shards) or not workers(run):
         if run.poll() is not None:
             return
         time.sleep(0.02)
@@ -132,34 +157,12 @@ def test_ctrl_c_stops_within_seconds_and_says_how_to_resume(
 def test_a_song_that_kills_its_worker_is_quarantined_alone(corpus: Path, tmp_path: Path) -> None:
     """A native library that crashes on one song, as segfaults do: the process dies each time."""
     (tmp_path / "faulty").mkdir()
-    (tmp_path / "faulty" / "sitecustomize.py").write_text(
-        "import os, signal, sys\n"
-        "class Finder:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name != 'pyworld': return None\n"
-        "        sys.meta_path.remove(self)\n"
-        "        import pyworld\n"
-        "        dio = pyworld.dio\n"
-        "        def crash(x, *a, **k):\n"
-        "            if abs(float(abs(x).max()) - 0.123) < 2e-4: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "            return dio(x, *a, **k)\n"
-        "        pyworld.dio = crash\n"
-        "        return pyworld.__spec__\n"
-        "sys.meta_path.insert(0, Finder())\n"
-    )
-    import numpy as np
-    import shutil
-    import soundfile as sf
-
-    from tests.songs import tune
-
+    (tmp_path / "faulty" / "sitecustomize.py").write_text(CRASHING_PYWORLD)
     poisoned = Path(shutil.copytree(corpus, tmp_path / "corpus"))
     wav = tune(2.0)
     sf.write(poisoned / "spk1" / "killer.wav", wav / np.abs(wav).max() * 0.123, 44100)
     settings = ["loudness.mode=off", "workers.max_task_retries=1"]
-    output = finish(
-        poisoned, tmp_path / "d", *settings, PYTHONPATH=str(tmp_path / "faulty")
-    )
+    output = finish(poisoned, tmp_path / "d", *settings, PYTHONPATH=str(tmp_path / "faulty"))
     assert "workers died on spk1/killer.wav" in output
     result = verify(tmp_path / "d")
     assert result.problems == []

@@ -1,0 +1,84 @@
+"""The command as a user types it: words and exit statuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.pipeline.conftest import FAST
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def cantor(*words: object, status: int = 0) -> str:
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "run_pipeline.py"), *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+    assert run.returncode == status, run.stdout + run.stderr
+    assert "Traceback" not in run.stdout + run.stderr
+    return run.stdout + run.stderr
+
+
+def test_no_arguments_print_help() -> None:
+    output = cantor(status=2)
+    assert "extract" in output and "verify" in output and "report" in output
+
+
+def test_help_of_extract_names_the_options() -> None:
+    output = cantor("extract", "--help")
+    for option in ("--config", "--ray-address", "--dry-run", "--retry-quarantined", "--json"):
+        assert option in output
+
+
+def test_print_config_is_yaml_of_everything() -> None:
+    printed = yaml.safe_load(cantor("extract", "--print-config", "f0.method=dio"))
+    assert printed["f0"]["method"] == "dio"
+    assert set(printed) >= {"audio", "slice", "loudness", "encoder", "plan", "workers"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["extract"], "name a CORPUS"),
+        (["extract", "/nowhere/at/all", "d"], "no corpus at /nowhere/at/all"),
+        (["extract", "c", "d", "f0.metod=dio"], "did you mean 'f0.method'"),
+        (["verify", "/nowhere/at/all"], "is not a dataset"),
+        (["report", "/nowhere/at/all"], "is not a dataset"),
+    ],
+)
+def test_faults_are_one_sentence_and_status_2(words: list[str], said: str, tmp_path: Path) -> None:
+    words = [str(tmp_path / word) if word in ("c", "d") else word for word in words]
+    assert said in " ".join(cantor(*words, status=2).split())
+
+
+def test_a_run_ends_with_a_table_and_json(corpus: Path, tmp_path: Path) -> None:
+    output = cantor(
+        "extract", corpus, tmp_path / "d", *FAST, "--local", "--json", tmp_path / "s.json"
+    )
+    assert "6 kept" in output and "1 filtered: silent" in output and "real time" in output
+    numbers = json.loads((tmp_path / "s.json").read_text())
+    assert (numbers["songs"], numbers["kept"], numbers["filtered"]) == (7, 6, {"silent": 1})
+    assert numbers["problems"] == []
+    again = cantor("extract", corpus, tmp_path / "d", *FAST)
+    assert "nothing to do" in again
+    assert "the dataset is whole" in cantor("verify", tmp_path / "d")
+    shard = next((tmp_path / "d" / "data").glob("*.parquet"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 3] ^= 1
+    shard.write_bytes(data)
+    assert "PROBLEM" in cantor("verify", tmp_path / "d", status=1)
+
+
+def test_dry_run_says_what_would_run(corpus: Path, tmp_path: Path) -> None:
+    output = cantor("extract", corpus, tmp_path / "d", *FAST, "--dry-run")
+    assert "7 songs of 4 speakers" in output and "nothing was written" in output
+    assert not (tmp_path / "d").exists()
