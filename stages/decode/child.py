@@ -27,12 +27,11 @@ import soundfile
 from numpy.typing import NDArray
 
 from models.torchaudio_compat import import_torchaudio
-from stages.decode.claims import MP3_TOLERANCE, ogg_end, read_claim
+from stages.decode.claims import MP3_TOLERANCE, read_claim, scan_ogg
 from stages.decode.decoder import OUT_OF_MEMORY_EXIT, DecodeConfig, Header
 from stages.decode.ffmpeg import (
     ASSUMED_BYTES_PER_S,
     PR_SET_PDEATHSIG,
-    Foreign,
     foreign_container,
     open_foreign,
 )
@@ -164,24 +163,24 @@ class Song:
 
 
 @contextlib.contextmanager
-def open_song(path: bytes, cfg: DecodeConfig) -> Iterator[Song]:
-    """Raises BadInput for what the header alone shows."""
+def open_song(path: bytes, cfg: DecodeConfig, thorough: bool) -> Iterator[Song]:
+    """Raises BadInput for what the header shows; `thorough`: for what the pages of an Ogg show."""
     with contextlib.closing(Source(path)) as source:
         container = foreign_container(source.read_at)
         if container is None:
-            with _open_native(source) as song:
+            with _open_native(source, thorough) as song:
                 if song is not None:
                     _check_header(song.header, cfg)
                     yield song
                     return
             container = "ogg"
-        with _open_with_ffmpeg(source, container) as song:
+        with _open_with_ffmpeg(source, container, thorough) as song:
             _check_header(song.header, cfg)
             yield song
 
 
 @contextlib.contextmanager
-def _open_native(source: Source) -> Iterator[Song | None]:
+def _open_native(source: Source, thorough: bool) -> Iterator[Song | None]:
     """Through libsndfile. None for a chain of Ogg streams, of which it reads only the first."""
     claim = read_claim(source.read_at, source.size)
     if claim.shortage:
@@ -192,16 +191,18 @@ def _open_native(source: Source) -> Iterator[Song | None]:
     except soundfile.LibsndfileError as error:
         source.check()
         if source.read_at(0, 4) == b"OggS":
-            _check_ogg_end(source)
+            _scan_ogg(source)
         raise _unreadable(error) from None
     with sound:
         source.check()
         frames = sound.frames if sound.frames < UNKNOWN_FRAMES else None
-        if sound.format == "OGG" and frames is None:
-            yield None
-            return
-        if sound.format == "OGG" and frames == 0:
-            _check_ogg_end(source)
+        if sound.format == "OGG":
+            chained = frames is None
+            if frames == 0 or (thorough and not chained):
+                chained = _scan_ogg(source, f", after {frames} samples")
+            if chained:
+                yield None
+                return
         declared = claim.num_samples
         if declared is None and claim.estimate is None and sound.subtype not in MPEG_WITHOUT_COUNT:
             declared = frames
@@ -231,13 +232,14 @@ def _native_blocks(source: Source, sound: Sound, block_samples: int) -> Iterator
         source.check()
         if count:
             yield buffer[:count]
-    if sound.format == "OGG":
-        _check_ogg_end(source)
 
 
-def _check_ogg_end(source: Source) -> None:
-    if flaw := ogg_end(source.read_at, source.size):
-        raise BadInput(Reason.TRUNCATED, f"the Ogg stream {flaw}")
+def _scan_ogg(source: Source, after: str = "") -> bool:
+    """Whether streams follow one another. Raises BadInput where the last one was cut."""
+    pages = scan_ogg(source.read_at, source.size)
+    if pages.flaw:
+        raise BadInput(Reason.TRUNCATED, f"the Ogg file {pages.flaw}{after}")
+    return pages.chained
 
 
 def _unreadable(error: soundfile.LibsndfileError) -> Exception:
@@ -254,9 +256,10 @@ def _guess_flac(size: int, sound: Sound) -> int:
 
 
 @contextlib.contextmanager
-def _open_with_ffmpeg(source: Source, container: str) -> Iterator[Song]:
+def _open_with_ffmpeg(source: Source, container: str, thorough: bool) -> Iterator[Song]:
     try:
         with contextlib.closing(open_foreign(source.path, container)) as foreign:
+            chained = container == "ogg" and thorough and _scan_ogg(source)
             guess = source.size * foreign.sample_rate // ASSUMED_BYTES_PER_S
             yield Song(
                 header=Header(
@@ -265,20 +268,14 @@ def _open_with_ffmpeg(source: Source, container: str) -> Iterator[Song]:
                     guess if foreign.num_samples is None else foreign.num_samples,
                     f"{foreign.codec} (ffmpeg)",
                 ),
-                declared=foreign.num_samples,
+                declared=None if chained else foreign.num_samples,  # of one stream of the chain
                 tolerance=foreign.tolerance,
-                blocks=lambda block_samples: _foreign_blocks(source, foreign, block_samples),
+                blocks=foreign.blocks,
             )
     except BadInput as bad:
         if bad.reason is Reason.UNREADABLE:
             source.read_through()
         raise
-
-
-def _foreign_blocks(source: Source, foreign: Foreign, block_samples: int) -> Iterator[Block]:
-    yield from foreign.blocks(block_samples)
-    if foreign.container == "ogg":
-        _check_ogg_end(source)
 
 
 def _check_header(header: Header, cfg: DecodeConfig) -> None:
@@ -306,7 +303,7 @@ def _check_length(seconds: float, cfg: DecodeConfig) -> None:
 
 
 def probe(path: bytes, cfg: DecodeConfig) -> dict[str, Any]:
-    with open_song(path, cfg) as song:
+    with open_song(path, cfg, thorough=False) as song:
         return _done(song.header)
 
 
@@ -322,7 +319,7 @@ def decode(
 
     Calls `progress` with the seconds decoded so far. Raises BadInput.
     """
-    with open_song(path, cfg) as song, open(out, "wb", buffering=0) as file:
+    with open_song(path, cfg, thorough=True) as song, open(out, "wb", buffering=0) as file:
         rate = song.header.sample_rate
         resampler = stream_resampler(rate, target_rate, resample_cfg)
         waiting: Array | None = None  # one block behind: the resampler must know the last one
@@ -360,9 +357,6 @@ def _with_lengths(stop: BadInput, song: Song, total: int) -> BadInput:
     """What ended decoding after `total` samples; an unreadable rest makes a truncated song."""
     if stop.reason is Reason.UNREADABLE and total < (song.declared or 0):
         return BadInput(Reason.TRUNCATED, f"{_lengths(song, total)} or little more; {stop.detail}")
-    if stop.reason is Reason.TRUNCATED:
-        found = f"the file decodes to {total} samples ({total / song.header.sample_rate:.2f} s)"
-        return BadInput(Reason.TRUNCATED, f"{stop.detail}; {found}")
     return stop
 
 

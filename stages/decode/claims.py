@@ -6,7 +6,7 @@ read a few hundred bytes, and call a structure they do not understand "no claim"
 
     wav, rf64, w64, aiff, au, caf   bytes of audio declared against bytes in the file: exact
     flac                            libsndfile knows (STREAMINFO) and does not clamp: exact
-    ogg (vorbis, opus)              nothing declared; `ogg_end` looks for the end-of-stream flag
+    ogg (vorbis, opus)              nothing declared; `scan_ogg` looks for the last page's flag
     mp3                             frames of a Xing, Info or VBRI tag, within `MP3_TOLERANCE`
     anything else                   what libsndfile says
 
@@ -343,14 +343,22 @@ def _xing(frame: _Frame, frames: int) -> bytes:
 # ---- Ogg ----------------------------------------------------------------------------------------
 
 
-def ogg_end(read: Read, size: int) -> str | None:
-    """What is wrong with the end of an Ogg file, in words; None when it ends as it should.
+@dataclass(frozen=True)
+class OggPages:
+    """What the pages of an Ogg file show."""
+
+    flaw: str | None  # what is wrong with its end, in words
+    chained: bool  # streams follow one another; libsndfile reads the first and stops
+
+
+def scan_ogg(read: Read, size: int) -> OggPages:
+    """Walk all pages of an Ogg file, reading their headers only.
 
     Ogg declares no length. Its last page carries the end-of-stream flag, so a file that stops
-    before it, or inside a page, was cut. Walks all pages, of which it reads the headers only.
+    before it, or inside a page, was cut.
     """
-    at = 0
-    last_flags = 0
+    at = flags = 0
+    begun = chained = False  # begun: past the first pages, each of which opens a stream
     while at < size:
         page = read(at, 27 + 255)
         if page[:4] != b"OggS":  # damage, or bytes of others behind the last page
@@ -360,7 +368,10 @@ def ogg_end(read: Read, size: int) -> str | None:
         table = page[27 : 27 + page[26]] if len(page) >= 27 else b""
         length = 27 + len(table) + sum(table)
         if not table or len(table) < page[26] or at + length > size:
-            return "stops inside a page"
-        last_flags = page[5]
+            return OggPages("stops inside a page", chained)
+        flags = page[5]
+        opens = bool(flags & 2)
+        chained |= begun and opens
+        begun |= not opens
         at += length
-    return None if last_flags & 4 else "has no page that ends the stream"
+    return OggPages(None if flags & 4 else "has no page that ends the stream", chained)

@@ -147,6 +147,11 @@ class Decoder:
         wav = PcmFile(out, reply["num_samples"])
         return Decoded(wav, Header(*reply["header"]), reply["source_samples"])
 
+    @property
+    def child_pid(self) -> int | None:
+        """Process id of the child, None before the first use."""
+        return None if self._child is None else self._child.pid
+
     def close(self) -> None:
         """End the child."""
         if self._child is not None:
@@ -250,6 +255,10 @@ class _Child:
         except BaseException:
             self.kill()
             raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def alive(self) -> bool:
