@@ -145,7 +145,7 @@ def _files(songs: list[_Song], seed: int) -> Iterator[tuple[str, bytes]]:
     cut = bytearray(damaged[:kept])
     cut[hole] = rng.bytes(len(cut[hole]))
     yield "bass/damaged.flac", bytes(cut)
-    silence = 1e-4 * rng.standard_normal(4 * 44100, dtype=np.float32)  # 4 s at -80 dBFS
+    silence = 1e-4 * rng.standard_normal(8 * 44100, dtype=np.float32)  # 8 s at -80 dBFS
     yield "soprano/silent.wav", _encode(silence, 44100, "wav", "PCM_16")
 
 

@@ -98,11 +98,11 @@ BASS = Voice(
     vibrato_hz=5.0, vibrato_cents=35, open_quotient=0.55, tilt_hz=2200,
 )  # fmt: skip
 ALTO = Voice(
-    name="alto", f0_min=164.8, f0_max=493.9, formant_scale=1.13, ring=0.3, breathiness=0.3,
+    name="alto", f0_min=164.8, f0_max=493.9, formant_scale=1.13, ring=0.15, breathiness=0.3,
     vibrato_hz=5.6, vibrato_cents=30, open_quotient=0.78, tilt_hz=2000,
 )  # fmt: skip
 SOPRANO = Voice(
-    name="soprano", f0_min=261.6, f0_max=784.0, formant_scale=1.19, ring=0.5, breathiness=0.2,
+    name="soprano", f0_min=261.6, f0_max=784.0, formant_scale=1.19, breathiness=0.2,
     vibrato_hz=6.0, vibrato_cents=50, open_quotient=0.72, tilt_hz=2600,
 )  # fmt: skip
 VOICES = (BASS, ALTO, SOPRANO)
