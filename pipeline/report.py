@@ -175,7 +175,7 @@ def _tally(table: pa.Table, shard: str, sample_rate: int, speakers: dict[str, _S
         speaker.samples += int(samples[mine].sum())
         hz = f0[np.repeat(mine, frames)]
         midi = 69 + 12 * np.log2(hz[hz > 0] / 440)
-        bins = np.clip((midi * _BINS_PER_SEMITONE).astype(np.int64), 0, _PITCH_BINS - 1)
+        bins = np.clip(np.rint(midi * _BINS_PER_SEMITONE), 0, _PITCH_BINS - 1).astype(np.int64)
         speaker.pitch += np.bincount(bins, minlength=_PITCH_BINS)
         distance = np.abs(samples - int(_CLIP_SHOWN_S * sample_rate))
         rows = [int(row) for row in np.flatnonzero(mine)]
@@ -372,8 +372,12 @@ def _htk_mel(hz: NDArray[Any]) -> Floats:
 
 
 def _text(value: object) -> str:
-    """Escaped for HTML; control characters and lone surrogates replaced, since none may stand."""
-    clean = "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") else c for c in str(value))
+    """Escaped for HTML, with U+FFFD for what no page may hold: controls, surrogates, U+FFFE."""
+
+    def allowed(c: str) -> bool:
+        return unicodedata.category(c) not in ("Cc", "Cs") and ord(c) & 0xFFFE != 0xFFFE
+
+    clean = "".join(c if allowed(c) else "\ufffd" for c in str(value))
     return html.escape(clean)
 
 
@@ -405,10 +409,10 @@ def _hz(midi: float) -> float:
 
 
 def _pitch_percentiles(pitch: NDArray[np.int64], percents: Sequence[float]) -> list[float]:
-    """MIDI note numbers below which those percentages of the voiced frames lie."""
+    """MIDI note numbers that those percentages of the voiced frames do not exceed."""
     cumulated = np.cumsum(pitch)
     at = np.searchsorted(cumulated, np.array(percents) / 100 * cumulated[-1])
-    return [(float(index) + 0.5) / _BINS_PER_SEMITONE for index in at]
+    return [float(index) / _BINS_PER_SEMITONE for index in at]
 
 
 # ---- the page -----------------------------------------------------------------------------------
@@ -591,7 +595,7 @@ def _charts(contents: _Contents) -> str:
     unheard = len(contents.loudness_lufs) - len(heard)
     if len(heard):
         words = f"{heard.min():.1f} to {heard.max():.1f} LUFS, median {np.median(heard):.1f}"
-        words += f"; {unheard} clips without a reading" if unheard else ""
+        words += f"; no reading for {unheard} clips" if unheard else ""
         figures.append(("Loudness before the gain", heard, "LUFS", words, target))
     gains = contents.gain_db[np.isfinite(contents.gain_db)]
     if len(gains):
