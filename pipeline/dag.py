@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import secrets
+import socket
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -79,16 +80,30 @@ def connected(address: str | None, config: ExtractConfig) -> Iterator[None]:
             **quiet,
         )
     else:
+        _require_answer(address)
         # Other machines get our code from here; the libraries must be installed there.
         runtime_env["py_modules"] = [str(Path(m.__path__[0])) for m in (pipeline, stages, models)]
         try:
             _init(address, runtime_env=runtime_env, **quiet)
         except ConnectionError as error:
-            raise UserError(f"no Ray cluster answers at {address}: {error}") from error
+            raise UserError(f"no Ray cluster is found by {address}: {error}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself tries an address for five minutes before it says that nobody is there."""
+    host, _, port = address.rpartition(":")
+    if address == "auto":
+        return
+    if "//" in address or not host or not port.isdigit():
+        raise UserError(f"--ray-address {address} is not HOST:PORT (of `ray start --head`) or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(f"no Ray cluster answers at {address}: {error}") from error
 
 
 def _init(address: str, **options: Any) -> None:

@@ -25,8 +25,8 @@ from stages.loudness import LoudnessConfig, LoudnessReading, apply_gain, measure
 from stages.pcm import Subtype, dequantise, quantise
 from stages.quality import Quality, QualityConfig, measure_quality, unwanted
 from stages.resample import ResampleConfig
-from stages.slice import SliceConfig, Span, kept_spans, slice_silence
-from stages.types import Array, Samples
+from stages.slice import SliceConfig, Span, is_silent, kept_spans, slice_silence
+from stages.types import Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,11 @@ def prepare_song(
                 reading = measure(song, rate, cfg.loudness)
         clips = []
         for span in kept:
-            clip = _prepare_clip(song, span, reading, cfg, clock)
+            piece = song[span.start : span.stop]
+            if is_silent(piece, rate, cfg.slice):
+                left_out.append((span, Reason.SILENCE))
+                continue
+            clip = _prepare_clip(piece, span, reading, cfg, clock)
             reason = unwanted(clip.quality, cfg.quality)
             if reason is None:
                 clips.append(clip)
@@ -142,10 +146,9 @@ def prepare_song(
 
 
 def _prepare_clip(
-    song: Samples, span: Span, reading: LoudnessReading | None, cfg: ChainConfig, clock: StageClock
+    piece: Array, span: Span, reading: LoudnessReading | None, cfg: ChainConfig, clock: StageClock
 ) -> Clip:
     rate = cfg.audio.sample_rate
-    piece = song[span.start : span.stop]
     with clock.stage("loudness"):
         reading = reading or measure(piece, rate, cfg.loudness)
         samples = quantise(apply_gain(piece, reading.gain_db), cfg.audio.subtype)

@@ -127,6 +127,20 @@ def kept_spans(
     return kept, dropped
 
 
+def is_silent(wav: Samples, sample_rate: int, cfg: SliceConfig) -> bool:
+    """No frame of `wav` reaches the threshold; a constant offset is no sound.
+
+    A song that is silent throughout but shorter than `max_silence_kept_ms` is one sounding span to
+    the algorithm, which keeps so much silence around a sound that is not there.
+    """
+    threshold = 10 ** (cfg.threshold_db / 20)
+    seconds = (wav[start : start + sample_rate] for start in range(0, len(wav), sample_rate))
+    return all(
+        (rms_frames(second - second.mean(), sample_rate, cfg) < threshold).all()
+        for second in seconds
+    )
+
+
 def rms_frames(
     wav: Samples, sample_rate: int, cfg: SliceConfig, *, block_samples: int = BLOCK_SAMPLES
 ) -> NDArray[np.float64]:

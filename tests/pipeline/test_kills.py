@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -68,13 +69,19 @@ def finish(corpus: Path, dataset: Path, *more: str, **environment: str) -> str:
 
 
 def workers(run: psutil.Popen) -> list[psutil.Process]:
-    return [p for p in descendants(run) if " ".join(p.cmdline()).startswith("ray::MapWorker")]
+    def is_worker(process: psutil.Process) -> bool:
+        try:
+            return " ".join(process.cmdline()).startswith("ray::MapWorker")
+        except psutil.Error:  # it ended while we looked
+            return False
+
+    return [process for process in descendants(run) if is_worker(process)]
 
 
 def descendants(run: psutil.Popen) -> list[psutil.Process]:
     try:
         return [p for p in run.children(recursive=True) if p.is_running()]
-    except psutil.NoSuchProcess:
+    except psutil.Error:
         return []
 
 
@@ -83,17 +90,14 @@ def kill_driver(run: psutil.Popen) -> None:
 
 
 def kill_worker(run: psutil.Popen) -> None:
-    alive = workers(run)
-    if alive:
-        random.choice(alive).kill()
+    for process in workers(run)[:1]:
+        process.kill()
 
 
 def kill_everything(run: psutil.Popen) -> None:
     for process in [run, *descendants(run)]:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            pass
 
 
 def interrupt(run: psutil.Popen) -> None:

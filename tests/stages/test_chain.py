@@ -1,0 +1,89 @@
+"""One song through all stages: what is kept, what is left out, and that it adds up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+from stages.chain import AudioConfig, ChainConfig, PreparedSong, StageClock, prepare_song
+from stages.decode import DecodeConfig, Decoder
+from stages.errors import Reason
+from stages.f0 import F0Config, estimate_f0
+from stages.loudness import LoudnessConfig
+from stages.pcm import dequantise
+from stages.quality import QualityConfig
+from stages.slice import SliceConfig
+from tests.songs import tune
+
+DIO = ChainConfig(f0=F0Config(method="dio"), slice=SliceConfig(min_length_ms=1000))
+
+
+@pytest.fixture
+def decoder(tmp_path: Path) -> Iterator[Decoder]:
+    with Decoder(DecodeConfig(), tmp_path / "scratch") as decoder:
+        yield decoder
+
+
+def prepare(path: Path, wav: np.ndarray, decoder: Decoder, cfg: ChainConfig) -> PreparedSong:
+    sf.write(path, wav, 44100, subtype="FLOAT")
+    song = prepare_song(bytes(path), decoder, cfg, StageClock())
+    kept = sum(clip.span.stop - clip.span.start for clip in song.clips)
+    dropped = round(sum(drop.seconds for drop in song.dropped) * song.sample_rate)
+    assert kept + dropped == song.num_samples
+    return song
+
+
+@pytest.mark.parametrize("seconds", [0.6, 2.0, 4.0, 8.0, 21.0])
+@pytest.mark.parametrize("level_db", [-120.0, -80.0, -45.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_silent_song_has_no_clips_whatever_its_length(
+    tmp_path: Path, decoder: Decoder, seconds: float, level_db: float, seed: int
+) -> None:
+    noise = np.random.default_rng(seed).standard_normal(int(seconds * 44100))
+    song = prepare(tmp_path / "a.wav", noise * 10 ** (level_db / 20), decoder, ChainConfig())
+    assert song.clips == []
+    assert song.why_empty()[0] == Reason.SILENT
+
+
+def test_the_stages_read_the_samples_that_are_stored(tmp_path: Path, decoder: Decoder) -> None:
+    song = prepare(tmp_path / "a.wav", tune(7), decoder, DIO)
+    assert len(song.clips) > 1
+    for clip in song.clips:
+        assert clip.samples.dtype == np.int16
+        wav = dequantise(clip.samples, "PCM_16")
+        assert np.array_equal(estimate_f0(wav, 44100, DIO.f0), clip.f0)
+        assert len(clip.f0) == len(wav) // DIO.f0.hop_length
+
+
+def test_one_gain_a_song_or_one_a_clip(tmp_path: Path, decoder: Decoder) -> None:
+    wav = tune(10) * np.repeat([1.0, 0.25], 5 * 44100)
+    cfg = ChainConfig(f0=DIO.f0, slice=DIO.slice, loudness=LoudnessConfig(per="clip"))
+    by_song = prepare(tmp_path / "a.wav", wav, decoder, DIO)
+    by_clip = prepare(tmp_path / "a.wav", wav, decoder, cfg)
+    assert len({clip.reading.gain_db for clip in by_song.clips}) == 1
+    gains = [clip.reading.gain_db for clip in by_clip.clips]
+    assert gains[-1] - gains[0] == pytest.approx(12.04, abs=0.5)
+
+
+def test_a_threshold_filters_with_its_reason(tmp_path: Path, decoder: Decoder) -> None:
+    cfg = ChainConfig(f0=DIO.f0, slice=DIO.slice, quality=QualityConfig(min_bandwidth_hz=20000))
+    song = prepare(tmp_path / "a.wav", tune(7), decoder, cfg)
+    assert song.clips == []
+    reason, words = song.why_empty()
+    assert reason == Reason.BANDWIDTH and "bandwidth" in words
+
+
+def test_24_bit_clips(tmp_path: Path, decoder: Decoder) -> None:
+    cfg = ChainConfig(f0=DIO.f0, slice=DIO.slice, audio=AudioConfig(subtype="PCM_24"))
+    song = prepare(tmp_path / "a.wav", tune(4), decoder, cfg)
+    assert song.clips[0].samples.dtype == np.int32
+    assert int(np.abs(song.clips[0].samples).max()) > 2**16
+
+
+def test_a_song_of_one_sample_is_too_short(tmp_path: Path, decoder: Decoder) -> None:
+    song = prepare(tmp_path / "a.wav", np.array([0.5]), decoder, DIO)
+    assert song.why_empty()[0] == Reason.TOO_SHORT
