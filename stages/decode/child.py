@@ -27,7 +27,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from models.torchaudio_compat import import_torchaudio
-from stages.decode.claims import MP3_TOLERANCE, read_claim, scan_ogg
+from stages.decode.claims import NO_CLAIM, read_claim, scan_ogg
 from stages.decode.decoder import OUT_OF_MEMORY_EXIT, DecodeConfig, Header
 from stages.decode.ffmpeg import (
     ASSUMED_BYTES_PER_S,
@@ -35,6 +35,8 @@ from stages.decode.ffmpeg import (
     foreign_container,
     open_foreign,
 )
+from stages.decode.mp3 import TOLERANCE as MP3_TOLERANCE
+from stages.decode.mp3 import mp3_claim
 from stages.errors import BadInput, Reason
 from stages.resample import ResampleConfig, stream_resampler
 from stages.types import Array
@@ -164,18 +166,18 @@ class Song:
 
 @contextlib.contextmanager
 def open_song(path: bytes, cfg: DecodeConfig, thorough: bool) -> Iterator[Song]:
-    """Raises BadInput for what the header shows; `thorough`: for what the pages of an Ogg show."""
+    """Raises BadInput for what the header shows; `thorough`: for what all Ogg pages show."""
     with contextlib.closing(Source(path)) as source:
         container = foreign_container(source.read_at)
         if container is None:
             with _open_native(source, thorough) as song:
                 if song is not None:
-                    _check_header(song.header, cfg)
+                    _check_song(song, cfg)
                     yield song
                     return
             container = "ogg"
         with _open_with_ffmpeg(source, container, thorough) as song:
-            _check_header(song.header, cfg)
+            _check_song(song, cfg)
             yield song
 
 
@@ -183,6 +185,8 @@ def open_song(path: bytes, cfg: DecodeConfig, thorough: bool) -> Iterator[Song]:
 def _open_native(source: Source, thorough: bool) -> Iterator[Song | None]:
     """Through libsndfile. None for a chain of Ogg streams, of which it reads only the first."""
     claim = read_claim(source.read_at, source.size)
+    if claim == NO_CLAIM:
+        claim = mp3_claim(source.read_at, source.size, thorough)
     if claim.shortage:
         raise BadInput(Reason.TRUNCATED, claim.shortage)
     source.present(claim.prefix, claim.start)
@@ -260,15 +264,14 @@ def _open_with_ffmpeg(source: Source, container: str, thorough: bool) -> Iterato
     try:
         with contextlib.closing(open_foreign(source.path, container)) as foreign:
             chained = container == "ogg" and thorough and _scan_ogg(source)
-            guess = source.size * foreign.sample_rate // ASSUMED_BYTES_PER_S
+            length = foreign.num_samples
+            if length is None:
+                length = source.size * foreign.sample_rate // ASSUMED_BYTES_PER_S
             yield Song(
                 header=Header(
-                    foreign.sample_rate,
-                    foreign.channels,
-                    guess if foreign.num_samples is None else foreign.num_samples,
-                    f"{foreign.codec} (ffmpeg)",
+                    foreign.sample_rate, foreign.channels, length, f"{foreign.codec} (ffmpeg)"
                 ),
-                declared=None if chained else foreign.num_samples,  # of one stream of the chain
+                declared=length if foreign.exact and not chained else None,
                 tolerance=foreign.tolerance,
                 blocks=foreign.blocks,
             )
@@ -278,7 +281,8 @@ def _open_with_ffmpeg(source: Source, container: str, thorough: bool) -> Iterato
         raise
 
 
-def _check_header(header: Header, cfg: DecodeConfig) -> None:
+def _check_song(song: Song, cfg: DecodeConfig) -> None:
+    header = song.header
     if header.channels > cfg.max_channels:
         raise BadInput(
             Reason.TOO_MANY_CHANNELS,
@@ -286,9 +290,10 @@ def _check_header(header: Header, cfg: DecodeConfig) -> None:
         )
     if not MIN_RATE_HZ <= header.sample_rate <= MAX_RATE_HZ:
         raise BadInput(Reason.UNSUPPORTED, f"a sample rate of {header.sample_rate} Hz")
-    if header.num_samples == 0:
+    if song.declared == 0:
         raise BadInput(Reason.EMPTY, "a header and no samples")
-    _check_length(header.duration_s, cfg)
+    if song.declared is not None:  # an estimate is nothing to refuse a song for
+        _check_length(header.duration_s, cfg)
 
 
 def _check_length(seconds: float, cfg: DecodeConfig) -> None:

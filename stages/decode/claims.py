@@ -7,11 +7,11 @@ read a few hundred bytes, and call a structure they do not understand "no claim"
     wav, rf64, w64, aiff, au, caf   bytes of audio declared against bytes in the file: exact
     flac                            libsndfile knows (STREAMINFO) and does not clamp: exact
     ogg (vorbis, opus)              nothing declared; `scan_ogg` looks for the last page's flag
-    mp3                             frames of a Xing, Info or VBRI tag, within `MP3_TOLERANCE`
+    mp3                             see `stages.decode.mp3`
     anything else                   what libsndfile says
 
 Sources: Microsoft RIFF and RFC 2361; EBU Tech 3306 (RF64); Apple AIFF-C 1991 and CAF 1.0; Sony
-Wave64; RFC 3533 (Ogg); ISO 11172-3; Xing/LAME and Fraunhofer VBRI tags as encoders write them.
+Wave64; RFC 3533 (Ogg).
 """
 
 from __future__ import annotations
@@ -65,8 +65,6 @@ def read_claim(read: Read, size: int) -> Claim:
         return _caf(read, size)
     if head == W64_RIFF:
         return _wave64(read, size)
-    if head[:3] == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0"):
-        return _mp3(read, size)
     return NO_CLAIM
 
 
@@ -227,117 +225,6 @@ def _wave64(read: Read, size: int) -> Claim:
             return _claim(count - 24, size - at - 24, None)
         at += (count + 7) // 8 * 8
     return NO_CLAIM
-
-
-# ---- MP3 ----------------------------------------------------------------------------------------
-
-# kbit/s of layer III, MPEG 1 and MPEG 2/2.5; index 0 (free format) and 15 are refused
-MP3_KBPS = {
-    True: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
-    False: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
-}
-MP3_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
-MP3_SEARCH = 1 << 16  # bytes in which the first frame must appear
-MP3_SAMPLED_FRAMES = 400  # frames whose mean length gives the estimate when no count is declared
-MP3_TOLERANCE = 2 * 1152  # samples: encoder delay and padding that a tag does not state
-
-
-def skip_id3(read: Read) -> int:
-    """Byte after the ID3v2 tags at the start of a file; 0 without one."""
-    at = 0
-    for _ in range(MAX_CHUNKS):
-        tag = read(at, 10)
-        if len(tag) < 10 or tag[:3] != b"ID3" or max(tag[6:10]) > 127:
-            break
-        length = tag[6] << 21 | tag[7] << 14 | tag[8] << 7 | tag[9]
-        at += 10 + length + (10 if tag[5] & 0x10 else 0)
-    return at
-
-
-def _mp3(read: Read, size: int) -> Claim:
-    """Frame count from a Xing, Info or VBRI tag; else an estimate, and a tag that lifts the limit.
-
-    libsndfile takes the length of a file without a Xing tag from the bit rate of its first frame
-    and stops reading there: a file of variable rate would lose its end (5/6 of one measured). So
-    such a file is presented behind a Xing frame of ours that states an upper bound.
-    """
-    begin = skip_id3(read)
-    window = read(begin, MP3_SEARCH)
-    found = None if window[:4] in (b"fLaC", b"OggS", b"RIFF", b"FORM") else _first_frame(window)
-    if found is None:
-        return NO_CLAIM
-    at, frame = found
-    tag_at = at + 4 + frame.side_bytes
-    tag = window[tag_at : tag_at + 12]
-    if tag[:4] in (b"Xing", b"Info") and len(tag) == 12 and tag[7] & 1 and tag[8:] != b"\0\0\0\0":
-        return NO_CLAIM  # libsndfile reads this one, with the encoder's delay and padding
-    vbri = window[at + 36 : at + 36 + 18]
-    if vbri[:4] == b"VBRI" and len(vbri) == 18:
-        frames = struct.unpack(">I", vbri[14:18])[0]
-        start = begin + at + frame.length
-        return Claim(
-            num_samples=frames * frame.samples, prefix=_xing(frame, frames + 4), start=start
-        )
-    start = begin + at + (frame.length if tag[:4] in (b"Xing", b"Info") else 0)
-    mean = _mean_frame_length(window, start - begin)
-    estimate = int((size - start) / mean * frame.samples)
-    limit = (size - start) // 24 + 4  # no frame is shorter than 24 bytes
-    return Claim(estimate=estimate, prefix=_xing(frame, min(limit, 2**31 - 1)), start=start)
-
-
-@dataclass(frozen=True)
-class _Frame:
-    header: bytes  # 4 bytes
-    length: int  # bytes
-    samples: int
-    side_bytes: int  # of side information, after which a Xing tag stands
-
-
-def _frame(header: bytes) -> _Frame | None:
-    """A layer III frame header, or None. ISO 11172-3 section 2.4.1.3 and 13818-3."""
-    if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
-        return None
-    version, rate_index, kbps_index = header[1] >> 3 & 3, header[2] >> 2 & 3, header[2] >> 4
-    if version == 1 or rate_index == 3 or kbps_index in (0, 15):
-        return None
-    first = version == 3
-    mono = header[3] >> 6 == 3
-    kbps, rate = MP3_KBPS[first][kbps_index - 1], MP3_RATES[version][rate_index]
-    length = (144000 if first else 72000) * kbps // rate + (header[2] >> 1 & 1)
-    side = (17 if mono else 32) if first else (9 if mono else 17)
-    return _Frame(header[:4], length, 1152 if first else 576, side)
-
-
-def _first_frame(window: bytes) -> tuple[int, _Frame] | None:
-    """Offset and header of the first frame that another one of the same kind follows."""
-    at = window.find(b"\xff")
-    while at >= 0:
-        frame = _frame(window[at : at + 4])
-        if frame:
-            follower = _frame(window[at + frame.length : at + frame.length + 4])
-            if follower and follower.header[1] == frame.header[1]:
-                return at, frame
-        at = window.find(b"\xff", at + 1)
-    return None
-
-
-def _mean_frame_length(window: bytes, at: int) -> float:
-    lengths: list[int] = []
-    while len(lengths) < MP3_SAMPLED_FRAMES and (frame := _frame(window[at : at + 4])):
-        lengths.append(frame.length)
-        at += frame.length
-    return sum(lengths) / len(lengths) if lengths else 418.0  # 128 kbit/s at 44.1 kHz
-
-
-def _xing(frame: _Frame, frames: int) -> bytes:
-    """A silent frame with a Xing tag that declares `frames`; else like `frame`, at the top rate."""
-    header = bytearray(frame.header)
-    header[1] |= 1  # no CRC
-    header[2] = header[2] & 0x0D | 14 << 4  # the highest bit rate: room for the tag; no padding
-    own = _frame(bytes(header))
-    assert own is not None
-    body = bytes(header) + bytes(own.side_bytes) + b"Xing" + struct.pack(">II", 1, frames)
-    return body.ljust(own.length, b"\0")
 
 
 # ---- Ogg ----------------------------------------------------------------------------------------

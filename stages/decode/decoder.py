@@ -36,7 +36,7 @@ class DecodeConfig:
     of `MIN_SPEED` times real time: a song of D seconds has `timeout_s + D / MIN_SPEED` seconds in
     all. D is what has been decoded so far, so a header cannot buy time to hang by claiming hours.
     `memory_mb` is address space beyond that of the idle child: 64 are enough for libsndfile and
-    soxr, ffmpeg maps some 300 for itself.
+    soxr, 256 for ffmpeg and common formats.
     """
 
     channels: Literal["mean", "first"] = "mean"
@@ -209,7 +209,10 @@ class Decoder:
 
 def _name(path: AudioPath) -> str:
     """Absolute path as text for JSON; bytes that are not UTF-8 become lone surrogates."""
-    return os.path.abspath(os.fsencode(path)).decode("utf-8", "surrogateescape")
+    name = os.fsencode(path)
+    if not os.path.isabs(name):
+        name = os.path.join(os.getcwdb(), name)
+    return name.decode("utf-8", "surrogateescape")
 
 
 class _LostError(Exception):
@@ -293,10 +296,9 @@ class _Child:
 
     def kill(self) -> None:
         """End the child, and the ffmpeg that may run in its process group, at once."""
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.__exit__(None, None, None)  # closes the pipes and waits
-        self._stderr.close()
+        with self._process, self._stderr:  # closes the pipes and waits
+            if self.alive:
+                os.killpg(self.pid, signal.SIGKILL)
 
     def _line(self, deadline: float) -> dict[str, Any]:
         while (end := self._received.find(b"\n")) < 0:

@@ -22,7 +22,8 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.decode.claims import Read, skip_id3
+from stages.decode.claims import Read
+from stages.decode.mp3 import skip_id3
 from stages.errors import BadInput, Reason
 
 # first bytes (at an offset) -> ffmpeg's name of the container
@@ -71,12 +72,12 @@ def foreign_container(read: Read) -> str | None:
 
 @dataclass(frozen=True)
 class Foreign:
-    """An ffmpeg at work. `num_samples` per channel is None where the container does not tell."""
+    """An ffmpeg at work."""
 
-    container: str
     sample_rate: int
     channels: int
-    num_samples: int | None
+    num_samples: int | None  # per channel, where the container tells a duration
+    exact: bool  # whether that is the duration of this stream
     codec: str
     process: subprocess.Popen[bytes]
     messages: IO[bytes]
@@ -133,13 +134,13 @@ def open_foreign(path: bytes, container: str) -> Foreign:
             raise _failure(messages, process.wait())
     channels, sample_rate = header
     banner = _text(messages)
-    stated = _stated_seconds(banner)
+    stated = re.search(r"Duration: (\d+):(\d\d):(\d\d\.\d+)", banner)
     codec = re.search(r"Audio: (\w+)", banner)
     return Foreign(
-        container=container,
         sample_rate=sample_rate,
         channels=channels,
-        num_samples=None if stated is None else round(stated * sample_rate),
+        num_samples=round(_seconds(*stated.groups()) * sample_rate) if stated else None,
+        exact=stated is not None and _is_exact(banner),
         codec=codec.group(1) if codec else container,
         process=process,
         messages=messages,
@@ -169,16 +170,15 @@ def _pipe_header(process: subprocess.Popen[bytes]) -> tuple[int, int] | None:
     return None
 
 
-def _stated_seconds(banner: str) -> float | None:
-    """The container's duration, unless it is a guess or may be that of another stream (video)."""
-    stated = re.search(r"Duration: (\d+):(\d\d):(\d\d\.\d+)", banner)
-    source = re.split("^Stream mapping:", banner, maxsplit=1, flags=re.MULTILINE)[0]
-    pictures = source.count("(attached pic)")
-    alone = len(re.findall(r"^ *Stream #0:", source, re.MULTILINE)) - pictures == 1
-    if stated is None or not alone or "Estimating duration" in banner:
-        return None
-    hours, minutes, seconds = stated.groups()
+def _seconds(hours: str, minutes: str, seconds: str) -> float:
     return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+
+
+def _is_exact(banner: str) -> bool:
+    """Whether the container's duration is no guess, and not that of another stream (video)."""
+    source = re.split("^Stream mapping:", banner, maxsplit=1, flags=re.MULTILINE)[0]
+    streams = len(re.findall(r"^ *Stream #0:", source, re.MULTILINE))
+    return streams - source.count("(attached pic)") == 1 and "Estimating duration" not in source
 
 
 def _text(messages: IO[bytes], tail: bool = False) -> str:
