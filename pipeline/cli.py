@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline.errors import SongBug, StorageFault, UserError
+from pipeline.errors import Interrupted, SongBug, StorageFault, UserError
 
 app = typer.Typer(
     name="cantor",
@@ -96,7 +96,10 @@ def extract(
         redo_changed=redo_changed,
     )
     console = Console()
-    outcome = run(Path(corpus), Path(dataset), resolved, options, console)
+    try:
+        outcome = run(Path(corpus), Path(dataset), resolved, options, console)
+    except KeyboardInterrupt as error:  # the parser would say "Aborted." and no more
+        raise Interrupted from error
     if dry_run:
         return
 
@@ -181,5 +184,5 @@ def main() -> None:
             "committed is whole. Please report the lines above.",
             4,
         )
-    except KeyboardInterrupt:
+    except Interrupted:
         fail("\nstopped; what was committed is whole. Run the same command to go on.", 130)

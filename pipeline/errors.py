@@ -13,3 +13,7 @@ class StorageFault(Exception):
 
 class SongBug(Exception):
     """A bug of ours met while working on a song. Stops the run; never counted as bad input."""
+
+
+class Interrupted(Exception):
+    """The user pressed Ctrl-C."""

@@ -34,10 +34,10 @@ class LoudnessConfig:
 
     mode: "lufs" = integrated loudness `target_lufs`, with the gain lowered until the true peak is
     at most `true_peak_db`; "peak" = the largest sample becomes 1.0, as so-vits-svc's resample.py
-    does; "off" = measured only. per: one gain for a song, or one for each of its clips.
+    does; "none" = measured only. per: one gain for a song, or one for each of its clips.
     """
 
-    mode: Literal["lufs", "peak", "off"] = "lufs"
+    mode: Literal["lufs", "peak", "none"] = "lufs"
     target_lufs: float = -18.0
     true_peak_db: float = -1.0
     per: Literal["song", "clip"] = "song"

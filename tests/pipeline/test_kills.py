@@ -27,24 +27,22 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.ray
 
 
-# Runs in every Python process of the run: pyworld.dio dies on songs whose peak is 0.123.
+# Shadows the real pyworld and dies on songs whose peak is 0.123, as a native crash would.
 CRASHING_PYWORLD = """
 import os, signal, sys
 
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name == "pyworld":
-            sys.meta_path.remove(self)
-            import pyworld
-            dio = pyworld.dio
-            def crash(wav, *args, **options):
-                if abs(float(abs(wav).max()) - 0.123) < 2e-4:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return dio(wav, *args, **options)
-            pyworld.dio = crash
-            return pyworld.__spec__
+sys.path.remove(os.path.dirname(__file__))
+del sys.modules["pyworld"]
+import pyworld
 
-sys.meta_path.insert(0, Finder())
+dio = pyworld.dio
+
+def crash(wav, *args, **options):
+    if abs(float(abs(wav).max()) - 0.123) < 2e-4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return dio(wav, *args, **options)
+
+pyworld.dio = crash
 """
 
 
@@ -161,11 +159,11 @@ def test_ctrl_c_stops_within_seconds_and_says_how_to_resume(
 def test_a_song_that_kills_its_worker_is_quarantined_alone(corpus: Path, tmp_path: Path) -> None:
     """A native library that crashes on one song, as segfaults do: the process dies each time."""
     (tmp_path / "faulty").mkdir()
-    (tmp_path / "faulty" / "sitecustomize.py").write_text(CRASHING_PYWORLD)
+    (tmp_path / "faulty" / "pyworld.py").write_text(CRASHING_PYWORLD)
     poisoned = Path(shutil.copytree(corpus, tmp_path / "corpus"))
     wav = tune(2.0)
     sf.write(poisoned / "spk1" / "killer.wav", wav / np.abs(wav).max() * 0.123, 44100)
-    settings = ["loudness.mode=off", "workers.max_task_retries=1"]
+    settings = ["loudness.mode=none", "workers.max_task_retries=1"]
     output = finish(poisoned, tmp_path / "d", *settings, PYTHONPATH=str(tmp_path / "faulty"))
     assert "workers died on spk1/killer.wav" in output
     result = verify(tmp_path / "d")

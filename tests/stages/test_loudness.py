@@ -215,16 +215,16 @@ def test_peak_mode_brings_the_largest_sample_to_one() -> None:
 
 def test_off_measures_and_changes_nothing() -> None:
     wav = sine(1)
-    reading = measure(wav, 48000, LoudnessConfig(mode="off"))
+    reading = measure(wav, 48000, LoudnessConfig(mode="none"))
     assert reading.gain_db == 0.0
     assert reading.loudness_lufs == integrated_loudness(wav, 48000)
     np.testing.assert_array_equal(apply_gain(wav, reading.gain_db), wav)
 
 
-@pytest.mark.parametrize("mode", ["lufs", "peak", "off"])
+@pytest.mark.parametrize("mode", ["lufs", "peak", "none"])
 @pytest.mark.parametrize("num_samples", [0, 1, 100, 19199, 48000])
 def test_digital_silence_keeps_its_level(
-    mode: Literal["lufs", "peak", "off"], num_samples: int
+    mode: Literal["lufs", "peak", "none"], num_samples: int
 ) -> None:
     reading = measure(np.zeros(num_samples, np.float32), 48000, LoudnessConfig(mode=mode))
     assert math.isnan(reading.loudness_lufs)
