@@ -45,6 +45,7 @@ Block = NDArray[np.float32]  # (T, C)
 
 BLOCK_VALUES = 1 << 17  # samples times channels read at once: 3 s of mono at 44.1 kHz
 MIN_RATE_HZ, MAX_RATE_HZ = 1000, 1_000_000
+HEAD_BYTES = 4096  # read at once, since headers are read in many small pieces
 FLAC_RATIO = 0.6  # of the raw size, for the rare file whose header does not state its length
 UNKNOWN_FRAMES = 2**62  # libsndfile says SF_COUNT_MAX
 MPEG_WITHOUT_COUNT = ("MPEG_LAYER_I", "MPEG_LAYER_II")  # their length is an estimate
@@ -73,6 +74,7 @@ class Source:
         self.path = path
         self.fault: OSError | None = None
         self._prefix, self._start, self._at = b"", 0, 0
+        self._head = b""
         try:
             # Asked before opening, which alone can hang (a FIFO) or act (a device).
             if not stat.S_ISREG(os.stat(path).st_mode):
@@ -88,6 +90,7 @@ class Source:
         if self.size == 0:
             os.close(self._fd)
             raise BadInput(Reason.EMPTY, "the file has 0 bytes")
+        self._head = self.read_at(0, HEAD_BYTES)
 
     def present(self, prefix: bytes, start: int) -> None:
         """Let libsndfile see `prefix` and then the file from `start` on."""
@@ -95,6 +98,8 @@ class Source:
 
     def read_at(self, offset: int, count: int) -> bytes:
         """Bytes of the file itself. Raises OSError."""
+        if offset + count <= len(self._head):
+            return self._head[offset : offset + count]
         try:
             return os.pread(self._fd, count, offset)
         except OSError as error:
@@ -102,7 +107,10 @@ class Source:
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)
-        ahead = self._prefix[self._at : self._at + len(view)]
+        if not self._prefix and self._at + len(view) <= len(self._head):
+            ahead = self._head[self._at : self._at + len(view)]
+        else:
+            ahead = self._prefix[self._at : self._at + len(view)]
         view[: len(ahead)] = ahead
         done = len(ahead)
         try:
