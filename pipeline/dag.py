@@ -51,7 +51,7 @@ _WORKER_GB_PER_MINUTE = 0.02
 
 # glibc gives freed buffers of some MB back to the system at once, and the next clip's faults them
 # in again, page by page: half the time of WORLD's estimators. A worker keeps them.
-_KEEP_FREED_MEMORY = {
+KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
 }
@@ -71,7 +71,7 @@ def connected(address: str | None, config: ExtractConfig) -> Iterator[None]:
     """A Ray connection: to `address`, or to a cluster of this machine that ends with the run."""
     threads = str(threads_of(config))
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-    environment: dict[str, str] = dict.fromkeys(names, threads) | _KEEP_FREED_MEMORY
+    environment: dict[str, str] = dict.fromkeys(names, threads) | KEEP_FREED_MEMORY
     runtime_env: dict[str, Any] = {"env_vars": environment}
     quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     if address is None:
