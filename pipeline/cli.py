@@ -31,6 +31,11 @@ and optionally split). Settings are section.key=value, e.g. f0.method=dio; --pri
 them all. Run the same command again to resume, or to add songs that are new in CORPUS."""
 
 
+def _console() -> Console:
+    """Of the terminal's width; wide enough for the tables where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
 @app.callback()
 def _root() -> None:
     """Turns singing corpora into training data, on Ray, exactly once."""
@@ -95,7 +100,7 @@ def extract(
         retry_quarantined=retry_quarantined,
         redo_changed=redo_changed,
     )
-    console = Console()
+    console = _console()
     try:
         outcome = run(Path(corpus), Path(dataset), resolved, options, console)
     except KeyboardInterrupt as error:  # the parser would say "Aborted." and no more
@@ -127,7 +132,7 @@ def verify(
     from pipeline.verify import export_ledger
     from pipeline.verify import verify as run
 
-    console = Console()
+    console = _console()
     result = run(dataset, source)
     show_verification(console, result)
     if export is not None:
@@ -144,7 +149,7 @@ def report(
     """Write DATASET/report.html: one page with figures, pictures and clips to hear."""
     from pipeline.report import write_report
 
-    Console().print(f"report written to {escape(str(write_report(dataset)))}")
+    _console().print(f"report written to {escape(str(write_report(dataset)))}")
 
 
 @app.command()
@@ -157,7 +162,7 @@ def demo_corpus(
     from pipeline.demo import make_demo_corpus
 
     make_demo_corpus(folder, minutes=minutes, seed=seed)
-    Console().print(f"demo corpus written to {escape(str(folder))}")
+    _console().print(f"demo corpus written to {escape(str(folder))}")
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, overload
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from models.encoders import load_encoder
 from pipeline.config import SCHEMA_VERSION, ExtractConfig
@@ -39,7 +40,7 @@ from pipeline.shards import (
 from stages.chain import PreparedSong, StageClock, prepare_song
 from stages.decode import Decoder
 from stages.errors import BadInput, Reason
-from stages.flac import decode_flac, encode_flac
+from stages.flac import decode_flac
 from stages.pcm import Subtype, dequantise
 from stages.types import Array
 from stages.units import encode_units, pack_units
@@ -121,7 +122,7 @@ class CpuHalf:
         crashed: songs on which a worker process died; they are quarantined unread.
         only: the one song of the task to look at, for finding out which one kills its worker.
         """
-        ledger, tables = [], [CLIP_SCHEMA.empty_table()]
+        ledger, tables = [], []
         for planned in self.tasks[index].songs:
             if only not in (None, planned.song_id):
                 continue
@@ -132,7 +133,7 @@ class CpuHalf:
                 with clock.stage("write"):
                     tables.append(_clip_table(planned, song, self.job.config))
             self.heartbeat(index, planned.song_id, planned.duration_s, entry.status)
-        return pa.concat_tables(tables), ledger
+        return pa.concat_tables(tables or [CLIP_SCHEMA.empty_table()]), ledger
 
     def _settle(
         self, planned: PlannedSong, prepare: Callable[[bytes], PreparedSong]
@@ -243,7 +244,8 @@ class ExtractTask:
         self.units.finish(task, *self.cpu.prepare(task, crashed, clock), clock)
 
     def close(self) -> None:
-        self.cpu.close()
+        if "cpu" in self.__dict__:  # made at the first task
+            self.cpu.close()
 
 
 class PrepareTask:
@@ -352,11 +354,9 @@ def _require_corpus(corpus: Path) -> None:
 
 
 def _clip_table(planned: PlannedSong, song: PreparedSong, config: ExtractConfig) -> pa.Table:
-    rate, subtype = config.audio.sample_rate, config.audio.subtype
     columns: dict[str, list[Any]] = {name: [] for name in CLIP_SCHEMA.names}
     for number, clip in enumerate(song.clips):
         clip_id = f"{planned.song_id}#{number:06d}"
-        flac = encode_flac(clip.samples, rate, subtype)
         row = {
             "clip_id": clip_id,
             "song_id": planned.song_id,
@@ -365,9 +365,9 @@ def _clip_table(planned: PlannedSong, song: PreparedSong, config: ExtractConfig)
             "clip_count": len(song.clips),
             "start": clip.span.start,
             "stop": clip.span.stop,
-            "audio": {"bytes": flac, "path": f"{clip_id}.flac"},
-            "sample_rate": rate,
-            "num_samples": len(clip.samples),
+            "audio": {"bytes": clip.flac, "path": f"{clip_id}.flac"},
+            "sample_rate": config.audio.sample_rate,
+            "num_samples": clip.span.stop - clip.span.start,
             "f0": clip.f0,
             "loudness_lufs": clip.reading.loudness_lufs,
             "gain_db": clip.reading.gain_db,
@@ -383,7 +383,7 @@ class _DecodedClips(Sequence[Array]):
     """Clips of a column of FLAC, decoded one at a time as they are read."""
 
     def __init__(self, audio: pa.ChunkedArray, subtype: Subtype) -> None:
-        self.flac = audio.combine_chunks().field("bytes") if len(audio) else []
+        self.flac = pc.struct_field(audio, "bytes")
         self.subtype = subtype
 
     def __len__(self) -> int:

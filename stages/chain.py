@@ -1,6 +1,6 @@
 """One song through all the stages: extraction, re-extraction and conversion call this.
 
-    decode + resample -> slice -> loudness -> quantise -> f0 -> quality       (units: stages.units)
+    decode + resample -> slice -> loudness -> quantise -> FLAC, f0, quality   (units: stages.units)
 
 f0, units and quality read the quantised samples, so extraction, re-extraction from shards and
 conversion agree exactly.
@@ -13,14 +13,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from stages.decode import DecodeConfig, Decoder, Header
 from stages.errors import Dropped, Reason
 from stages.f0 import F0Config, estimate_f0
+from stages.flac import encode_flac
 from stages.loudness import LoudnessConfig, LoudnessReading, apply_gain, measure
 from stages.pcm import Subtype, dequantise, quantise
 from stages.quality import Quality, QualityConfig, measure_quality, unwanted
@@ -61,7 +58,7 @@ class Clip:
     """A stretch of a song between silences, as a trainer will see it."""
 
     span: Span
-    samples: NDArray[np.integer[Any]]  # (T,) integers of `audio.subtype`, gain applied
+    flac: bytes  # the T samples, gain applied, as integers of `audio.subtype`
     f0: Array  # (F,) Hz at hop_length, 0 = unvoiced
     reading: LoudnessReading
     quality: Quality
@@ -153,11 +150,13 @@ def _prepare_clip(
         reading = reading or measure(piece, rate, cfg.loudness)
         samples = quantise(apply_gain(piece, reading.gain_db), cfg.audio.subtype)
     wav = dequantise(samples, cfg.audio.subtype)
+    with clock.stage("flac"):
+        flac = encode_flac(samples, rate, cfg.audio.subtype)
     with clock.stage("f0"):
         f0 = estimate_f0(wav, rate, cfg.f0)
     with clock.stage("quality"):
         quality = measure_quality(wav, rate, f0)
-    return Clip(span, samples, f0, reading, quality)
+    return Clip(span, flac, f0, reading, quality)
 
 
 def _tally(left_out: list[tuple[Span, Reason]], sample_rate: int) -> list[Dropped]:

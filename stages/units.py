@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # torch is slow to import, and settings are read without it
     from models.encoders import Encoder
 
 
+_GROUP_S = 600.0  # of audio handed to the encoder at a time; it batches within
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
     """Which encoder makes the units, and what is done to them.
@@ -50,12 +53,16 @@ def encode_units(
 
     if len(clips) != len(song_of):
         raise ValueError(f"{len(clips)} clips, but songs for {len(song_of)}")
-    wavs = []
+    units: list[NDArray[np.float32]] = []
+    wavs: list[torch.Tensor] = []
     for clip in clips:
         wav = resample(clip, sample_rate, encoder.sample_rate, resample_cfg)
         # A clip of two samples may resample to none.
         wavs.append(torch.tensor(wav if len(wav) else np.zeros(1), dtype=torch.float32))
-    units = [frames.numpy() for frames in encoder.encode(wavs)]
+        if sum(map(len, wavs)) > _GROUP_S * encoder.sample_rate:  # bounds what a long song holds
+            units += [frames.numpy() for frames in encoder.encode(wavs)]
+            wavs.clear()
+    units += [frames.numpy() for frames in encoder.encode(wavs)]
     return _normalize(units, song_of) if cfg.normalize == "song" else units
 
 

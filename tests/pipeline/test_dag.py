@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import load_config
-from pipeline.dag import plan_pools
+from pipeline.dag import check_nodes, plan_pools
 from pipeline.errors import StorageFault, UserError
 from pipeline.extract import Outcome, _run_rounds
 from pipeline.ledger import Account
@@ -133,6 +133,7 @@ def test_ray_writes_the_same_bytes_as_one_process(
     assert outcome.account.problems == []
     assert set(outcome.stage_s) == {
         "decode",
+        "flac",
         "slice",
         "loudness",
         "f0",
@@ -175,6 +176,19 @@ def test_a_lost_node_loses_no_clip(
     assert not thief.is_alive()
     assert outcome.account.problems == []
     assert shard_hashes(tmp_path / "ray") == shard_hashes(tmp_path / "local")
+
+
+@pytest.mark.ray
+def test_a_node_that_does_not_see_the_corpus_is_named(tmp_path: Path, cluster: Any) -> None:
+    import ray
+
+    cluster.add_node(num_cpus=1)
+    ray.init(cluster.address, logging_level="error")
+    here = ray.nodes()[0]["NodeManagerHostname"]
+    check_nodes(tmp_path, tmp_path)
+    with pytest.raises(UserError, match=rf"node {here} .* does not share .*nowhere.*every node"):
+        check_nodes(tmp_path, tmp_path / "nowhere")
+    assert list((tmp_path / ".tmp").iterdir()) == []
 
 
 @pytest.mark.ray

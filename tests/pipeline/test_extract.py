@@ -15,6 +15,7 @@ from pipeline.errors import SongBug, StorageFault, UserError
 from pipeline.plan import load_plan
 from pipeline.shards import iter_shards, read_footer
 from pipeline.verify import export_ledger, verify
+from pipeline.workers import environment
 from tests.pipeline.conftest import Extract, shard_hashes
 from tests.songs import tune
 
@@ -227,6 +228,18 @@ def test_one_content_under_two_names_is_reported(
     shutil.copy(writable_corpus / "spk0" / "song0.wav", writable_corpus / "spk1" / "copy.wav")
     outcome = run_extract(writable_corpus, tmp_path / "d")
     assert outcome.account.duplicates() == [["spk0/song0.wav", "spk1/copy.wav"]]
+
+
+def test_a_resume_on_another_machine_is_remarked_on(
+    corpus: Path, tmp_path: Path, run_extract: Extract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_extract(corpus, tmp_path / "d")
+    iter_shards(tmp_path / "d")[0].unlink()
+    monkeypatch.setattr("platform.machine", lambda: "abacus")
+    environment.cache_clear()
+    outcome = run_extract(corpus, tmp_path / "d")
+    environment.cache_clear()
+    assert any("machine abacus and" in notice for notice in outcome.notices)
 
 
 def test_a_bug_stops_the_run_and_names_the_song(
