@@ -21,6 +21,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Ray writes to our terminal what is no trouble of ours (restartable actors, lost workers).
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+# Nobody scrapes the metrics of a cluster that ends with its run; an eighth of a core made them.
+os.environ.setdefault("RAY_enable_metrics_collection", "0")
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -32,6 +34,7 @@ from pipeline.config import ExtractConfig
 from pipeline.errors import SongBug, UserError
 from pipeline.plan import Task
 from pipeline.progress import Board
+from pipeline.shards import storage_fault
 from pipeline.workers import (
     ExtractTask,
     FinishTask,
@@ -135,8 +138,13 @@ def _python_path() -> list[str]:
 
 def worker_memory_gb(tasks: Mapping[int, Task]) -> float:
     """What a worker may hold at its longest task."""
-    longest = max(task.duration_s for task in tasks.values()) / 60
+    longest = max(map(_believable_minutes, tasks.values()))
     return _WORKER_BASE_GB + _WORKER_GB_PER_MINUTE * longest
+
+
+def _believable_minutes(task: Task) -> float:
+    """Of audio. A header may lie; no file of music holds more than a second in a kilobyte."""
+    return sum(min(song.duration_s, 60.0 + song.size / 1000) for song in task.songs) / 60
 
 
 def plan_pools(
@@ -148,7 +156,8 @@ def plan_pools(
     """
     workers = config.workers
     memory = math.ceil(worker_memory_gb(tasks) * 2**30)
-    longest = max(tasks.values(), key=lambda task: task.duration_s)
+    longest = max(tasks.values(), key=_believable_minutes)
+    minutes = _believable_minutes(longest)
     most = min(len(tasks), workers.max_workers or len(tasks))
     slots = [
         int(min(node.get("CPU", 0) // workers.cpus_per_worker, node.get("memory", 0) // memory))
@@ -157,6 +166,8 @@ def plan_pools(
     gpus = sum(int(node.get("GPU", 0) // workers.gpus_per_worker) for node in nodes)
     if config.encoder.device == "cpu":
         gpus = 0
+    elif config.encoder.device == "cuda" and gpus == 0:
+        raise UserError("encoder.device is cuda, and no node of the cluster offers a GPU")
     gpus = min(gpus, most)
     # Each GPU worker takes a CPU too; it is a slot that the CPU pool does not get.
     if sum(slots) < (2 if gpus else 1):
@@ -167,7 +178,7 @@ def plan_pools(
         raise UserError(
             f"no worker fits: each needs {workers.cpus_per_worker:g} CPUs"
             f"{f' (and {workers.gpus_per_worker:g} GPUs)' if gpus else ''} and "
-            f"{memory / 2**30:.1f} GB (task {longest.index} holds {longest.duration_s / 60:.0f} "
+            f"{memory / 2**30:.1f} GB (task {longest.index} holds {minutes:.0f} "
             f"minutes of audio), and the nodes offer {have or 'nothing'}; lower plan.task_minutes "
             "(new dataset) or workers.cpus_per_worker, or use a larger machine"
         )
@@ -283,8 +294,8 @@ class _Remote:
     def __init__(self, board: Any) -> None:
         self.board = board
 
-    def __call__(self, task: int, song_id: str, seconds: float, status: str) -> None:
-        self.board.song_done.remote(task, song_id, seconds, status)
+    def __call__(self, song_id: str, seconds: float, status: str) -> None:
+        self.board.song_done.remote(song_id, seconds, status)
 
 
 def start_board() -> Any:
@@ -306,6 +317,8 @@ def find_killers(job: Job, task: Task, memory: int) -> set[str]:
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
             return True
         except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, OSError):
+                raise storage_fault(error.cause) from error
             raise SongBug(f"{song_id}: {error}") from error
         return False
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import BadInput, Dropped, Reason
+from stages.source import open_source
 
 if TYPE_CHECKING:
     from pipeline.plan import PlannedSong, Task
@@ -97,24 +98,25 @@ def settle(
     return (song if song.clips else None), entry
 
 
+def hash_source(path: bytes) -> tuple[os.stat_result, str]:
+    """Status and SHA-256 (hex) of a source file.
+
+    Raises: BadInput for what is wrong with the file, OSError for what is wrong with the storage.
+    """
+    with open(open_source(path), "rb") as file:
+        return os.fstat(file.fileno()), hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _check_unchanged(planned: PlannedSong, path: bytes) -> str:
     """SHA-256 of the source file, which must be the one that was planned."""
-    try:
-        with open(path, "rb") as file:
-            stat = os.fstat(file.fileno())
-            if (stat.st_size, stat.st_mtime_ns) != (planned.size, planned.mtime_ns):
-                raise BadInput(
-                    Reason.CHANGED,
-                    f"{stat.st_size} bytes now, {planned.size} when it was planned; "
-                    "--retry-quarantined takes it as it is",
-                )
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError as error:
-        raise BadInput(Reason.MISSING, "there is no such file") from error
-    except PermissionError as error:
-        raise BadInput(Reason.NO_PERMISSION, "the file may not be read") from error
-    except IsADirectoryError as error:
-        raise BadInput(Reason.UNREADABLE, "a folder, not a file") from error
+    stat, sha256 = hash_source(path)
+    if (stat.st_size, stat.st_mtime_ns) != (planned.size, planned.mtime_ns):
+        raise BadInput(
+            Reason.CHANGED,
+            f"{stat.st_size} bytes now, {planned.size} when it was planned; "
+            "--retry-quarantined takes it as it is",
+        )
+    return sha256
 
 
 @dataclass

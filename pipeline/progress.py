@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -34,7 +34,7 @@ class Board:
         self._songs: dict[str, tuple[float, str]] = {}
         self._last = ""
 
-    def song_done(self, task: int, song_id: str, seconds: float, status: str) -> None:
+    def song_done(self, song_id: str, seconds: float, status: str) -> None:
         self._songs[song_id] = (seconds, status)
         self._last = song_id
 
@@ -90,7 +90,7 @@ class ProgressDisplay:
         for snapshot in self._snapshots(every_s=_LOG_EVERY_S):
             self.console.print(self._words(snapshot), highlight=False, soft_wrap=True)
 
-    def _snapshots(self, every_s: float):  # type: ignore[no-untyped-def]
+    def _snapshots(self, every_s: float) -> Iterator[Snapshot]:
         latest, changed, warned = Snapshot(), time.monotonic(), False
         while not self._stop.wait(every_s):
             snapshot = self.read() or latest

@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.extract import Outcome, summary
+from pipeline.extract import Outcome
 from pipeline.ledger import FILTERED, QUARANTINED, Account
 from pipeline.verify import Verification
 
 _MOST_SONGS = 50
+
+
+def summary(outcome: Outcome) -> dict[str, Any]:
+    """The numbers of the closing table, as `--json` writes them."""
+    account, work = outcome.account, outcome.work
+    total_s = sum(work.stage_s.values())
+    work_s = max(1e-9, work.wall_s - work.start_up_s)
+    return {
+        "songs": account.planned,
+        "kept": account.count("kept"),
+        "filtered": dict(account.reasons("filtered")),
+        "quarantined": dict(account.reasons("quarantined")),
+        "hours_in": account.hours_in,
+        "hours_kept": account.hours_kept,
+        "dropped_s": account.dropped_s(),
+        "clips": account.clips,
+        "shards": account.shards,
+        "tasks_run": work.tasks_run,
+        "wall_s": work.wall_s,
+        "start_up_s": work.start_up_s,
+        "times_real_time": work.audio_s / work_s if work.tasks_run else None,
+        "stage_share": {k: v / total_s for k, v in work.stage_s.items()} if total_s else {},
+        "duplicates": account.duplicates(),
+        "notices": outcome.notices,
+        "problems": account.problems,
+    }
+
+
+def write_summary(path: Path, outcome: Outcome) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(summary(outcome), indent=2, ensure_ascii=False) + "\n")
 
 
 def show_summary(console: Console, outcome: Outcome, dataset: Path) -> None:
@@ -27,16 +60,16 @@ def show_summary(console: Console, outcome: Outcome, dataset: Path) -> None:
     for reason, seconds in sorted(numbers["dropped_s"].items()):
         table.add_row("", f"{seconds:.1f} s left out: {escape(reason)}")
     table.add_row("clips", f"{numbers['clips']} in {numbers['shards']} shards")
-    if outcome.tasks_run:
+    if outcome.work.tasks_run:
         table.add_row(
             "speed",
-            f"{numbers['times_real_time']:.1f}x real time over {outcome.wall_s:.1f} s "
-            f"(start-up {outcome.start_up_s:.1f} s)",
+            f"{numbers['times_real_time']:.1f}x real time over {outcome.work.wall_s:.1f} s "
+            f"(start-up {outcome.work.start_up_s:.1f} s)",
         )
         shares = sorted(numbers["stage_share"].items(), key=lambda item: -item[1])
         table.add_row("stages", ", ".join(f"{name} {share:.0%}" for name, share in shares))
     console.print(table, highlight=False)
-    if not outcome.tasks_run:
+    if not outcome.work.tasks_run:
         console.print("nothing to do: every task is committed", highlight=False)
     for group in numbers["duplicates"][:_MOST_SONGS]:
         console.print(f"same content: {', '.join(group)}", markup=False, soft_wrap=True)

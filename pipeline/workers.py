@@ -6,6 +6,7 @@ driver's own process for `--local` and in tests.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import importlib.metadata
@@ -18,7 +19,7 @@ import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import Any, overload
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -48,7 +49,7 @@ from stages.units import encode_units, pack_units
 COMMITTED, BUG, STORAGE = "committed", "bug", "storage"
 
 # Called with (song_id, seconds of source audio, status) after every song.
-Heartbeat = Callable[[int, str, float, str], None]
+Heartbeat = Callable[[str, float, str], None]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Job:
     config: ExtractConfig
     fingerprint: str
     encoder_sha256: tuple[str | None, ...]  # of the checkpoints, in the order of config.encoders
+    gone: frozenset[str]  # songs of the plan that the corpus no longer had when the run began
 
 
 @dataclass(frozen=True)
@@ -79,28 +81,28 @@ class Scratch:
     def __init__(self, parent: str | None) -> None:
         root = Path(parent or tempfile.gettempdir()) / f"cantor-scratch-{os.getuid()}"
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for old in root.iterdir():
-            if _lock(old / ".lock") is not None:  # nobody holds it: its owner is gone
-                shutil.rmtree(old, ignore_errors=True)
-        self.folder = Path(tempfile.mkdtemp(dir=root))
-        self._held = _lock(self.folder / ".lock")
+        with (root / ".lock").open("ab") as door:  # one at a time: a new folder is not locked yet
+            fcntl.flock(door, fcntl.LOCK_EX)
+            for old in root.iterdir():
+                if old.is_dir() and not _is_held(old):
+                    shutil.rmtree(old, ignore_errors=True)
+            self.folder = Path(tempfile.mkdtemp(dir=root))
+            self._held = (self.folder / ".lock").open("ab")
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._held.close()
 
 
-def _lock(path: Path) -> IO[bytes] | None:
-    """The open, locked file, or None when another process holds the lock."""
-    try:
-        file = path.open("ab")
-    except OSError:
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        return None
-    return file
+def _is_held(folder: Path) -> bool:
+    """A living process owns this scratch folder."""
+    with (folder / ".lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 class CpuHalf:
@@ -132,7 +134,7 @@ class CpuHalf:
             if song is not None:
                 with clock.stage("write"):
                     tables.append(_clip_table(planned, song, self.job.config))
-            self.heartbeat(index, planned.song_id, planned.duration_s, entry.status)
+            self.heartbeat(planned.song_id, planned.duration_s, entry.status)
         return pa.concat_tables(tables or [CLIP_SCHEMA.empty_table()]), ledger
 
     def _settle(
@@ -141,8 +143,9 @@ class CpuHalf:
         path = os.path.join(os.fsencode(self.job.corpus), planned.path)
         try:
             song, entry = settle(planned, path, prepare)
-            if entry.reason == Reason.MISSING:
-                _require_corpus(self.job.corpus)
+            was_there = planned.mtime_ns > 0 and planned.song_id not in self.job.gone
+            if entry.reason == Reason.MISSING and was_there:
+                _require_mounted(os.path.dirname(path))
             return song, entry
         except Exception as error:
             error.add_note(f"while working on {planned.song_id}")
@@ -347,10 +350,11 @@ def _notes(error: BaseException) -> str:
     return "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
 
 
-def _require_corpus(corpus: Path) -> None:
-    """A song is missing: is it the song, or the whole mount? An empty root means the mount."""
-    if not any(os.scandir(corpus)):
-        raise FileNotFoundError(2, "the corpus is gone (is it still mounted?)", str(corpus))
+def _require_mounted(folder: bytes) -> None:
+    """A song went missing during the run. Is it that song, or the mount that it lay on?"""
+    if not os.path.isdir(folder) or not any(os.scandir(folder)):
+        words = "the folder is gone or empty since this run began (is it still mounted?)"
+        raise FileNotFoundError(errno.ENOENT, words, os.fsdecode(folder))
 
 
 def _clip_table(planned: PlannedSong, song: PreparedSong, config: ExtractConfig) -> pa.Table:

@@ -16,7 +16,6 @@ import json
 import os
 import resource
 import signal
-import stat
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -39,6 +38,7 @@ from stages.decode.mp3 import TOLERANCE as MP3_TOLERANCE
 from stages.decode.mp3 import mp3_claim
 from stages.errors import BadInput, Reason
 from stages.resample import ResampleConfig, stream_resampler
+from stages.source import open_source
 from stages.types import Array
 
 Block = NDArray[np.float32]  # (T, C)
@@ -53,15 +53,6 @@ SF_UNSUPPORTED_ENCODING = 4
 SFE_MALLOC_FAILED = 17
 SFE_BAD_FILE = 7  # "not a regular file": what libsndfile says of an MP3 without one whole frame
 
-FILE_FAULTS = {
-    errno.ENOENT: (Reason.MISSING, "there is no such file"),
-    errno.ENOTDIR: (Reason.MISSING, "a part of its path is not a folder"),
-    errno.ENAMETOOLONG: (Reason.MISSING, "its name is longer than this file system allows"),
-    errno.ELOOP: (Reason.MISSING, "its symbolic links lead in a circle"),
-    errno.EACCES: (Reason.NO_PERMISSION, "this user may not read it"),
-    errno.EPERM: (Reason.NO_PERMISSION, "this user may not read it"),
-}
-
 
 class Source:
     """A regular file, as a file object for libsndfile that keeps the storage's faults for us.
@@ -75,17 +66,7 @@ class Source:
         self.fault: OSError | None = None
         self._prefix, self._start, self._at = b"", 0, 0
         self._head = b""
-        try:
-            # Asked before opening, which alone can hang (a FIFO) or act (a device).
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise BadInput(Reason.UNREADABLE, "not a regular file")
-            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except ValueError:
-            raise BadInput(Reason.MISSING, "its name holds a zero byte") from None
-        except OSError as error:
-            if error.errno not in FILE_FAULTS:
-                raise
-            raise BadInput(*FILE_FAULTS[error.errno]) from None
+        self._fd = open_source(path)
         self.size = os.fstat(self._fd).st_size
         if self.size == 0:
             os.close(self._fd)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ import pytest
 from pipeline.config import load_config
 from pipeline.dag import check_nodes, plan_pools
 from pipeline.errors import StorageFault, UserError
-from pipeline.extract import Outcome, _run_rounds
-from pipeline.ledger import Account
 from pipeline.plan import PlannedSong, Task
+from pipeline.rounds import Session, Work, run_rounds
 from pipeline.shards import iter_shards
 from pipeline.workers import COMMITTED, STORAGE, TaskResult
 from tests.pipeline.conftest import Extract, shard_hashes
@@ -26,7 +24,7 @@ GB = 2**30
 
 def tasks(count: int, minutes: float = 1.0) -> dict[int, Task]:
     def song(index: int) -> PlannedSong:
-        return PlannedSong(f"ann/{index}.wav", "ann", b"x", 1, 1, minutes * 60)
+        return PlannedSong(f"ann/{index}.wav", "ann", b"x", 10**9, 1, minutes * 60)
 
     return {index: Task(index, "train", (song(index),)) for index in range(count)}
 
@@ -84,32 +82,45 @@ class Rounds:
         yield from self.rounds.pop(0) if self.rounds else []
 
 
-def run_rounds(rounds: Rounds, killers: set[str]) -> Outcome:
-    outcome = Outcome(Account())
-    _run_rounds(tasks(2), rounds, lambda task: killers, defaultdict(float), outcome)
-    return outcome
+def run(rounds: Rounds, killers: set[str]) -> Work:
+    work = Work()
+    run_rounds(Session(rounds, lambda: None, lambda task: killers), tasks(2), work)
+    return work
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.rounds._STORAGE_WAITS_S", (0.0, 0.0, 0.0))
+
+
+DONE = [TaskResult(0, COMMITTED), TaskResult(1, COMMITTED)]
+FAULT = [TaskResult(0, STORAGE, detail="the storage failed"), TaskResult(1, STORAGE, detail="so")]
 
 
 def test_a_task_that_gave_no_result_is_redone_without_its_killers() -> None:
-    rounds = Rounds([TaskResult(0, COMMITTED)], [TaskResult(1, COMMITTED)])
-    outcome = run_rounds(rounds, {"ann/1.wav"})
+    rounds = Rounds(DONE[:1], DONE[1:])
+    work = run(rounds, {"ann/1.wav"})
     assert rounds.asked[1] == ([1], {1: {"ann/1.wav"}})
-    assert outcome.tasks_run == 2
+    assert work.tasks_run == 2
 
 
+@pytest.mark.usefixtures("no_waiting")
 def test_storage_faults_are_tried_again_and_then_end_the_run() -> None:
-    fault = TaskResult(1, STORAGE, detail="the storage failed")
-    run_rounds(Rounds([TaskResult(0, COMMITTED), fault], [TaskResult(1, COMMITTED)]), set())
+    assert run(Rounds([DONE[0], FAULT[1]], [DONE[1]]), set()).tasks_run == 2
+    assert run(Rounds(FAULT, FAULT, FAULT, DONE), set()).tasks_run == 2
     with pytest.raises(StorageFault, match="the storage failed"):
-        run_rounds(Rounds([TaskResult(0, COMMITTED), fault], *[[fault]] * 9), set())
+        run(Rounds(FAULT, FAULT, FAULT, FAULT), set())
+
+
+def test_a_full_disk_ends_the_run_at_once() -> None:
     full = TaskResult(1, STORAGE, detail="no space left", disk_full=True)
     with pytest.raises(StorageFault, match="no space"):
-        run_rounds(Rounds([full]), set())
+        run(Rounds([full]), set())
 
 
 def test_workers_that_die_though_every_song_passes_end_the_run() -> None:
     with pytest.raises(StorageFault, match="max_workers"):
-        run_rounds(Rounds(), set())
+        run(Rounds(), set())
 
 
 @pytest.fixture
@@ -131,7 +142,7 @@ def test_ray_writes_the_same_bytes_as_one_process(
     run_extract(corpus, tmp_path / "local")
     outcome = run_extract(corpus, tmp_path / "ray", local=False)
     assert outcome.account.problems == []
-    assert set(outcome.stage_s) == {
+    assert set(outcome.work.stage_s) == {
         "decode",
         "flac",
         "slice",

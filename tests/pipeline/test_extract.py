@@ -69,7 +69,7 @@ def test_missing_shards_are_made_again_bit_for_bit(
     last.write_bytes(last.read_bytes()[:1000])  # torn by something outside
     (tmp_path / "d" / ".tmp" / "half.parquet.123").write_bytes(b"left by a killed worker")
     outcome = run_extract(corpus, tmp_path / "d")
-    assert outcome.tasks_run == 2
+    assert outcome.work.tasks_run == 2
     assert shard_hashes(tmp_path / "d") == before
     assert list((tmp_path / "d" / ".tmp").iterdir()) == []
     assert any("not a whole Parquet file" in notice for notice in outcome.notices)
@@ -78,7 +78,7 @@ def test_missing_shards_are_made_again_bit_for_bit(
 def test_a_finished_run_does_nothing(corpus: Path, tmp_path: Path, run_extract: Extract) -> None:
     run_extract(corpus, tmp_path / "d")
     before = {path: path.stat().st_mtime_ns for path in iter_shards(tmp_path / "d")}
-    assert run_extract(corpus, tmp_path / "d").tasks_run == 0
+    assert run_extract(corpus, tmp_path / "d").work.tasks_run == 0
     assert {path: path.stat().st_mtime_ns for path in iter_shards(tmp_path / "d")} == before
 
 
@@ -99,7 +99,7 @@ def test_other_settings_are_refused_by_key(
 def test_machine_settings_may_change(corpus: Path, tmp_path: Path, run_extract: Extract) -> None:
     run_extract(corpus, tmp_path / "d")
     outcome = run_extract(corpus, tmp_path / "d", ["workers.max_workers=1", "encoder.device=cpu"])
-    assert outcome.tasks_run == 0
+    assert outcome.work.tasks_run == 0
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(
@@ -120,7 +120,7 @@ def test_new_songs_append_and_touch_nothing_old(
     sf.write(writable_corpus / "spk0" / "new.wav", tune(5, seed=99), 44100)
     outcome = run_extract(writable_corpus, tmp_path / "d")
     after = shard_hashes(tmp_path / "d")
-    assert outcome.tasks_run == 1 and outcome.account.problems == []
+    assert outcome.work.tasks_run == 1 and outcome.account.problems == []
     assert {name: after[name] for name in before} == before and len(after) == len(before) + 1
 
 
@@ -131,11 +131,11 @@ def test_a_changed_song_is_reported_and_redone_on_request(
     before = shard_hashes(tmp_path / "d")
     sf.write(writable_corpus / "spk1" / "song0.wav", tune(9, seed=5), 44100)
     outcome = run_extract(writable_corpus, tmp_path / "d")
-    assert outcome.tasks_run == 0
+    assert outcome.work.tasks_run == 0
     assert any("spk1/song0.wav" in n and "--redo-changed" in n for n in outcome.notices)
     outcome = run_extract(writable_corpus, tmp_path / "d", redo_changed=True)
     after = shard_hashes(tmp_path / "d")
-    assert outcome.tasks_run == 1 and outcome.account.problems == []
+    assert outcome.work.tasks_run == 1 and outcome.account.problems == []
     assert sum(before[name] != after[name] for name in before) == 1
     assert verify(tmp_path / "d", writable_corpus).problems == []
 
@@ -202,7 +202,7 @@ def test_a_second_run_is_refused_while_the_first_holds_the_dataset(
         fcntl.flock(holder, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="in use by process 42 on elsewhere"):
             run_extract(corpus, tmp_path / "d")
-    assert run_extract(corpus, tmp_path / "d").tasks_run > 0
+    assert run_extract(corpus, tmp_path / "d").work.tasks_run > 0
 
 
 def test_a_dry_run_writes_nothing(corpus: Path, tmp_path: Path, run_extract: Extract) -> None:
