@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -86,6 +87,11 @@ def extract(
         return
     if not corpus or not dataset:
         raise UserError("name a CORPUS and a DATASET folder; see extract --help")
+    if re.match(r"\w+\.\w+=", dataset):
+        raise UserError(
+            f"'{dataset}' is a setting where the DATASET folder should be; write CORPUS, DATASET, "
+            f"then settings (a folder of that name is ./{dataset})"
+        )
     resolved = load_config(config, settings)
 
     from pipeline.extract import ExtractOptions, write_summary
@@ -177,12 +183,24 @@ def main() -> None:
         error_console.print(message, markup=False, highlight=False)
         sys.exit(status)
 
+    again = "Run the same command to go on."
+    if "--force-new" in sys.argv:
+        again = "Run the command again WITHOUT --force-new to go on; with it, all is deleted."
+
+    def fail_storage(fault: StorageFault) -> None:
+        words = str(fault).replace(" and run the same command to go on", "")  # `again` says it
+        fail(f"storage: {words}. What was committed is whole. {again}", 3)
+
     try:
         app()
     except UserError as error:
         fail(f"error: {error}", 2)
     except StorageFault as error:
-        fail(f"storage: {error}. What was committed is whole; run the same command to go on.", 3)
+        fail_storage(error)
+    except OSError as error:
+        from pipeline.shards import storage_fault
+
+        fail_storage(storage_fault(error))
     except SongBug as error:
         fail(
             f"{error}\nThis is a bug of Cantor, not of your audio. The run stopped; what was "
@@ -190,4 +208,4 @@ def main() -> None:
             4,
         )
     except Interrupted:
-        fail("\nstopped; what was committed is whole. Run the same command to go on.", 130)
+        fail(f"\nstopped; what was committed is whole. {again}", 130)

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +74,17 @@ class ExtractConfig(ChainConfig):
     plan: PlanConfig = field(default_factory=PlanConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
 
+    def __post_init__(self) -> None:
+        rate = self.audio.sample_rate
+        if not self.f0.f0_max < rate / 2:
+            raise ValueError(
+                f"f0.f0_max is {self.f0.f0_max}; it must be below half of audio.sample_rate, {rate}"
+            )
+        if rate > 65535 and rate % 10 != 0:
+            raise ValueError(
+                f"audio.sample_rate is {rate}; above 65535 Hz, FLAC takes multiples of 10 only"
+            )
+
     @property
     def encoders(self) -> tuple[EncoderConfig, ...]:
         """The encoders whose units become columns."""
@@ -84,11 +96,15 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Extr
 
     Raises: UserError naming the key or the line that is wrong.
     """
-    merged = OmegaConf.structured(ExtractConfig)
+    merged: Any = OmegaConf.structured(ExtractConfig)
     try:
         if path is not None:
             merged = OmegaConf.merge(merged, _checked(_read_yaml(path), merged, str(path)))
         merged = OmegaConf.merge(merged, _checked(_parse_overrides(overrides), merged, "override"))
+        for section in merged:
+            for name, value in merged[section].items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise UserError(f"{section}.{name} is {value}; it must be a finite number")
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
@@ -97,6 +113,29 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Extr
         raise UserError(str(error)) from error
     assert isinstance(config, ExtractConfig)
     return config
+
+
+def check_encoder(config: ExtractConfig, local: bool) -> None:
+    """Refuse encoders that cannot be built, before anything is written. Imports torch.
+
+    local: the encoders will run in this process, so a CUDA device must be here if one is set.
+    Raises: UserError.
+    """
+    from models.encoders import load_encoder  # torch takes seconds to import
+
+    for encoder in config.encoders:
+        try:
+            load_encoder(encoder.name, encoder.checkpoint, "cpu")
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if local and encoder.device == "cuda":
+            import torch
+
+            if not torch.cuda.is_available():
+                raise UserError(
+                    "encoder.device is cuda, but this machine has no CUDA device that torch can "
+                    "use; set encoder.device to auto or cpu"
+                )
 
 
 def flatten(config: ExtractConfig) -> dict[str, Any]:
@@ -140,6 +179,8 @@ def file_sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -147,8 +188,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         loaded = OmegaConf.load(path)
     except FileNotFoundError as error:
         raise UserError(f"there is no configuration file {path}") from error
+    except OSError as error:  # OmegaConf also raises it, without strerror, for a lone number
+        raise UserError(f"cannot read settings from {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except OmegaConfBaseException as error:  # null as a key
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path} must hold `section: {{key: value}}`, not a list")
     return dict(OmegaConf.to_container(loaded, resolve=False))  # type: ignore[arg-type]
@@ -176,6 +223,7 @@ def _checked(values: dict[str, Any], schema: Any, where: str) -> dict[str, Any]:
     """`values`, after refusing unknown keys (with a suggestion) and interpolations."""
     known = {section: set(schema[section]) for section in schema}
     for section, entries in values.items():
+        _refuse_other_than_text(section, f"{where}: the section")
         if section not in known:
             raise UserError(f"{where}: unknown section '{section}'{_suggest(section, known)}")
         if entries is None:
@@ -184,13 +232,21 @@ def _checked(values: dict[str, Any], schema: Any, where: str) -> dict[str, Any]:
         if not isinstance(entries, dict):
             raise UserError(f"{where}: '{section}' must hold keys, not {entries!r}")
         for name, value in entries.items():
+            _refuse_other_than_text(name, f"{where}: in '{section}', the key")
             full = f"{section}.{name}"
             if name not in known[section]:
                 every = [f"{s}.{n}" for s, names in known.items() for n in names]
                 raise UserError(f"{where}: unknown key '{full}'{_suggest(full, every)}")
             if isinstance(value, str) and "${" in value:
                 raise UserError(f"{where}: {full} holds '${{'; interpolation is not supported")
+            if value == "???":  # OmegaConf would pass over it
+                raise UserError(f"{where}: {full} is '???'; give it a value or leave it out")
     return values
+
+
+def _refuse_other_than_text(name: object, what: str) -> None:
+    if not isinstance(name, str):
+        raise UserError(f"{what} {name!r} is not text (YAML reads on, off, yes and no as booleans)")
 
 
 def _suggest(word: str, known: Any) -> str:

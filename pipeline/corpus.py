@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from pipeline.errors import UserError
 
@@ -59,6 +60,10 @@ def list_corpus(path: Path, speaker: str | None = None) -> Corpus:
     Raises: UserError when nothing is there, a song has no speaker, or two names are one after NFC.
     """
     path = path.absolute()
+    if speaker is not None:
+        speaker = unicodedata.normalize("NFC", _writable(speaker, "--speaker").strip())
+        if not speaker:
+            raise UserError("--speaker is empty; it must name the speaker of the whole corpus")
     if path.is_dir():
         corpus = _list_folder(path, speaker)
     elif path.suffix.lower() in MANIFEST_SUFFIXES and path.is_file():
@@ -100,34 +105,39 @@ def _walk(
 ) -> Iterator[tuple[bytes, os.stat_result]]:
     """Audio files under `relative`, symbolic links followed unless they lead back up."""
     folder = os.path.join(root, relative)
-    stat = os.stat(folder)
+    try:
+        stat = os.stat(folder)
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        shown = os.path.join(os.fsdecode(root), song_id_of(relative))
+        raise UserError(f"cannot list the folder {shown}: {error.strerror}") from error
     above = [*above, (stat.st_dev, stat.st_ino)]
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.startswith(b"."):
-                continue  # .ipynb_checkpoints, ._song.wav, .git are nobody's speakers
-            inside = os.path.join(relative, entry.name)
-            suffix = os.fsdecode(os.path.splitext(entry.name)[1]).lower()
-            try:
-                stat = entry.stat()
-            except FileNotFoundError:  # a dangling link: planned, and quarantined as missing
-                if suffix in AUDIO_SUFFIXES:
-                    yield inside, entry.stat(follow_symlinks=False)
+    for entry in entries:
+        if entry.name.startswith(b"."):
+            continue  # .ipynb_checkpoints, ._song.wav, .git are nobody's speakers
+        inside = os.path.join(relative, entry.name)
+        suffix = os.fsdecode(os.path.splitext(entry.name)[1]).lower()
+        try:
+            stat = entry.stat()
+        except FileNotFoundError:  # a dangling link: planned, and quarantined as missing
+            if suffix in AUDIO_SUFFIXES:
+                yield inside, entry.stat(follow_symlinks=False)
+            continue
+        except OSError as error:
+            if entry.is_symlink():  # a link to itself
+                corpus.loops.append(song_id_of(inside))
                 continue
-            except OSError as error:
-                if entry.is_symlink():  # a link to itself
-                    corpus.loops.append(song_id_of(inside))
-                    continue
-                raise UserError(f"cannot read {song_id_of(inside)}: {error.strerror}") from error
-            if entry.is_dir():
-                if (stat.st_dev, stat.st_ino) in above:
-                    corpus.loops.append(song_id_of(inside))
-                else:
-                    yield from _walk(root, inside, above, corpus)
-            elif suffix in AUDIO_SUFFIXES:
-                yield inside, stat
+            raise UserError(f"cannot read {song_id_of(inside)}: {error.strerror}") from error
+        if entry.is_dir():
+            if (stat.st_dev, stat.st_ino) in above:
+                corpus.loops.append(song_id_of(inside))
             else:
-                corpus.ignored[suffix or "(no suffix)"] += 1
+                yield from _walk(root, inside, above, corpus)
+        elif suffix in AUDIO_SUFFIXES:
+            yield inside, stat
+        else:
+            corpus.ignored[suffix or "(no suffix)"] += 1
 
 
 def _list_manifest(manifest: Path, speaker: str | None) -> Corpus:
@@ -136,14 +146,14 @@ def _list_manifest(manifest: Path, speaker: str | None) -> Corpus:
     first_line: dict[str, int] = {}
     for line, row in _read_manifest(manifest):
         where = f"{manifest}, line {line}"
-        name = row.get("path")
-        if not isinstance(name, str) or not name:
+        name = _text(row, "path", where)
+        if not name:
             raise UserError(f"{where}: 'path' is missing")
-        who = speaker if speaker is not None else row.get("speaker")
-        if not isinstance(who, str) or not who.strip():
+        who = speaker if speaker is not None else _text(row, "speaker", where).strip()
+        if not who:
             raise UserError(f"{where}: 'speaker' is missing (or pass --speaker NAME)")
-        split = row.get("split") or "train"
-        if not isinstance(split, str) or not re.fullmatch(r"[A-Za-z0-9_]{1,64}", split):
+        split = _text(row, "split", where) or "train"
+        if not re.fullmatch(r"[A-Za-z0-9_]{1,64}", split):
             raise UserError(f"{where}: split {split!r} may hold letters, digits and _ only")
         song_id = song_id_of(os.fsencode(name))
         if song_id in first_line:
@@ -154,9 +164,30 @@ def _list_manifest(manifest: Path, speaker: str | None) -> Corpus:
             size, mtime_ns = stat.st_size, stat.st_mtime_ns
         except OSError:
             size, mtime_ns = 0, 0  # planned all the same, so that it is quarantined and not lost
-        who = unicodedata.normalize("NFC", who.strip())
+        who = unicodedata.normalize("NFC", who)
         corpus.songs.append(Source(song_id, who, split, os.fsencode(name), size, mtime_ns))
     return corpus
+
+
+def _text(row: dict[str, object], key: str, where: str) -> str:
+    """What a manifest's row says; "" where it says nothing."""
+    value = row.get(key)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: '{key}' must be text, not {value!r}")
+    return _writable(value, f"{where}: '{key}'")
+
+
+def _writable(text: str, what: str) -> str:
+    """`text`, refused where it can neither name a file nor be written to a dataset."""
+    if "\0" in text:
+        raise UserError(f"{what} holds a NUL byte")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} holds half a character (a lone surrogate)") from error
+    return text
 
 
 def _read_manifest(manifest: Path) -> Iterator[tuple[int, dict[str, object]]]:
@@ -167,20 +198,34 @@ def _read_manifest(manifest: Path) -> Iterator[tuple[int, dict[str, object]]]:
                     if text.strip():
                         try:
                             row = json.loads(text)
-                        except json.JSONDecodeError as error:
+                        except ValueError as error:  # also a number of too many digits
                             raise UserError(f"{manifest}, line {number}: {error}") from error
                         if not isinstance(row, dict):
                             raise UserError(f"{manifest}, line {number}: not a JSON object")
                         yield number, row
             else:
-                reader = csv.DictReader(file)
-                columns = set(reader.fieldnames or ())
-                if "path" not in columns:
-                    raise UserError(
-                        f"{manifest}: the first line must name the columns path, speaker and "
-                        f"optionally split; it names {', '.join(sorted(columns)) or 'nothing'}"
-                    )
-                for row in reader:
-                    yield reader.line_num, dict(row)
+                yield from _read_csv(manifest, file)
+    except OSError as error:
+        raise UserError(f"cannot read {manifest}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{manifest} is not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def _read_csv(manifest: Path, file: TextIO) -> Iterator[tuple[int, dict[str, object]]]:
+    """Rows by column, each with the line it begins in."""
+    rows = csv.reader(file, strict=True)
+    line = 1
+    try:
+        columns = next(rows, [])
+        if "path" not in columns:
+            raise UserError(
+                f"{manifest}: the first line must name the columns path, speaker and "
+                f"optionally split; it names {', '.join(sorted(columns)) or 'nothing'}"
+            )
+        line = rows.line_num + 1
+        for row in rows:
+            if row:
+                yield line, dict(zip(columns, row, strict=False))
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{manifest}, line {line}: {error}; is a quote left open?") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline import cli
+from pipeline.errors import Interrupted, StorageFault
+from pipeline.shards import storage_fault
 from tests.pipeline.conftest import FAST
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +55,8 @@ def test_print_config_is_yaml_of_everything() -> None:
         (["extract"], "name a CORPUS"),
         (["extract", "/nowhere/at/all", "d"], "no corpus at /nowhere/at/all"),
         (["extract", "c", "d", "f0.metod=dio"], "did you mean 'f0.method'"),
+        (["extract", "c", "f0.f0_min=60"], "'f0.f0_min=60' is a setting where the DATASET"),
+        (["extract", "c", "d", "--config", "/"], "settings from /: Is a directory"),
         (["verify", "/nowhere/at/all"], "is not a dataset"),
         (["report", "/nowhere/at/all"], "is not a dataset"),
     ],
@@ -82,3 +88,49 @@ def test_dry_run_says_what_would_run(corpus: Path, tmp_path: Path) -> None:
     output = cantor("extract", corpus, tmp_path / "d", *FAST, "--dry-run")
     assert "7 songs of 4 speakers" in output and "nothing was written" in output
     assert not (tmp_path / "d").exists()
+
+
+def test_an_export_that_cannot_be_written_is_status_3(dataset: Path) -> None:
+    file = dataset.parent / "file"  # where a folder should be
+    file.touch()
+    output = cantor("verify", dataset, "--export", file / "ledger.csv", status=3)
+    assert "storage: the storage failed" in output and str(file) in output
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "/data/x")
+ON = "run the same command to go on"
+NEW = "run the command again WITHOUT --force-new"
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "said"),
+    [
+        (FULL, 3, "storage: no space left at /data/x; free some. What was committed is whole. Run"),
+        (storage_fault(FULL), 3, "storage: no space left at /data/x; free some. What was"),
+        (StorageFault("the folder is gone"), 3, "storage: the folder is gone. What was"),
+        (OSError(errno.EIO, "Input/output error"), 3, "storage: the storage failed: Input/output"),
+        (PermissionError(errno.EACCES, "Permission denied", "/d"), 3, "at /d: Permission denied"),
+        (Interrupted(), 130, "stopped; what was committed is whole. Run"),
+    ],
+)
+@pytest.mark.parametrize("force_new", [False, True])
+def test_what_stops_a_run_says_once_how_to_go_on(
+    fault: Exception,
+    status: int,
+    said: str,
+    force_new: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop() -> None:
+        raise fault
+
+    monkeypatch.setattr(cli, "app", stop)
+    monkeypatch.setattr(sys, "argv", ["cantor", "extract", *["--force-new"] * force_new])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == status
+    words = " ".join(capsys.readouterr().err.split())
+    assert said in words
+    counts = [words.lower().count(text.lower()) for text in (ON, NEW)]
+    assert counts == ([0, 1] if force_new else [1, 0])

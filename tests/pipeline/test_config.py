@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import ExtractConfig, fingerprint, fingerprinted, flatten, load_config, to_yaml
+from pipeline.config import (
+    ExtractConfig,
+    check_encoder,
+    fingerprint,
+    fingerprinted,
+    flatten,
+    load_config,
+    to_yaml,
+)
 from pipeline.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -50,8 +58,15 @@ def test_printed_settings_read_back(tmp_path: Path) -> None:
         ("f0.method=pitchfork", "pitchfork"),
         ("slice.threshold_db=loud", "threshold_db"),
         ("audio.sample_rate=10", "8000 to 192000"),
+        ("audio.sample_rate=88201", "88201; above 65535 Hz, FLAC takes multiples of 10"),
         ("plan.task_minutes=0", "0.05 to 240"),
+        ("f0.f0_max=22050", "f0.f0_max is 22050.0; .* half of audio.sample_rate, 44100"),
+        ("f0.f0_min=.nan", "f0.f0_min is nan; it must be a finite number"),
+        ("slice.threshold_db=-.inf", "slice.threshold_db is -inf"),
+        ("quality.min_snr_db='nan'", "quality.min_snr_db is nan"),
+        ("workers.object_store_gb=inf", "workers.object_store_gb is inf"),
         ("f0.checkpoint=${oc.env:HOME}", "interpolation"),
+        ("f0.f0_min='???'", "f0.f0_min is '...'; give it a value"),
         ("f0.method", "section.key=value"),
         ("method=dio", "section.key=value"),
     ],
@@ -104,3 +119,63 @@ def test_a_checkpoint_counts_by_its_content(tmp_path: Path) -> None:
     assert print_of("a.pt") == print_of("b.pt") != print_of("c.pt")
     with pytest.raises(UserError, match=r"d\.pt"):
         print_of("d.pt")
+
+
+def test_rates_that_flac_and_the_f0_range_allow_are_taken() -> None:
+    for overrides in (["audio.sample_rate=88200"], ["audio.sample_rate=65535"]):
+        load_config(None, overrides)
+    load_config(None, ["f0.f0_max=22049"])
+    with pytest.raises(UserError, match="f0_max"):  # sections are checked against each other
+        load_config(None, ["audio.sample_rate=8000", "f0.f0_max=4000"])
+
+
+def test_folders_and_bytes_that_are_no_settings_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(UserError, match=r"folder: Is a directory"):
+        load_config(folder)
+    with pytest.raises(UserError, match=r"folder: Is a directory"):
+        fingerprinted(load_config(None, [f"encoder.checkpoint={folder}"]))
+    (tmp_path / "wav.yaml").write_bytes(b"f0:\n  method: \xff\n")
+    with pytest.raises(UserError, match=r"wav\.yaml is not UTF-8"):
+        load_config(tmp_path / "wav.yaml")
+    (tmp_path / "number.yaml").write_text("5\n")
+    with pytest.raises(UserError, match=r"number\.yaml"):
+        load_config(tmp_path / "number.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("on: {}\n", "section True is not text"),
+        ("5: {}\n", "section 5 is not text"),
+        ("f0:\n  yes: 1\n", "in 'f0', the key True is not text"),
+        ("f0:\n  3.5: 1\n", "in 'f0', the key 3.5 is not text"),
+        ("null: {}\n", r"x\.yaml: .*key"),
+        ("f0:\n  f0_min: .nan\n", "f0.f0_min is nan"),
+    ],
+)
+def test_yaml_that_is_no_text_is_refused_in_words(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match=words):
+        load_config(tmp_path / "x.yaml")
+
+
+def test_encoders_that_cannot_be_built_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_encoder(load_config(), local=True)
+    with pytest.raises(UserError, match=r"encoder 'hubert' is unknown; there are .*mfcc"):
+        check_encoder(load_config(None, ["encoder.name=hubert"]), local=False)
+    with pytest.raises(UserError, match=r"encoder\.checkpoint must be empty"):
+        check_encoder(load_config(None, [f"encoder.checkpoint={tmp_path}"]), local=False)
+
+    import torch
+
+    config = load_config(None, ["encoder.device=cuda"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    check_encoder(config, local=False)  # the cluster's workers may have a GPU
+    with pytest.raises(UserError, match=r"encoder\.device is cuda"):
+        check_encoder(config, local=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_encoder(config, local=True)

@@ -123,6 +123,12 @@ def test_manifests_in_csv_and_jsonl_agree(tmp_path: Path) -> None:
         ("path,speaker\na.wav,\n", "line 2: 'speaker'"),
         ("path,speaker,split\na.wav,ann,a/b\n", "line 2: split"),
         ("path,speaker\na.wav,ann\na.wav,bob\n", "line 3: a.wav was named in line 2"),
+        ("path,speaker\na\0.wav,ann\n", "line 2: 'path' holds a NUL"),
+        ("path,speaker\na.wav,a\0nn\n", "line 2: 'speaker' holds a NUL"),
+        ('path,speaker\na.wav,ann\n\n"b.wav,bob\nc.wav,bob\n', "line 4: .*quote"),
+        ("path,speaker\na.wav," + "x" * 200_000 + "\n", "line 2: field larger"),
+        ('path,"speaker\na.wav,ann\n', "line 1: .*quote"),
+        ("path,speaker\n\n\na.wav,\n", "line 4: 'speaker'"),
         ("", "path, speaker"),
     ],
 )
@@ -130,3 +136,59 @@ def test_a_faulty_manifest_names_the_line(tmp_path: Path, text: str, words: str)
     (tmp_path / "m.csv").write_text(text)
     with pytest.raises(UserError, match=words):
         list_corpus(tmp_path / "m.csv")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (r'{"path": "a.wav", "speaker": 3}', "'speaker' must be text, not 3"),
+        (r'{"path": ["a.wav"], "speaker": "ann"}', "'path' must be text"),
+        (r'{"path": "a.wav", "speaker": "ann", "split": 0}', "'split' must be text"),
+        (r'{"path": "a\u0000.wav", "speaker": "ann"}', "'path' holds a NUL"),
+        (r'{"path": "\ud800.wav", "speaker": "ann"}', "'path' holds half a character"),
+        (r'{"path": "a.wav", "speaker": "\udcff"}', "'speaker' holds half a character"),
+        ('{"path": ' + "1" * 5000 + "}", "digits"),
+        ("[]", "not a JSON object"),
+    ],
+)
+def test_a_faulty_jsonl_row_names_the_line(tmp_path: Path, row: str, words: str) -> None:
+    good = json.dumps({"path": "good.wav", "speaker": "ann"})
+    (tmp_path / "m.jsonl").write_text(f"{good}\n{row}\n")
+    with pytest.raises(UserError, match=r"m\.jsonl, line 2: .*" + words):
+        list_corpus(tmp_path / "m.jsonl")
+
+
+def test_quoted_fields_may_span_lines(tmp_path: Path) -> None:
+    touch(tmp_path, "a, b.wav")
+    (tmp_path / "m.csv").write_text('path,speaker\n"a, b.wav","an""n"\n"c\nd.wav",bob\n,x\n')
+    with pytest.raises(UserError, match="line 5: 'path'"):
+        list_corpus(tmp_path / "m.csv")
+
+
+def test_a_folder_that_cannot_be_listed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "ann/a.wav", "bob/locked/b.wav")
+    scandir = os.scandir
+
+    def refuse(folder: bytes) -> os._ScandirIterator[bytes]:  # root may list everything
+        if folder.endswith(b"locked"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=f"{tmp_path}/bob/locked: Permission denied"):
+        list_corpus(tmp_path)
+
+
+def test_the_speaker_given_for_all_is_stripped_and_normalised(tmp_path: Path) -> None:
+    touch(tmp_path, "a.wav")
+    (tmp_path / "m.csv").write_text("path\na.wav\n")
+    nfd = unicodedata.normalize("NFD", "Zoé")
+    for path in (tmp_path, tmp_path / "m.csv"):
+        assert [song.speaker for song in list_corpus(path, f" {nfd}\t").songs] == ["Zoé"]
+        for empty in ("", "  "):
+            with pytest.raises(UserError, match="--speaker is empty"):
+                list_corpus(path, empty)
+        with pytest.raises(UserError, match="--speaker holds half a character"):
+            list_corpus(path, "\udcff")
