@@ -94,7 +94,7 @@ def extract(
         )
     resolved = load_config(config, settings)
 
-    from pipeline.extract import ExtractOptions, write_summary
+    from pipeline.extract import ExtractOptions
     from pipeline.extract import extract as run
 
     options = ExtractOptions(
@@ -114,7 +114,7 @@ def extract(
     if dry_run:
         return
 
-    from pipeline.tables import show_summary
+    from pipeline.tables import show_summary, write_summary
 
     show_summary(console, outcome, Path(dataset))
     if json_path is not None:
