@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -81,14 +82,27 @@ class Footer:
     ledger: list[SongEntry]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
+        values = asdict(self)
+        values["sha256"] = _canonical_sha256(values)
+        return json.dumps(values, ensure_ascii=False, allow_nan=False)
 
     @staticmethod
     def from_json(text: str) -> Footer:
+        """Raises: ValueError, TypeError or KeyError when `text` is not what `to_json` wrote."""
         values = json.loads(text)
+        if not isinstance(values, dict) or "sha256" not in values:
+            raise ValueError("its 'cantor' metadata has no checksum")
+        if values.pop("sha256") != _canonical_sha256(values):
+            raise ValueError("its 'cantor' metadata does not match its checksum")
         values["encoders"] = [EncoderIdentity(**encoder) for encoder in values["encoders"]]
         values["ledger"] = [SongEntry.from_dict(entry) for entry in values["ledger"]]
         return Footer(**values)
+
+
+def _canonical_sha256(values: dict[str, Any]) -> str:
+    """SHA-256 (hex) of `values` as JSON with sorted keys and without white space, in UTF-8."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def shard_schema(encoders: Sequence[EncoderIdentity], sample_rate: int) -> pa.Schema:
@@ -117,26 +131,30 @@ def write_shard(dataset: Path, shard_name: str, table: pa.Table, footer: Footer)
     table: columns of `shard_schema`. Without clips the file has zero row groups, since a row group
     of zero rows breaks `datasets.load_dataset`.
     """
+
+    def write(file: BinaryIO) -> None:
+        with shard_writer(file, footer) as writer:
+            if table.num_rows:
+                columns = table.select(writer.schema.names).cast(writer.schema)
+                writer.write_table(columns, row_group_size=ROW_GROUP_CLIPS)
+
+    return commit_file(dataset, f"data/{shard_name}", write)
+
+
+def shard_writer(file: BinaryIO, footer: Footer) -> pq.ParquetWriter:
+    """A writer of shards: what is compressed, indexed and summed up how."""
     schema = shard_schema(footer.encoders, footer.sample_rate)
     schema = schema.with_metadata({**schema.metadata, "cantor": footer.to_json()})
     binary = {"audio.bytes", *(encoder.column for encoder in footer.encoders)}
     leaves = _leaf_paths(schema)
-
-    def write(file: BinaryIO) -> None:
-        with pq.ParquetWriter(
-            file,
-            schema,
-            compression={leaf: "NONE" if leaf in binary else "ZSTD" for leaf in leaves},
-            use_dictionary=["song_id", "speaker", "sample_rate", "clip_count"],
-            write_page_checksum=True,
-            write_statistics=[leaf for leaf in leaves if leaf not in binary],
-        ) as writer:
-            if table.num_rows:
-                writer.write_table(
-                    table.select(schema.names).cast(schema), row_group_size=ROW_GROUP_CLIPS
-                )
-
-    return commit_file(dataset, f"data/{shard_name}", write)
+    return pq.ParquetWriter(
+        file,
+        schema,
+        compression={leaf: "NONE" if leaf in binary else "ZSTD" for leaf in leaves},
+        use_dictionary=["song_id", "speaker", "sample_rate", "clip_count"],
+        write_page_checksum=True,
+        write_statistics=[leaf for leaf in leaves if leaf not in binary],
+    )
 
 
 def _leaf_paths(schema: pa.Schema) -> list[str]:
@@ -196,7 +214,7 @@ def read_dataset_info(dataset: Path) -> dict[str, Any]:
         raise UserError(f"{dataset} is not a dataset: it has no dataset.json") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(info, dict) or "fingerprint" not in info:
+    if not isinstance(info, dict) or not {"fingerprint", "settings"} <= info.keys():
         raise UserError(f"{path} is not the dataset.json of this program")
     return info
 
@@ -210,11 +228,17 @@ def read_footer(path: Path) -> Footer:
     """Raises: UserError when the file is not a whole shard of ours, OSError of the storage."""
     try:
         metadata = pq.read_metadata(path).metadata or {}
+        if b"cantor" not in metadata:
+            raise UserError(f"{path} has no 'cantor' metadata: not a shard of this program")
+        return Footer.from_json(metadata[b"cantor"].decode())
     except pa.ArrowInvalid as error:
         raise UserError(f"{path} is not a whole Parquet file: {error}") from error
-    if b"cantor" not in metadata:
-        raise UserError(f"{path} has no 'cantor' metadata: not a shard of this program")
-    return Footer.from_json(metadata[b"cantor"].decode())
+    except (pa.ArrowException, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise UserError(f"{path} is damaged: {error}") from error  # thrift that does not parse
 
 
 def read_footers(paths: Sequence[Path]) -> Iterator[tuple[Path, Footer | UserError]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import base64
+import io
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ import soundfile as sf
 
 from pipeline.config import fingerprint
 from pipeline.errors import UserError
-from pipeline.ledger import Account, SongEntry, entry_record, take_account
+from pipeline.ledger import Account, SongEntry, entry_record, hash_source, take_account
 from pipeline.plan import load_plan
 from pipeline.shards import (
     ROW_GROUP_CLIPS,
@@ -27,7 +28,9 @@ from pipeline.shards import (
     read_dataset_info,
     read_footer,
     shard_schema,
+    shard_writer,
 )
+from stages.errors import BadInput
 from stages.flac import decode_flac
 from stages.frames import num_frames
 
@@ -91,25 +94,82 @@ def _check_shard(path: Path) -> tuple[Footer, set[str], float, list[str]] | User
     try:
         footer = read_footer(path)
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            problems = []
-            expected = shard_schema(footer.encoders, footer.sample_rate)
-            if not file.schema_arrow.equals(expected):
-                problems.append("its columns are not those of the format")
+            problems = _check_metadata(file, footer)
+            if problems:
                 return footer, set(), 0.0, problems
             clip_ids: list[str] = []
             samples = 0
-            for batch in file.iter_batches(ROW_GROUP_CLIPS):
-                for row in batch.to_pylist():
+            for number in range(file.num_row_groups):
+                table = file.read_row_group(number)
+                if _has_nulls(table):
+                    problems.append("it has empty cells")
+                    return footer, set(), 0.0, problems
+                if _statistics(file.metadata, number) != _statistics_of(table, footer):
+                    problems.append(f"row group {number}: its statistics are not those of its rows")
+                for row in table.to_pylist():
                     clip_ids.append(row["clip_id"])
                     samples += row["num_samples"]
                     problems += [f"{row['clip_id']}: {w}" for w in _check_clip(row, footer)]
-    except (pa.ArrowException, OSError) as error:
+            if len(clip_ids) != file.metadata.num_rows:
+                problems.append(f"{len(clip_ids)} rows, {file.metadata.num_rows} promised")
+    except (pa.ArrowException, OSError, ValueError) as error:
         return UserError(f"{path.name} cannot be read: {error}")
     except UserError as error:
         return error
     if len(set(clip_ids)) != len(clip_ids):
         problems.append("a clip_id occurs twice")
     return footer, set(clip_ids), samples / footer.sample_rate, problems
+
+
+def _check_metadata(file: pq.ParquetFile, footer: Footer) -> list[str]:
+    """What the Parquet footer says of columns, features and rows, against the format."""
+    expected = shard_schema(footer.encoders, footer.sample_rate)
+    sink = io.BytesIO()
+    shard_writer(sink, footer).close()
+    if not file.schema_arrow.equals(expected) or not file.schema.equals(
+        pq.read_metadata(sink).schema
+    ):
+        return ["its columns are not those of the format"]
+    entries = dict(file.metadata.metadata)
+    # Arrow keeps the schema, with both entries, a second time.
+    copy = base64.b64decode(entries.pop(b"ARROW:schema", b""), validate=True)
+    arrow = pa.ipc.read_schema(pa.py_buffer(copy))
+    expected = expected.with_metadata({**expected.metadata, b"cantor": footer.to_json().encode()})
+    problems = []
+    if entries != expected.metadata:
+        problems.append("its 'huggingface' metadata is not that of the format")
+    if not arrow.equals(expected, check_metadata=True):
+        problems.append("its 'ARROW:schema' metadata is not that of the format")
+    groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+    if sum(groups) != file.metadata.num_rows or not all(0 < n <= ROW_GROUP_CLIPS for n in groups):
+        problems.append(f"row groups of {groups} rows, {file.metadata.num_rows} promised")
+    return problems
+
+
+def _has_nulls(table: pa.Table) -> bool:
+    cells = table.flatten()  # also finds audio.bytes
+    return any(cells[name].null_count for name in cells.column_names if name != "audio.path")
+
+
+def _statistics(metadata: pq.FileMetaData, number: int) -> list[tuple[Any, ...]]:
+    """By column of a row group: what readers go by, without reading it."""
+    group = metadata.row_group(number)
+    found: list[tuple[Any, ...]] = []
+    for i in range(group.num_columns):
+        column = group.column(i)
+        if column.physical_type != metadata.schema.column(i).physical_type:
+            return []  # pyarrow ends the process when asked for statistics of another type
+        statistics = column.statistics and column.statistics.to_dict()
+        found.append((column.path_in_schema, column.num_values, column.compression, statistics))
+    return found
+
+
+def _statistics_of(table: pa.Table, footer: Footer) -> list[tuple[Any, ...]]:
+    """The same of a table, by writing it again."""
+    sink = io.BytesIO()
+    with shard_writer(sink, footer) as writer:
+        writer.write_table(table.cast(writer.schema))
+    return _statistics(pq.read_metadata(sink), 0)
 
 
 def _check_clip(row: dict[str, Any], footer: Footer) -> Iterator[str]:
@@ -142,21 +202,30 @@ def _compare_source(dataset: Path, source: Path, account: Account) -> list[str]:
         if entry.sha256 is None:
             continue
         try:
-            with open(os.path.join(os.fsencode(root), paths[entry.song_id]), "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
-                    problems.append(f"{entry.song_id}: the file's content changed since")
+            _, sha256 = hash_source(os.path.join(os.fsencode(root), paths[entry.song_id]))
+        except BadInput as fault:
+            problems.append(f"{entry.song_id}: {fault.detail}")
         except OSError as error:
             problems.append(f"{entry.song_id}: {error.strerror}")
+        else:
+            if sha256 != entry.sha256:
+                problems.append(f"{entry.song_id}: the file's content changed since")
     return problems
 
 
+def check_export(path: Path) -> None:
+    """Raises UserError when `export_ledger` would not write a file of this name."""
+    if path.suffix not in (".csv", ".parquet"):
+        raise UserError(f"{path}: the ledger is written as .csv or .parquet")
+
+
 def export_ledger(account: Account, path: Path) -> None:
-    """Write one row a song to a .csv or .parquet file."""
+    """Write one row a song to a .csv or .parquet file; its folder is made."""
+    check_export(path)
     entries: list[SongEntry] = sorted(account.entries.values(), key=lambda e: (e.status, e.song_id))
     table = pd.DataFrame([entry_record(entry) for entry in entries])
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
         table.to_csv(path, index=False)
-    elif path.suffix == ".parquet":
-        table.to_parquet(path, index=False)
     else:
-        raise UserError(f"{path}: the ledger is written as .csv or .parquet")
+        table.to_parquet(path, index=False)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
+import shutil
 from pathlib import Path
 
 import duckdb
@@ -15,7 +18,16 @@ import pytest
 import soundfile as sf
 
 from pipeline.errors import UserError
-from pipeline.shards import commit_file, iter_shards, read_footer, shard_schema
+from pipeline.ledger import Account
+from pipeline.shards import (
+    Footer,
+    commit_file,
+    iter_shards,
+    read_dataset_info,
+    read_footer,
+    shard_schema,
+)
+from pipeline.verify import check_export, export_ledger, verify
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +127,11 @@ def test_ray_data(dataset: Path, clips: int) -> None:
         assert data.count() == clips
         row = data.take(1)[0]
         assert len(row["f0"]) == row["num_samples"] // 512
-        assert np.asarray(row["f0"]).dtype == np.float32
+        # Rows come as arrays or as lists of Python floats; the numbers are float32 either way.
+        assert np.array_equal(np.asarray(row["f0"], np.float32), np.asarray(row["f0"]))
+        schema = data.schema()
+        types = dict(zip(schema.names, schema.types, strict=True))
+        assert types["f0"] == pa.list_(pa.float32())
         assert isinstance(row["units_mfcc"], bytes)
     finally:
         ray.shutdown()
@@ -138,3 +154,129 @@ def test_what_is_no_shard_is_refused_by_name(tmp_path: Path) -> None:
     pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
     with pytest.raises(UserError, match=r"other\.parquet has no 'cantor'"):
         read_footer(tmp_path / "other.parquet")
+
+
+@pytest.fixture
+def damaged(dataset: Path, tmp_path: Path) -> Path:
+    """A copy of the dataset, to be written to."""
+    return Path(shutil.copytree(dataset, tmp_path / "damaged"))
+
+
+@pytest.fixture
+def smallest(damaged: Path) -> Path:
+    """Its smallest shard that has clips."""
+    shards = [path for path in iter_shards(damaged) if pq.read_metadata(path).num_rows]
+    return min(shards, key=lambda path: path.stat().st_size)
+
+
+def test_a_flipped_bit_in_the_footer_is_a_user_error_or_found_by_verify(
+    damaged: Path, smallest: Path
+) -> None:
+    for path in iter_shards(damaged):  # one shard is enough, and its problems are all that count
+        if path != smallest:
+            path.unlink()
+    whole = smallest.read_bytes()
+    table = pq.read_table(smallest)
+    before = verify(damaged).problems  # that the other tasks are not done
+    length = int.from_bytes(whole[-8:-4], "little") + 8
+    flips = range(8 * (len(whole) - length), 8 * len(whole), 131)
+    refused, undetected = 0, []
+    for bit in flips:
+        torn = bytearray(whole)
+        torn[bit // 8] ^= 1 << bit % 8
+        smallest.write_bytes(torn)
+        try:
+            read_footer(smallest)
+        except UserError as error:
+            refused += 1
+            assert smallest.name in str(error)
+        if verify(damaged).problems == before:
+            undetected.append(bit)
+            # What no reader needs to get the cells: sizes and counts of encodings, the writer's
+            # name, sort orders, padding in Arrow's copy of the schema.
+            assert pq.read_table(smallest).equals(table)
+    assert len(flips) > 500
+    assert refused > len(flips) * 0.3
+    assert len(undetected) < len(flips) * 0.12  # 59 of 591 when this was written
+
+
+def test_a_changed_huggingface_entry_is_a_problem(damaged: Path, smallest: Path) -> None:
+    whole = smallest.read_bytes()
+    where = whole.rindex(b'"sampling_rate": 44100')
+    smallest.write_bytes(whole[: where + 17] + b"48000" + whole[where + 22 :])
+    assert [p for p in verify(damaged).problems if "huggingface" in p] == [
+        f"{smallest.name}: its 'huggingface' metadata is not that of the format"
+    ]
+
+
+def test_statistics_that_are_not_those_of_the_rows_are_a_problem(
+    damaged: Path, smallest: Path
+) -> None:
+    whole = smallest.read_bytes()
+    column = pq.read_metadata(smallest).row_group(0).column(0)
+    smallest_id = column.statistics.min.encode()
+    where = whole.rindex(smallest_id)  # in the footer: readers skip row groups by it
+    changed = whole[:where] + b"zzz" + whole[where + 3 :]
+    smallest.write_bytes(changed)
+    assert any("statistics" in problem for problem in verify(damaged).problems)
+
+
+def test_the_checksum_is_the_one_that_is_documented(dataset: Path) -> None:
+    for path in iter_shards(dataset):
+        rest = json.loads(pq.read_schema(path).metadata[b"cantor"])
+        sha256 = rest.pop("sha256")
+        text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        assert hashlib.sha256(text.encode()).hexdigest() == sha256
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "{}", '{"sha256": 1}', '{"task": 1', "3"])
+def test_what_is_no_cantor_entry_is_a_user_error(tmp_path: Path, text: str) -> None:
+    schema = pa.schema([("a", pa.int32())], metadata={"cantor": text})
+    pq.write_table(pa.table({"a": [1]}, schema=schema), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"x\.parquet is damaged"):
+        read_footer(tmp_path / "x.parquet")
+
+
+def test_a_footer_comes_back_as_it_was(dataset: Path) -> None:
+    footer = read_footer(iter_shards(dataset)[0])
+    assert Footer.from_json(footer.to_json()) == footer
+
+
+def test_a_failing_disk_is_not_called_damage(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_footer(tmp_path / "gone.parquet")
+
+
+@pytest.mark.parametrize("key", ["settings", "fingerprint"])
+def test_dataset_info_without_a_key_is_refused(damaged: Path, key: str) -> None:
+    info = read_dataset_info(damaged)
+    del info[key]
+    (damaged / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"is not the dataset\.json of this program"):
+        verify(damaged)
+
+
+@pytest.mark.timeout(60)
+def test_verify_does_not_hang_on_a_source_that_became_a_pipe(
+    damaged: Path, writable_corpus: Path
+) -> None:
+    song = next(entry for entry in verify(damaged).account.entries)
+    (writable_corpus / song).unlink()
+    os.mkfifo(writable_corpus / song)
+    assert verify(damaged, writable_corpus).problems == [f"{song}: not a regular file"]
+
+
+def test_the_ledger_is_exported_into_a_new_folder(dataset: Path, tmp_path: Path) -> None:
+    account = verify(dataset).account
+    export_ledger(account, tmp_path / "new" / "folder" / "ledger.csv")
+    assert len(pd.read_csv(tmp_path / "new" / "folder" / "ledger.csv")) == account.planned
+
+
+def test_an_export_of_another_kind_is_refused(tmp_path: Path) -> None:
+    for name in ("ledger.csv", "ledger.parquet"):
+        check_export(tmp_path / name)
+    with pytest.raises(UserError, match=r"\.csv or \.parquet"):
+        check_export(tmp_path / "ledger.xlsx")
+    with pytest.raises(UserError, match=r"\.csv or \.parquet"):
+        export_ledger(Account(), tmp_path / "new" / "ledger.xlsx")
+    assert not (tmp_path / "new").exists()
