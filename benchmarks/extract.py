@@ -360,7 +360,7 @@ def measure_stages(corpus: Path, config: ExtractConfig, dataset: Path) -> Measur
         return 0.0 if pid is None else sum(psutil.Process(pid).cpu_times()[:2])
 
     def run(costs: Costs) -> int:
-        prepare = CpuClock(costs, child_cpu_s, {"write": "FLAC"})
+        prepare = CpuClock(costs, child_cpu_s, {"write": "clip table"})
         finish = CpuClock(costs, child_cpu_s, {"write": "shard"})
         clips = 0
         for index in cpu.tasks:

@@ -21,8 +21,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Ray writes to our terminal what is no trouble of ours (restartable actors, lost workers).
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-# Nobody scrapes the metrics of a cluster that ends with its run; an eighth of a core made them.
-os.environ.setdefault("RAY_enable_metrics_collection", "0")
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,22 +63,20 @@ def test_a_failing_command_is_an_error(tmp_path: Path) -> None:
         bench.measure_tree([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log")
 
 
-@pytest.mark.ray
-def test_the_whole_benchmark(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    environment = dict(os.environ)
-    bench.main(["--source", str(corpus), "--out", str(out), "--json", str(tmp_path / "f.json")])
-    assert dict(os.environ) == environment
-    (figures,) = json.loads((tmp_path / "f.json").read_text())["corpora"]
-    assert figures["run"]["cpu_s"]["worker"] > 0
-    assert figures["run"]["cpu_s"]["driver"] > 0
-    assert figures["summary"]["songs"] == 4
-    assert set(figures["overhead"]) == {
-        "counted on both sides",
-        "on neither side",
-        "in the run alone",
-    }
-    printed = capsys.readouterr().out
-    assert "Overhead" in printed and "Peak memory" in printed
+def test_a_run_is_set_against_the_bare_calls(corpus: Path, tmp_path: Path) -> None:
+    """In one process, without Ray: the account is the same, the processes are fewer."""
+    config = load_config(None, OVERRIDES)
+    bare = bench.measure_bare(corpus, config, tmp_path / "bare")
+    run, summary = bench.measure_run(corpus, tmp_path / "run", [*OVERRIDES, "--local"])
+    tiny = bench.make_tiny_corpus(tmp_path / "tiny", 1)
+    start_up, _ = bench.measure_run(tiny, tmp_path / "first", [*OVERRIDES, "--local"])
+    assert summary["clips"] == bare.clips
+    assert set(run.cpu_s) == {"driver", "decode child"}
+    assert run.total_cpu_s > start_up.total_cpu_s
+    figures = bench.Figures(22 / 60, bare, bare, bare, run, start_up, summary, [0.0])
+    figures.summary["f0_method"] = "dio"
+    net = run.total_cpu_s - start_up.total_cpu_s
+    overhead = figures.overhead(bare)["counted on both sides"]
+    assert overhead == pytest.approx(net / bare.cpu_s() - 1)
+    assert f"{100 * overhead:+.1f} %" in bench.describe(figures)
+    assert f"{run.peak_rss_mb:.0f}" in bench.describe_memory([figures])
