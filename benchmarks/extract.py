@@ -348,7 +348,7 @@ def measure_stages(corpus: Path, config: ExtractConfig, dataset: Path) -> Measur
         _write_plan(list_corpus(root), folder, config)
     read_s: list[float] = []
 
-    def heartbeat(task: int, song_id: str, seconds: float, status: str) -> None:
+    def heartbeat(song_id: str, seconds: float, status: str) -> None:
         if status != QUARANTINED:
             read_s.append(seconds)
 
