@@ -135,9 +135,11 @@ def verify(
 ) -> None:
     """Read everything in DATASET back: footers, rows, balance, checksums, audio."""
     from pipeline.tables import show_verification
-    from pipeline.verify import export_ledger
+    from pipeline.verify import check_export, export_ledger
     from pipeline.verify import verify as run
 
+    if export is not None:
+        check_export(export)
     console = _console()
     result = run(dataset, source)
     show_verification(console, result)
@@ -188,8 +190,7 @@ def main() -> None:
         again = "Run the command again WITHOUT --force-new to go on; with it, all is deleted."
 
     def fail_storage(fault: StorageFault) -> None:
-        words = str(fault).replace(" and run the same command to go on", "")  # `again` says it
-        fail(f"storage: {words}. What was committed is whole. {again}", 3)
+        fail(f"stopped: {fault}. What was committed is whole. {again}", 3)
 
     try:
         app()

@@ -29,7 +29,7 @@ import models
 import pipeline
 import stages
 from pipeline.config import ExtractConfig
-from pipeline.errors import SongBug, UserError
+from pipeline.errors import SongBug, StorageFault, UserError
 from pipeline.plan import Task
 from pipeline.progress import Board
 from pipeline.shards import storage_fault
@@ -97,6 +97,9 @@ def connected(address: str | None, config: ExtractConfig) -> Iterator[None]:
             raise UserError(f"no Ray cluster is found by {address}: {error}") from error
     try:
         yield
+    except ray.exceptions.RayError as error:
+        words = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise StorageFault(f"the Ray cluster failed: {words}") from error
     finally:
         ray.shutdown()
 
@@ -240,7 +243,7 @@ def run_graph(
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
     context.max_errored_blocks = -1  # a task whose worker keeps dying is dropped, and we notice
-    context.max_consecutive_actor_init_deaths = -1
+    context.max_consecutive_actor_init_deaths = 16
     context.execution_no_progress_timeout_s = -1  # it sees only whole tasks; long ones are well
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)

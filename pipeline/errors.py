@@ -8,7 +8,7 @@ class UserError(Exception):
 
 
 class StorageFault(Exception):
-    """The disk, not the data: full, gone or failing. Nothing is torn; the same command resumes."""
+    """The disk or the cluster, not the data: full, gone or failing. The same command resumes."""
 
 
 class SongBug(Exception):

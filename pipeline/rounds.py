@@ -86,11 +86,12 @@ def run_rounds(session: Session, missing: dict[int, Task], work: Work) -> None:
                     work.stage_s[stage] += seconds
         for index in sorted(set(waiting) - reported):
             deaths[index] += 1
+            if deaths[index] == 1:
+                continue  # a lost node takes tasks with it; the next round has new workers
             if deaths[index] > _ROUNDS_OF_DEATH:
                 raise StorageFault(
                     f"the workers of task {index} die each time, though every song of it alone "
-                    "passes; too little memory for that many workers? Lower workers.max_workers "
-                    "and run the same command again"
+                    "passes; too little memory for that many workers? Lower workers.max_workers"
                 )
             work.notices.append(f"task {index}: workers died on it; its songs were tried alone")
             killers = session.find_killers(waiting[index])

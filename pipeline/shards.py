@@ -262,5 +262,5 @@ def storage_fault(error: OSError) -> StorageFault:
     """What a failing disk means for the person running the job."""
     where = f" at {error.filename}" if error.filename else ""
     if is_disk_full(error):
-        return StorageFault(f"no space left{where}; free some and run the same command to go on")
+        return StorageFault(f"no space left{where}; free some")
     return StorageFault(f"the storage failed{where}: {error.strerror or error}")

@@ -94,7 +94,7 @@ def test_an_export_that_cannot_be_written_is_status_3(dataset: Path) -> None:
     file = dataset.parent / "file"  # where a folder should be
     file.touch()
     output = cantor("verify", dataset, "--export", file / "ledger.csv", status=3)
-    assert "storage: the storage failed" in output and str(file) in output
+    assert "stopped: the storage failed" in output and str(file) in output
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "/data/x")
@@ -105,10 +105,10 @@ NEW = "run the command again WITHOUT --force-new"
 @pytest.mark.parametrize(
     ("fault", "status", "said"),
     [
-        (FULL, 3, "storage: no space left at /data/x; free some. What was committed is whole. Run"),
-        (storage_fault(FULL), 3, "storage: no space left at /data/x; free some. What was"),
-        (StorageFault("the folder is gone"), 3, "storage: the folder is gone. What was"),
-        (OSError(errno.EIO, "Input/output error"), 3, "storage: the storage failed: Input/output"),
+        (FULL, 3, "stopped: no space left at /data/x; free some. What was committed is whole. Run"),
+        (storage_fault(FULL), 3, "stopped: no space left at /data/x; free some. What was"),
+        (StorageFault("the folder is gone"), 3, "stopped: the folder is gone. What was"),
+        (OSError(errno.EIO, "Input/output error"), 3, "stopped: the storage failed: Input/output"),
         (PermissionError(errno.EACCES, "Permission denied", "/d"), 3, "at /d: Permission denied"),
         (Interrupted(), 130, "stopped; what was committed is whole. Run"),
     ],

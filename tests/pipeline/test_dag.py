@@ -97,11 +97,18 @@ DONE = [TaskResult(0, COMMITTED), TaskResult(1, COMMITTED)]
 FAULT = [TaskResult(0, STORAGE, detail="the storage failed"), TaskResult(1, STORAGE, detail="so")]
 
 
-def test_a_task_that_gave_no_result_is_redone_without_its_killers() -> None:
-    rounds = Rounds(DONE[:1], DONE[1:])
+def test_a_task_that_twice_gave_no_result_is_redone_without_its_killers() -> None:
+    rounds = Rounds(DONE[:1], [], DONE[1:])
     work = run(rounds, {"ann/1.wav"})
-    assert rounds.asked[1] == ([1], {1: {"ann/1.wav"}})
+    assert rounds.asked[1] == ([1], {})
+    assert rounds.asked[2] == ([1], {1: {"ann/1.wav"}})
     assert work.tasks_run == 2
+
+
+def test_a_task_lost_once_with_its_node_is_simply_done_again() -> None:
+    rounds = Rounds(DONE[:1], DONE[1:])
+    assert run(rounds, {"ann/1.wav"}).tasks_run == 2
+    assert rounds.asked[1] == ([1], {})
 
 
 @pytest.mark.usefixtures("no_waiting")
