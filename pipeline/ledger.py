@@ -1,6 +1,6 @@
 """What became of every song: one entry each, in the footer of the shard that its task wrote.
 
-The only place that catches `BadInput`.
+`settle` is where a song's own faults (`BadInput`) end.
 """
 
 from __future__ import annotations

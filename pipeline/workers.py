@@ -224,33 +224,6 @@ class UnitsHalf:
         )
 
 
-class ExtractTask:
-    """A whole task, row in and row out: the one operator of a cluster without GPUs."""
-
-    def __init__(self, job: Job, heartbeat: Heartbeat) -> None:
-        self.job = job
-        self.heartbeat = heartbeat
-
-    @functools.cached_property
-    def cpu(self) -> CpuHalf:
-        return CpuHalf(self.job, self.heartbeat)
-
-    @functools.cached_property
-    def units(self) -> UnitsHalf:
-        return UnitsHalf(self.job)
-
-    def __call__(self, row: pa.Table) -> pa.Table:
-        task, crashed = _unpack_row(row)
-        return _guarded(task, lambda clock: self._run(task, crashed, clock))
-
-    def _run(self, task: int, crashed: list[str], clock: StageClock) -> None:
-        self.units.finish(task, *self.cpu.prepare(task, crashed, clock), clock)
-
-    def close(self) -> None:
-        if "cpu" in self.__dict__:  # made at the first task
-            self.cpu.close()
-
-
 class PrepareTask:
     """The CPU operator before a GPU operator: the clips travel as one Arrow IPC buffer."""
 
@@ -266,7 +239,7 @@ class PrepareTask:
         task, crashed = _unpack_row(row)
         return _guarded(task, lambda clock: self._run(task, crashed, clock))
 
-    def _run(self, task: int, crashed: list[str], clock: StageClock) -> bytes:
+    def _run(self, task: int, crashed: list[str], clock: StageClock) -> bytes | None:
         clips, ledger = self.cpu.prepare(task, crashed, clock)
         entries = json.dumps([asdict(entry) for entry in ledger])
         clips = clips.replace_schema_metadata({"ledger": entries})
@@ -274,6 +247,22 @@ class PrepareTask:
         with pa.ipc.new_stream(buffer, clips.schema) as stream:
             stream.write_table(clips)
         return bytes(buffer.getvalue())
+
+    def close(self) -> None:
+        if "cpu" in self.__dict__:  # made at the first task
+            self.cpu.close()
+
+
+class ExtractTask(PrepareTask):
+    """A whole task, row in and row out: the one operator of a cluster without GPUs."""
+
+    @functools.cached_property
+    def units(self) -> UnitsHalf:
+        return UnitsHalf(self.job)
+
+    def _run(self, task: int, crashed: list[str], clock: StageClock) -> bytes | None:
+        self.units.finish(task, *self.cpu.prepare(task, crashed, clock), clock)
+        return None
 
 
 class FinishTask:

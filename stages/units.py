@@ -23,7 +23,7 @@ _GROUP_S = 600.0  # of audio handed to the encoder at a time; it batches within
 class EncoderConfig:
     """Which encoder makes the units, and what is done to them.
 
-    checkpoint: a file or folder of weights; None where the encoder needs none.
+    checkpoint: a file of weights; None where the encoder needs none.
     device: "auto" is CUDA where there is any.
     normalize: "song" brings every dimension to mean 0 and variance 1 over all clips of a song.
     """
