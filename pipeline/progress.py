@@ -15,6 +15,7 @@ from pipeline.ledger import QUARANTINED
 
 _LOG_EVERY_S = 30.0
 _QUIET_S = 600.0
+_MOST_UNANSWERED = 2  # readings in a row, of 5 s each
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,24 @@ class ProgressDisplay:
                 bar.update(row, completed=snapshot.audio_s, description=self._words(snapshot))
 
     def _write_lines(self) -> None:
-        for snapshot in self._snapshots(every_s=_LOG_EVERY_S):
-            self.console.print(self._words(snapshot), highlight=False, soft_wrap=True)
+        due = 0.0
+        for snapshot in self._snapshots(every_s=1.0):
+            if time.monotonic() >= due:
+                self.console.print(self._words(snapshot), highlight=False, soft_wrap=True)
+                due = time.monotonic() + _LOG_EVERY_S
 
     def _snapshots(self, every_s: float) -> Iterator[Snapshot]:
         latest, changed, warned = Snapshot(), time.monotonic(), False
+        unanswered = 0
         while not self._stop.wait(every_s):
-            snapshot = self.read() or latest
+            answer = self.read()
+            unanswered = 0 if answer is not None else unanswered + 1
+            if unanswered == _MOST_UNANSWERED:
+                self.console.print(
+                    "Ray does not answer. If it was killed, this program ends within a minute; "
+                    "what was committed is whole, and the same command goes on from there."
+                )
+            snapshot = answer or latest
             if snapshot != latest:
                 latest, changed, warned = snapshot, time.monotonic(), False
             elif not warned and time.monotonic() - changed > _QUIET_S:
