@@ -163,7 +163,7 @@ def test_a_song_that_kills_its_worker_is_quarantined_alone(corpus: Path, tmp_pat
     poisoned = Path(shutil.copytree(corpus, tmp_path / "corpus"))
     wav = tune(2.0)
     sf.write(poisoned / "spk1" / "killer.wav", wav / np.abs(wav).max() * 0.123, 44100)
-    settings = ["loudness.mode=none", "workers.max_task_retries=1"]
+    settings = ["loudness.mode=none", "workers.max_task_retries=0"]
     output = finish(poisoned, tmp_path / "d", *settings, PYTHONPATH=str(tmp_path / "faulty"))
     assert "workers died on spk1/killer.wav" in output
     result = verify(tmp_path / "d")
