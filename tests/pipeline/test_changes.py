@@ -10,7 +10,7 @@ import pytest
 import soundfile as sf
 
 from pipeline.errors import StorageFault
-from pipeline.plan import load_plan
+from pipeline.plan import Task, append_plan, load_plan
 from pipeline.shards import iter_shards
 from pipeline.verify import verify
 from pipeline.workers import Scratch
@@ -177,6 +177,19 @@ def test_a_shard_of_other_settings_is_not_taken_for_ours(
     shutil.copy(iter_shards(tmp_path / "other")[0], shard)
     outcome = run_extract(songs.parent, tmp_path / "d", ONE_TASK)
     assert outcome.work.tasks_run == 1
+    check(tmp_path / "d", songs.parent, kept=2)
+
+
+def test_a_lost_shard_is_made_again_without_what_a_later_task_took_over(
+    songs: Path, tmp_path: Path, run_extract: Extract
+) -> None:
+    """The song's file is as it was planned first, so only the plan can tell whose it is."""
+    run_extract(songs.parent, tmp_path / "d", ONE_TASK)
+    (before,) = load_plan(tmp_path / "d").values()
+    append_plan(tmp_path / "d", [Task(1, "train", before.songs[:1])])
+    iter_shards(tmp_path / "d")[0].unlink()
+    run_extract(songs.parent, tmp_path / "d", ONE_TASK)
+    assert [len(task.songs) for task in load_plan(tmp_path / "d").values()] == [2, 1]
     check(tmp_path / "d", songs.parent, kept=2)
 
 
