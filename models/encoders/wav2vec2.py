@@ -122,7 +122,11 @@ class Wav2Vec2Config:
 
 
 class Wav2Vec2(nn.Module):
-    """See the module. Every method takes what lies on the network's own device and dtype."""
+    """See the module. Every method takes what lies on the network's own device and dtype.
+
+    masking: where set, changes the projected frames (B, F, H), given how many each clip has, before
+    they are told their position (`models.encoders.masking`).
+    """
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
@@ -137,6 +141,7 @@ class Wav2Vec2(nn.Module):
         self.stem_scale = nn.Parameter(torch.ones(channels[-1])) if config.stem_scale else None
         self.stem_out_norm = nn.LayerNorm(channels[-1])
         self.projection = nn.Linear(channels[-1], config.width)
+        self.masking: nn.Module | None = None
         self.position = PositionConvolution(
             config.width, config.position_kernel, config.position_groups
         )
@@ -199,6 +204,8 @@ class Wav2Vec2(nn.Module):
         if self.stem_scale is not None:
             features = features * self.stem_scale
         x = self.projection(self.stem_out_norm(features))
+        if self.masking is not None:
+            x = self.masking(x, num_frames)
         n = x.shape[1]
         mask = None
         if any(frames < n for frames in num_frames):
