@@ -1,0 +1,179 @@
+"""How the network runs fast where nothing is trained: packed matrix products, a stem in tiles.
+
+Two things cost time on a CPU beyond the arithmetic. Matrix products run in oneDNN's own kernels
+with weights laid out for them once, GELU fused in (PyTorch's `linear` calls MKL, which leaves half
+of some processors unused). And the stem's activations, 6.5 MB for each second, fall out of
+the cache: it runs in tiles that stay in it, each convolution as one matrix product.
+
+Tiles also bound the memory of a song of any length, on every device. They are exact: GroupNorm's
+statistics over the whole clip come from the waveform's own moments before the first tile.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.encoders.wav2vec2 import (
+    GroupNorm,
+    PositionConvolution,
+    StemLayer,
+    Wav2Vec2,
+    Wav2Vec2Config,
+    normalized,
+)
+
+_TILE_FRAMES = {"cpu": 64, "cuda": 3000}
+
+
+def can_pack(weight: Tensor) -> bool:
+    """oneDNN can take this weight, and this build of PyTorch has it."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` for inference on a CPU, and GELU after it if asked for. Exact GELU (erf)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> None:
+        super().__init__()
+        self.weight = weight.detach().to_mkldnn()
+        self.bias = None if bias is None else bias.detach().contiguous()
+        self.post = ("gelu", [], "none") if gelu else ("none", [], "")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n_in) -> (..., n_out)"""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.post)
+
+
+def pack(network: Wav2Vec2) -> Wav2Vec2:
+    """Replace the network's linear layers by packed ones, in place, where that can be done."""
+    for layer in network.layers:
+        inner = layer.feed_forward
+        if inner is not None and inner.activation is F.gelu and can_pack(inner.fc1.weight):
+            inner.fc1 = PackedLinear(inner.fc1.weight, inner.fc1.bias, gelu=True)
+            inner.activation = None
+    if can_pack(network.position.conv.weight):
+        network.position = PackedPosition(network.position)
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and can_pack(child.weight):
+                setattr(parent, name, PackedLinear(child.weight, child.bias))
+    return network
+
+
+class PackedPosition(nn.Module):
+    """The position convolution as one matrix product for each group of channels."""
+
+    def __init__(self, position: PositionConvolution) -> None:
+        super().__init__()
+        conv = position.conv
+        (self.kernel,), self.groups = conv.kernel_size, conv.groups
+        weights = conv.weight.transpose(1, 2).flatten(1).chunk(self.groups)
+        biases = conv.bias.chunk(self.groups)
+        self.products = nn.ModuleList(
+            PackedLinear(weight, bias, gelu=True)
+            for weight, bias in zip(weights, biases, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, F, H) -> (B, F, H)"""
+        n_clips, n_frames, _ = x.shape
+        x = F.pad(x, (0, 0, self.kernel // 2, self.kernel - self.kernel // 2))
+        groups = []
+        for group, product in zip(x.chunk(self.groups, dim=2), self.products, strict=True):
+            rows, _, width = (group := group.contiguous()).shape
+            shape = (rows, n_frames, self.kernel * width)
+            seen = group.as_strided(shape, (group.stride(0), width, 1))  # rows overlap
+            groups.append(product(seen.contiguous()))
+        return torch.cat(groups, dim=2).view(n_clips, n_frames, -1)
+
+
+class TiledStem:
+    """The stem of a network over one clip of any length, in tiles of frames."""
+
+    def __init__(self, network: Wav2Vec2) -> None:
+        self.config: Wav2Vec2Config = network.config
+        self.layers = [TileLayer(layer) for layer in network.stem]
+        weight = network.stem[0].conv.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.frames = _TILE_FRAMES.get(self.device.type, 256)
+
+    def __call__(self, wav: Tensor) -> Tensor:
+        """(T,) float32, at least one frame long -> (F, C)"""
+        wav = wav.to(self.device)
+        if self.config.normalize_wav:
+            wav = normalized(wav[None], torch.tensor([len(wav)], device=wav.device))[0]
+        n_frames = self.config.num_frames(len(wav))
+        wav = F.pad(wav, (self.config.pad, self.config.pad))
+        first = self.layers[0].adapted(wav)
+        wav = wav.to(self.dtype)
+        hop, reach = self.config.hop_length, self.config.reach
+        out = wav.new_empty(n_frames, self.config.stem[-1][0])
+        for start in range(0, n_frames, self.frames):
+            stop = min(start + self.frames, n_frames)
+            x = first(wav[start * hop : (stop - 1) * hop + reach, None])
+            for layer in self.layers[1:]:
+                x = layer(x)
+            out[start:stop] = x
+        return out
+
+
+class TileLayer:
+    """One convolution of the stem as a matrix product over (T, C), with its norm and GELU."""
+
+    def __init__(self, layer: StemLayer) -> None:
+        (self.kernel,), (self.stride,) = layer.conv.kernel_size, layer.conv.stride
+        self.weight = layer.conv.weight.detach().transpose(1, 2).flatten(1)  # (C out, kernel * C)
+        bias = layer.conv.bias
+        self.bias = None if bias is None else bias.detach()
+        self.norm = layer.norm
+        self.product = _product(self.weight, self.bias, gelu=self.norm is None)
+
+    def adapted(self, wav: Tensor) -> TileLayer:
+        """This layer (the first one) with GroupNorm's statistics over all of `wav` folded in.
+
+        The mean and variance over time of a convolution's output follow from the mean and
+        covariance of the stretches of waveform that it sees.
+        """
+        if not isinstance(self.norm, GroupNorm):
+            return self
+        seen = wav.double().unfold(0, self.kernel, self.stride)  # (T out, kernel)
+        mean = seen.mean(0)
+        centred = seen - mean
+        covariance = centred.T @ centred / len(seen)
+        weight = self.weight.double()
+        variance = ((weight @ covariance) * weight).sum(1)
+        scale = self.norm.weight.double() * torch.rsqrt(variance + 1e-5)
+        shift = self.norm.bias.double() - scale * (weight @ mean)  # a bias of the conv cancels
+        layer = object.__new__(TileLayer)
+        layer.kernel, layer.stride, layer.norm = self.kernel, self.stride, None
+        layer.product = _product(
+            (weight * scale[:, None]).to(self.weight), shift.to(self.weight), gelu=True
+        )
+        return layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(T, C in) -> (T out, C out)"""
+        channels = x.shape[1]
+        n_out = (len(x) - self.kernel) // self.stride + 1
+        x = x.contiguous().as_strided(
+            (n_out, self.kernel * channels), (self.stride * channels, 1)
+        )  # rows overlap
+        x = self.product(x.contiguous())
+        return x if self.norm is None else F.gelu(self.norm(x))
+
+
+def _product(weight: Tensor, bias: Tensor | None, gelu: bool) -> nn.Module:
+    if can_pack(weight):
+        return PackedLinear(weight, bias, gelu)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return nn.Sequential(linear, nn.GELU()) if gelu else linear

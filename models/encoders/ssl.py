@@ -1,0 +1,88 @@
+"""The encoders of the wav2vec 2.0 family (HuBERT and its kin): clips in, units out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.encoders.batching import Batcher, windows
+from models.encoders.encoder import checked
+from models.encoders.lean import TiledStem, pack
+from models.encoders.wav2vec2 import Wav2Vec2
+
+DType = Literal["float32", "float16", "bfloat16"]
+
+WINDOW_FRAMES = 3000  # 60 s: what is longer runs in windows
+OVERLAP_FRAMES = 500
+_GPU_BATCH_S = 480.0  # padded audio in one batch on a GPU: about 15 GB of the stem's activations
+
+
+class SslEncoder:
+    """A network of the family behind the `Encoder` contract: (T,) -> (F, D) at 50 frames a second.
+
+    Frames are those of the network's convolutions: floor((T + 2 pad - 400) / 320) + 1; a clip too
+    short for one is followed by zeros up to it.
+
+    On a GPU clips run in padded batches. On a CPU each runs alone: the matrix products of one
+    second of audio fill the processor already, and nothing is padded.
+
+    Up to 60 s a clip is one piece. Beyond that attention, whose cost is quadratic, runs in windows
+    of 60 s that overlap by 10 s and meet in the middle of the overlap; the stem and its norm still
+    see the whole. Frames within 5 s of a window's end, which are not kept, are those that notice.
+    """
+
+    sample_rate = 16000
+
+    def __init__(
+        self, name: str, network: Wav2Vec2, device: str = "cpu", dtype: DType = "float32"
+    ) -> None:
+        """network: takes it over: it is moved, cast, and on a CPU packed for inference."""
+        self.name = name
+        self.config = network.config
+        self.hop_length = network.config.hop_length
+        self.dim = network.config.dim
+        self.device = torch.device(device)
+        self.network = network.eval().to(self.device, getattr(torch, dtype))
+        self.dtype = getattr(torch, dtype)
+        self.stem = TiledStem(self.network)
+        if self.device.type == "cpu":
+            pack(self.network)
+        self.batcher = Batcher(int(_GPU_BATCH_S * self.sample_rate))
+
+    @torch.inference_mode()
+    def encode(self, wavs: Sequence[Tensor]) -> list[Tensor]:
+        """As `Encoder.encode`."""
+        shortest = self.config.reach - 2 * self.config.pad
+        padded = [F.pad(wav, (0, max(0, shortest - len(wav)))) for wav in checked(wavs)]
+        lengths = [len(wav) for wav in padded]
+        if self.device.type == "cpu":
+            return [self._encode_alone(wav) for wav in padded]
+
+        def run(batch: list[int]) -> list[Tensor]:
+            if len(batch) == 1 and self.config.num_frames(lengths[batch[0]]) > WINDOW_FRAMES:
+                return [self._encode_alone(padded[batch[0]])]
+            return self._encode_batch([padded[i] for i in batch])
+
+        # What needs windows goes alone: to the batcher it is as long as a whole batch.
+        limit = WINDOW_FRAMES * self.hop_length + self.config.reach
+        return self.batcher.map([n if n < limit else self.batcher.budget for n in lengths], run)
+
+    def _encode_batch(self, wavs: list[Tensor]) -> list[Tensor]:
+        rows = torch.nn.utils.rnn.pad_sequence([wav.to(self.device) for wav in wavs], True)
+        lengths = [len(wav) for wav in wavs]
+        units = self.network(rows.to(self.dtype), lengths).float().cpu()
+        return [row[: self.config.num_frames(n)] for row, n in zip(units, lengths, strict=True)]
+
+    def _encode_alone(self, wav: Tensor) -> Tensor:
+        features = self.stem(wav)
+        units = torch.empty(len(features), self.dim)
+        for window in windows(len(features), WINDOW_FRAMES, OVERLAP_FRAMES):
+            piece = features[None, window.start : window.stop]
+            context = self.network.context(piece, [piece.shape[1]])[0]
+            kept = slice(window.first - window.start, window.last - window.start)
+            units[window.first : window.last] = context[kept].float().cpu()
+        return units
