@@ -1,0 +1,271 @@
+"""Checkpoint files: foreign ones in, safetensors in and out.
+
+No file is trusted: pickles go through `models.unpickler`, and every size that a file claims is
+held against the file itself. Tensors are views of the mapped file, so what is not used is not read
+from disk: the optimizer's state, the layers above the wanted one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import struct
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.unpickler import Opaque, Refused, Storage, pickle_end, plain, unpickle
+
+__all__ = [
+    "CheckpointError",
+    "Opaque",
+    "load_foreign",
+    "read_safetensors",
+    "save_safetensors",
+    "sha256_of",
+]
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+_MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
+
+_OTHER_FILES = (
+    (b"version https://git-lfs", "is a git-lfs pointer, not the file: run `git lfs pull`"),
+    (b"<", "is a web page, not a checkpoint: download the file itself"),
+    (b"{", "is JSON text, not a checkpoint"),
+    (b"RIFF", "is an audio file, not a checkpoint"),
+    (b"fLaC", "is an audio file, not a checkpoint"),
+    (b"OggS", "is an audio file, not a checkpoint"),
+    (b"ID3", "is an audio file, not a checkpoint"),
+    (b"\x1f\x8b", "is a gzip archive: unpack it first"),
+    (b"7z\xbc\xaf", "is a 7z archive: unpack it first"),
+    (b"Rar!", "is a rar archive: unpack it first"),
+    (b"GGUF", "is a GGUF file, which no encoder here reads"),
+    (b"lmgg", "is a whisper.cpp file; the PyTorch one from OpenAI is needed"),
+    (b"\x89HDF", "is an HDF5 file, which no encoder here reads"),
+    (b"\x08", "seems to be an ONNX model: those belong to the encoders named *-onnx"),
+)
+
+
+class CheckpointError(ValueError):
+    """What is wrong with a checkpoint, in one sentence that names the file."""
+
+
+def load_foreign(path: str | os.PathLike[str]) -> Any:
+    """The content of a checkpoint file as plain dicts, lists, numbers, strings and tensors.
+
+    Any of torch's containers (.pt, .pth, .bin, .ckpt: zip, or the one before torch 1.6), or
+    safetensors; told apart by content. No code runs. DictConfig, ListConfig and Namespace become
+    dict and list, objects of other classes an `Opaque`. Tensors are on the CPU, in the file's
+    dtype, views of the mapped file: clone what must outlive the file on disk.
+
+    Raises CheckpointError for whatever is not such a file, is damaged, or asks to run something.
+    """
+    path = Path(path)
+    head = _head(path)
+    if _is_safetensors(head):
+        return read_safetensors(path)[0]
+    try:
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if head.startswith(b"PK"):
+            return _load_zip(path, data)
+        if head[257:262] == b"ustar":
+            raise Refused("is in torch's container from before 2017: save it again with torch >= 1")
+        if head.startswith(b"\x80"):
+            return _load_legacy(data)
+        raise Refused(_what_it_is(head))
+    except Refused as error:
+        raise CheckpointError(f"{path} {error}") from error
+
+
+def read_safetensors(
+    path: str | os.PathLike[str], keys: Iterable[str] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file; keys: only these tensors. Views of the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys() if keys is None else keys
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no whole safetensors file ({error})") from error
+
+
+def save_safetensors(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file: whole or not at all."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """SHA-256 in hex: of a file; of a folder, over its config.json and weight files by name."""
+    path = Path(path)
+    if not path.is_dir():
+        return _file_sha256(path)
+    weights = {p.name for end in ("*.safetensors", "*.bin", "*.index.json") for p in path.glob(end)}
+    total = hashlib.sha256()
+    for name in sorted(weights | {"config.json"}):
+        if (path / name).is_file():
+            total.update(f"{name} {_file_sha256(path / name)}\n".encode())
+    return total.hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _head(path: Path) -> bytes:
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; name the checkpoint file in it")
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    if not head:
+        raise CheckpointError(f"{path} is empty")
+    return head
+
+
+def _is_safetensors(head: bytes) -> bool:
+    if len(head) < 9 or head[8:9] != b"{":
+        return False
+    (length,) = struct.unpack_from("<Q", head)
+    return length <= _MAX_SAFETENSORS_HEADER
+
+
+def _what_it_is(head: bytes) -> str:
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    for start, what in _OTHER_FILES:
+        if text.startswith(start):
+            return what
+    return f"is no checkpoint (it begins with the bytes {head[:8].hex(' ')})"
+
+
+def _load_zip(path: Path, data: mmap.mmap) -> Any:
+    """torch's container since 1.6: a zip with data.pkl and one uncompressed entry a storage."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = {info.filename: info for info in archive.infolist()}
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise Refused(f"is cut off or damaged ({error}): download it again") from error
+    roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
+    if len(roots) != 1:
+        raise Refused("is a zip archive, but none that torch wrote")
+    (root,) = roots
+    if f"{root}constants.pkl" in entries:
+        raise Refused("is a TorchScript program, not a checkpoint")
+    order = entries.get(f"{root}byteorder")
+    if order is not None and _entry(data, order).tobytes() != sys.byteorder.encode():
+        raise Refused("was written on a machine of the other byte order")
+
+    def read(storage: Storage) -> Tensor:
+        entry = entries.get(f"{root}data/{storage.key}")
+        if entry is None:
+            raise Refused(f"lacks its storage {storage.key}: download it again")
+        return _numbers(_entry(data, entry), storage)
+
+    content, _ = unpickle(_entry(data, entries[f"{root}data.pkl"]).tobytes())
+    return plain(content, read)
+
+
+def _entry(data: mmap.mmap, entry: zipfile.ZipInfo) -> memoryview:
+    """The bytes of an uncompressed entry, in place."""
+    if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+        raise Refused("is compressed, which torch never writes: save it again with torch.save")
+    header = data[entry.header_offset : entry.header_offset + 30]
+    if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
+        raise Refused(f"is damaged (no entry where {entry.filename} should be)")
+    start = entry.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))
+    if start + entry.file_size > len(data):
+        raise Refused(f"is cut off within {entry.filename}: download it again")
+    return memoryview(data)[start : start + entry.file_size]
+
+
+def _load_legacy(data: mmap.mmap) -> Any:
+    """torch's container before 1.6: pickles one after the other, then the storages' bytes."""
+    start = 0
+    pickles: list[Any] = []
+    storages: dict[str, Storage] = {}
+    while len(pickles) < 5:
+        end = pickle_end(data, start)
+        content, found = unpickle(data[start:end])
+        pickles.append(content)
+        storages |= found
+        start = end
+        if pickles[0] != _LEGACY_MAGIC:
+            raise Refused("is a pickle, but no checkpoint that torch wrote")
+    _, protocol, system, content, keys = pickles
+    if protocol != _LEGACY_PROTOCOL or not isinstance(keys, list):
+        raise Refused("is damaged (its preamble is not torch's)")
+    if isinstance(system, dict) and not system.get("little_endian", True):
+        raise Refused("was written on a machine of the other byte order")
+
+    raw = memoryview(data)[start:]
+    places: dict[str, memoryview] = {}
+    at = 0
+    for key in keys:
+        if not isinstance(key, str) or key not in storages:
+            raise Refused("is damaged (it lists a storage that nothing uses)")
+        if at + 8 > len(raw):
+            raise Refused("is cut off: download it again")
+        (count,) = struct.unpack_from("<q", raw, at)
+        size = max(count, 0) * storages[key].dtype.itemsize
+        places[key] = raw[at + 8 : at + 8 + size]
+        at += 8 + size
+
+    def read(storage: Storage) -> Tensor:
+        if storage.key not in places:
+            raise Refused(f"lacks its storage {storage.key}: download it again")
+        return _numbers(places[storage.key], storage)
+
+    return plain(content, read)
+
+
+def _numbers(raw: memoryview, storage: Storage) -> Tensor:
+    """The elements of `storage`, which lies in `raw`, in place where they are aligned."""
+    size = storage.dtype.itemsize
+    begin, end = storage.start * size, (storage.start + storage.numel) * size
+    if end > len(raw):
+        raise Refused(
+            f"is cut off or damaged (storage {storage.key} claims {end} bytes and has "
+            f"{len(raw)}): download it again"
+        )
+    if begin == end:
+        return torch.empty(0, dtype=storage.dtype)
+    if storage.dtype == torch.bool:  # any byte but 0 and 1 would be undefined
+        return torch.frombuffer(raw[begin:end], dtype=torch.uint8).ne(0)
+    numbers = torch.frombuffer(raw[begin:end], dtype=storage.dtype)
+    return numbers if numbers.data_ptr() % size == 0 else numbers.clone()

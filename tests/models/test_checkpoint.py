@@ -1,0 +1,404 @@
+"""Foreign checkpoints: what they hold comes out, what they would run does not."""
+
+from __future__ import annotations
+
+import collections
+import io
+import json
+import os
+import pickle
+import struct
+import tarfile
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from models.checkpoint import (
+    CheckpointError,
+    Opaque,
+    load_foreign,
+    read_safetensors,
+    save_safetensors,
+    sha256_of,
+)
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
+
+
+# --- what real files hold
+
+
+@pytest.mark.parametrize("name", ["tiny_wavlm.pt", "tiny_whisper.pt", "tiny_dpwavlm.pth"])
+def test_plain_files_come_out_as_torch_reads_them(golden: Path, name: str) -> None:
+    path = golden / "encoders" / name
+    assert equal(load_foreign(path), torch.load(path, weights_only=True))
+
+
+def test_every_golden_container_is_read_and_its_globals_are_data(golden: Path) -> None:
+    folder = golden / "encoders"
+    for name in json.loads((folder / "pickle_globals.json").read_text()):
+        content = load_foreign(folder / name)
+        tensors = content.get("model") or content.get("state_dict") or content["model_state_dict"]
+        assert type(tensors) is dict and all(isinstance(t, Tensor) for t in tensors.values()), name
+
+
+def test_dictconfig_zip_and_legacy_container_and_namespace_agree(golden: Path) -> None:
+    folder = golden / "encoders"
+    plain = load_foreign(folder / "tiny_hubert_base.pt")
+    assert plain["task_state"] == {"dictionaries": [Opaque("fairseq.data.dictionary.Dictionary")]}
+    for name in ("tiny_hubert_base_dictconfig.pt", "tiny_hubert_base_dictconfig_nozip.pt"):
+        content = load_foreign(folder / name)
+        assert content["cfg"] == plain["cfg"]
+        assert equal(content["model"], plain["model"])
+    old = load_foreign(folder / "tiny_hubert_base_args.pt")
+    assert old["cfg"] is None and type(old["args"]) is dict
+    assert old["args"]["encoder_layers"] == plain["cfg"]["model"]["encoder_layers"]
+    assert isinstance(old["extra_state"]["best"], float)  # a numpy scalar in the file
+    assert equal(old["model"], plain["model"])
+
+
+def every_kind_of_content() -> dict[str, Any]:
+    base = torch.arange(24, dtype=torch.float32)
+    return {
+        "shared": [base.view(4, 6), base[3:7], base.view(4, 6).T],
+        "dtypes": [
+            torch.arange(5).to(t)
+            for t in (torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.uint8)
+        ],
+        "bool": torch.tensor([True, False]),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 4),
+        "parameter": torch.nn.Parameter(torch.ones(2), requires_grad=False),
+        "containers": ({1: "x"}, [1.5, None, True], {"s"}, b"bytes", 1 << 80, 1 + 2j),
+        "ordered": collections.OrderedDict(a=1),
+        "default": collections.defaultdict(list, b=[2]),
+        "size": torch.Size([2, 3]),
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_all_kinds_of_content_survive_both_containers(tmp_path: Path, zipped: bool) -> None:
+    content = every_kind_of_content()
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    loaded = load_foreign(tmp_path / "a.pt")
+    expected = content | {
+        "parameter": content["parameter"].data,
+        "ordered": {"a": 1},
+        "default": {"b": [2]},
+        "size": (2, 3),
+    }
+    assert equal(loaded, expected)
+    first, second, _ = loaded["shared"]
+    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+
+
+def test_configurations_and_numpy_become_plain(tmp_path: Path) -> None:
+    config = OmegaConf.create({"a": [1, {"b": None}], "c": "${a}", "d": "???"})
+    array = np.asfortranarray(np.arange(6, dtype=">f4").reshape(2, 3))
+    content = {
+        "cfg": config,
+        "args": Namespace(x=1, y=Namespace(z=[2])),
+        "number": np.float32(0.5),
+        "array": array,
+        "path": Path("x"),
+    }
+    torch.save(content, tmp_path / "a.pt")
+    loaded = load_foreign(tmp_path / "a.pt")
+    assert loaded["cfg"] == {"a": [1, {"b": None}], "c": "${a}", "d": "???"}
+    assert loaded["args"] == {"x": 1, "y": {"z": [2]}}
+    assert loaded["number"] == 0.5 and type(loaded["number"]) is float
+    assert torch.equal(loaded["array"], torch.arange(6.0).view(2, 3))
+    assert isinstance(loaded["path"], Opaque)
+
+
+def test_writing_to_a_loaded_tensor_leaves_the_file_alone(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(3)}, tmp_path / "a.pt")
+    load_foreign(tmp_path / "a.pt")["w"].add_(1)
+    assert load_foreign(tmp_path / "a.pt")["w"].sum() == 0
+
+
+# --- what would run code
+
+
+class Calls:
+    """Pickles as a call of `function` with `args`."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self.call = (function, args)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call
+
+    def __call__(self) -> None:
+        """The pickler wants what is called to be callable."""
+
+
+ATTACKS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "os.system": (lambda mark: Calls(os.system, f"touch {mark}"), "system"),
+    "eval": (lambda mark: Calls(eval, f"open({mark!r}, 'w')"), "builtins.eval"),
+    "exec": (lambda mark: Calls(exec, f"open({mark!r}, 'w')"), "builtins.exec"),
+    "open": (lambda mark: Calls(open, mark, "w"), "open"),
+    "nested reduce": (
+        lambda mark: {"w": [Calls(Calls(getattr, Calls(__import__, "os"), "system"), mark)]},
+        "builtins.getattr",
+    ),
+    "pickle in a pickle": (
+        lambda mark: Calls(pickle.loads, pickle.dumps(Calls(os.system, f"touch {mark}"))),
+        "pickle.loads",
+    ),
+    "torch.load": (lambda mark: Calls(torch.load, mark), "torch.serialization.load"),
+    "as a state": (lambda mark: Namespace(a=Calls(os.mkdir, mark)), "mkdir"),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_malicious_pickle_is_refused_in_one_sentence(
+    tmp_path: Path, attack: str, zipped: bool
+) -> None:
+    make, asked = ATTACKS[attack]
+    mark = tmp_path / "ran"
+    path = tmp_path / "evil.pt"
+    torch.save({"model": make(str(mark))}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError) as caught:
+        load_foreign(path)
+    message = str(caught.value)
+    assert str(path) in message and asked in message and "\n" not in message
+    assert not mark.exists()
+
+
+def test_a_bare_malicious_pickle_is_refused(tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Calls(os.system, f"touch {mark}")))
+    with pytest.raises(CheckpointError, match="system"):
+        load_foreign(tmp_path / "evil.pt")
+    assert not mark.exists()
+
+
+def zip_with(path: Path, data_pkl: bytes, **storages: bytes) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("a/data.pkl", data_pkl)
+        for key, raw in storages.items():
+            archive.writestr(f"a/data/{key.removeprefix('s')}", raw)
+    return path
+
+
+def test_unknown_names_are_stubs_whatever_is_done_to_them(tmp_path: Path) -> None:
+    # a call of a stub's result, a state, items, elements: none of it reaches anything real
+    calls = b"\x80\x02cfairseq.x\nF\n(X\x01\x00\x00\x00aK\x01tR(K\x02tR}X\x01\x00\x00\x00kK\x01sb."
+    assert load_foreign(zip_with(tmp_path / "a.pt", calls)) == Opaque("fairseq.x.F")
+    fills = b"\x80\x02cfairseq.x\nF\n)\x81K\x01aK\x02K\x03s."
+    assert load_foreign(zip_with(tmp_path / "b.pt", fills)) == Opaque("fairseq.x.F")
+
+
+def test_a_state_given_to_a_global_changes_nothing_of_ours(tmp_path: Path) -> None:
+    for name in (b"torch._utils\n_rebuild_tensor_v2", b"builtins\ndict", b"_codecs\nencode"):
+        state = b"\x80\x02c" + name + b"\nN}X\x0a\x00\x00\x00__new__evlK\x01s\x86b."
+        with pytest.raises(CheckpointError, match="damaged"):
+            load_foreign(zip_with(tmp_path / "a.pt", state))
+    assert equal(load_foreign(save(tmp_path / "b.pt", {"w": torch.ones(2)})), {"w": torch.ones(2)})
+
+
+def save(path: Path, content: Any, **options: Any) -> Path:
+    torch.save(content, path, **options)
+    return path
+
+
+# --- what claims more than it has
+
+
+def tensor_pickle(
+    numel: int = 4, offset: int = 0, size: str = "(I4\nt", stride: str = "(I1\nt", key: str = "0"
+) -> bytes:
+    """A pickle of one float tensor, with every number under the test's control."""
+    return (
+        "ctorch._utils\n_rebuild_tensor_v2\n"
+        f"((S'storage'\nctorch\nFloatStorage\nS'{key}'\nS'cpu'\nI{numel}\ntQ"
+        f"I{offset}\n{size}{stride}I00\nNtR."
+    ).encode()
+
+
+def test_a_handwritten_tensor_is_read(tmp_path: Path) -> None:
+    path = zip_with(tmp_path / "a.pt", tensor_pickle(), s0=struct.pack("<4f", 1, 2, 3, 4))
+    assert load_foreign(path).tolist() == [1, 2, 3, 4]
+
+
+LIES = {
+    "offset beyond": (tensor_pickle(offset=1), "beyond its storage"),
+    "offset negative": (tensor_pickle(offset=-1), "no natural number"),
+    "size beyond": (tensor_pickle(size="(I5\nt"), "beyond its storage"),
+    "stride beyond": (tensor_pickle(stride="(I2\nt"), "beyond its storage"),
+    "stride negative": (tensor_pickle(offset=3, stride="(I-1\nt"), "no natural number"),
+    "stride missing": (tensor_pickle(stride="(t"), "disagree"),
+    "expanded": (tensor_pickle(size="(I1000000000000\nt", stride="(I0\nt"), "beyond its storage"),
+    "storage longer than its entry": (tensor_pickle(numel=5), "claims 20 bytes and has 16"),
+    "absurd storage": (tensor_pickle(numel=1 << 60, size=f"(I{1 << 60}\nt"), "claims"),
+    "negative storage": (tensor_pickle(numel=-4), "negative size"),
+    "no such storage": (tensor_pickle(key="7"), "lacks its storage 7"),
+    "path as a storage": (tensor_pickle(key="../../etc/passwd"), "lacks its storage"),
+    "malformed reference": (b"S'module'\nQ.", "refers to something other"),
+    "no unpickling at all": (b"\x80\x02\xff\xff.", "damaged pickle"),
+    "memo bomb": (b"\x80\x02Nr\xff\xff\xff\x7f.", "damaged pickle"),
+    "claimed length": (b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"x.", "damaged pickle"),
+    "bytes of a mere length": (b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.", "bytes"),
+    "deep": (b"\x80\x02" + b"]" * 5000 + b"a" * 4999 + b".", "nested deeper"),
+    "unhashable": (b"\x80\x02}]K\x01s.", "damaged"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_claim_beyond_the_file_is_refused(tmp_path: Path, lie: str) -> None:
+    data, words = LIES[lie]
+    path = zip_with(tmp_path / "a.pt", data, s0=struct.pack("<4f", 1, 2, 3, 4))
+    with pytest.raises(CheckpointError, match=words) as caught:
+        load_foreign(path)
+    assert str(path) in str(caught.value)
+
+
+def test_what_is_shared_a_million_times_is_walked_once(tmp_path: Path) -> None:
+    doubling = b"\x80\x02]q\x00" + b"".join(
+        b"]q" + bytes([n]) + b"(h" + bytes([n - 1]) + b"h" + bytes([n - 1]) + b"e"
+        for n in range(1, 60)
+    )
+    loaded = load_foreign(zip_with(tmp_path / "a.pt", doubling + b"."))
+    assert loaded[0] is loaded[1]
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_file_cut_anywhere_is_an_error_in_words(tmp_path: Path, zipped: bool) -> None:
+    content = {"w": torch.arange(500.0), "n": [1, 2], "v": torch.ones(3, 3)}
+    whole = save(tmp_path / "a.pt", content, _use_new_zipfile_serialization=zipped).read_bytes()
+    cut = tmp_path / "cut.pt"
+    for length in [*range(1, 300), *range(300, len(whole) - 1, 37)]:
+        cut.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError):
+            load_foreign(cut)
+
+
+def test_flipped_bytes_never_raise_anything_else(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for zipped in (True, False):
+        content = every_kind_of_content()
+        whole = save(tmp_path / "a.pt", content, _use_new_zipfile_serialization=zipped)
+        original = whole.read_bytes()
+        for _ in range(300):
+            damaged = bytearray(original)
+            for place in rng.integers(0, len(damaged), 3):
+                damaged[place] = rng.integers(256)
+            whole.write_bytes(damaged)
+            try:
+                load_foreign(whole)
+            except CheckpointError:
+                pass
+
+
+def test_a_compressed_archive_is_refused_before_it_unfolds(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", tensor_pickle(numel=10_000_000, size="(I10000000\nt"))
+        archive.writestr("a/data/0", bytes(40_000_000))
+    with pytest.raises(CheckpointError, match="compressed"):
+        load_foreign(tmp_path / "bomb.pt")
+
+
+# --- what is no checkpoint
+
+
+def old_tar() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"), io.BytesIO())
+    return file.getvalue()
+
+
+OTHERS = {
+    b"": "is empty",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "git lfs pull",
+    b"\n<!DOCTYPE html><html>Not found</html>": "web page",
+    b"RIFF\x24\x00\x00\x00WAVEfmt ": "audio",
+    b'{"error": "no"}': "JSON",
+    b"\x08\x07\x12\x07pytorch": "ONNX",
+    b"PK\x03\x04" + bytes(40): "cut off or damaged",
+    b"PK\x05\x06" + bytes(18): "none that torch wrote",
+    bytes(range(200, 232)): "no checkpoint",
+    pickle.dumps({"w": [1, 2]}): "none|no checkpoint that torch wrote",
+    struct.pack("<Q", 50) + b'{"w": 1}': "safetensors",
+    old_tar(): "before 2017",
+}
+
+
+@pytest.mark.parametrize("content", OTHERS, ids=lambda content: OTHERS[content])
+def test_other_files_are_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=OTHERS[content]) as caught:
+        load_foreign(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_a_folder_and_a_script_module_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_foreign(tmp_path / "none.pt")
+    with pytest.raises(CheckpointError, match="is a folder"):
+        load_foreign(tmp_path)
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
+        archive.writestr("a/data.pkl", b"N.")
+        archive.writestr("a/constants.pkl", b"N.")
+    with pytest.raises(CheckpointError, match="TorchScript"):
+        load_foreign(tmp_path / "script.pt")
+
+
+# --- safetensors and hashes
+
+
+def test_safetensors_round_trip_and_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = {"w": torch.randn(3, 4).T, "h": torch.ones(2, dtype=torch.float16)}
+    save_safetensors(path, tensors, {"cantor": "{}"})
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+    loaded, metadata = read_safetensors(path)
+    assert equal(dict(sorted(loaded.items())), dict(sorted(tensors.items())))
+    assert metadata == {"cantor": "{}"}
+    assert list(read_safetensors(path, ["h"])[0]) == ["h"]
+    assert equal(dict(sorted(load_foreign(path).items())), dict(sorted(tensors.items())))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_safetensors(path, {"w": torch.ones(1)}, {})
+    shared = torch.ones(4)
+    with pytest.raises(RuntimeError):
+        save_safetensors(path, {"a": shared, "b": shared}, {})
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+    assert list(load_foreign(path)) == ["w"]
+
+
+def test_sha256_is_of_the_content_not_of_the_path(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"weights")
+        (folder / "README.md").write_text(name)
+    assert sha256_of(tmp_path / "one") == sha256_of(tmp_path / "two")
+    assert len(sha256_of(tmp_path / "one")) == 64
+    (tmp_path / "two" / "model.safetensors").write_bytes(b"others")
+    assert sha256_of(tmp_path / "one") != sha256_of(tmp_path / "two")
+    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    (tmp_path / "empty").touch()
+    assert sha256_of(tmp_path / "empty") == empty
