@@ -51,6 +51,7 @@ class SslEncoder:
         self.stem = TiledStem(self.network)
         if self.device.type == "cpu":
             pack(self.network)
+        self.one_by_one = self.device.type == "cpu"
         self.batcher = Batcher(int(_GPU_BATCH_S * self.sample_rate))
 
     @torch.inference_mode()
@@ -59,7 +60,7 @@ class SslEncoder:
         shortest = self.config.reach - 2 * self.config.pad
         padded = [F.pad(wav, (0, max(0, shortest - len(wav)))) for wav in checked(wavs)]
         lengths = [len(wav) for wav in padded]
-        if self.device.type == "cpu":
+        if self.one_by_one:
             return [self._encode_alone(wav) for wav in padded]
 
         def run(batch: list[int]) -> list[Tensor]:
