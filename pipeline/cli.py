@@ -173,6 +173,45 @@ def demo_corpus(
     _console().print(f"demo corpus written to {escape(str(folder))}")
 
 
+@app.command()
+def codebook(
+    dataset: Annotated[Path, typer.Argument(help="Dataset folder.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="File to write, .safetensors.", show_default=False)],
+    encoder: Annotated[
+        str | None, typer.Option(help="Whose units; can be left out when there is one.")
+    ] = None,
+    clusters: Annotated[
+        int, typer.Option(help="Centres; speech units take 100 to 2000, so-vits-svc 10000 a voice.")
+    ] = 500,
+    split: Annotated[str, typer.Option(help="Split to learn from.")] = "train",
+    speaker: Annotated[str | None, typer.Option(help="Learn from this speaker alone.")] = None,
+    per_speaker: Annotated[
+        bool, typer.Option("--per-speaker", help="One codebook for each speaker, in one file.")
+    ] = False,
+    epochs: Annotated[int, typer.Option(help="Passes of minibatches over the units.")] = 3,
+    seed: Annotated[int, typer.Option(help="Same seed, same centres.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Cluster the units of DATASET by k-means, for `units.quantize=codebook` and cluster models."""
+    import torch
+
+    from pipeline.codebook import CodebookOptions, make_codebook, show_fits
+
+    options = CodebookOptions(
+        encoder=encoder,
+        clusters=clusters,
+        split=split,
+        speaker=speaker,
+        per_speaker=per_speaker,
+        epochs=epochs,
+        seed=seed,
+        device=device,
+    )
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # one process, and it computes alone
+    console = _console()
+    show_fits(console, make_codebook(dataset, out, options, console), out)
+
+
 def main() -> None:
     """Run the command line; faults become one sentence on stderr and an exit status.
 

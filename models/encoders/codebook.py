@@ -1,0 +1,168 @@
+"""Codebooks: units as the ids of their nearest centres, and the file that holds the centres."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.checkpoint import CheckpointError, read_safetensors, save_safetensors
+
+MAX_CLUSTERS = 32767  # ids are int16
+_FORMAT = "cantor-codebook"
+_SCORES = 1 << 24  # numbers of a score matrix held at a time, 64 MB
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """K centres for the units of one encoder.
+
+    centroids: float32 (K, D), 1 <= K <= 32767, finite.
+    checkpoint_sha256: of the encoder whose units these are centres of; None where it has no file.
+    speaker: whose units they were made of; None for all speakers of a dataset.
+    """
+
+    encoder: str
+    checkpoint_sha256: str | None
+    centroids: Tensor
+    speaker: str | None = None
+
+    def __post_init__(self) -> None:
+        centroids = self.centroids
+        if centroids.ndim != 2 or centroids.dtype != torch.float32:
+            raise ValueError(f"centres are {tuple(centroids.shape)} {centroids.dtype}, not (K, D)")
+        if not 1 <= len(centroids) <= MAX_CLUSTERS:
+            raise ValueError(f"a codebook has 1 to {MAX_CLUSTERS} centres, not {len(centroids)}")
+        if not torch.isfinite(centroids).all():
+            raise ValueError("a centre is NaN or infinite")
+
+    @property
+    def dim(self) -> int:
+        """D, the width of a frame."""
+        return self.centroids.shape[1]
+
+    def assign(self, units: Tensor) -> Tensor:
+        """The nearest centre of each frame: float (F, D) -> int16 CPU (F,). See `nearest`.
+
+        Raises ValueError for another width and for units that are not finite.
+        """
+        if units.ndim != 2 or units.shape[1] != self.dim:
+            raise ValueError(
+                f"units are {tuple(units.shape)}; the codebook of {self.encoder} takes "
+                f"(F, {self.dim})"
+            )
+        return nearest(units.to(self.centroids), self.centroids).to("cpu", torch.int16)
+
+
+def nearest(frames: Tensor, centroids: Tensor) -> Tensor:
+    """Index of the centre that is nearest by Euclidean distance; the lowest of equals.
+
+    (F, D) and (K, D), float32 on one device -> int64 (F,) there. Exact, so it does not depend on
+    the device, on threads or on what else is in the call: the matrix product finds the centres
+    that may be nearest by the bound of its rounding error, and float64 decides between them.
+
+    Raises ValueError for frames that are not finite.
+    """
+    if not torch.isfinite(frames).all():
+        raise ValueError("units are NaN or infinite")
+    chunk = max(1, _SCORES // len(centroids))
+    parts = [_nearest_of_few(part, centroids) for part in torch.split(frames, chunk)]
+    return torch.cat(parts) if parts else frames.new_zeros(0, dtype=torch.int64)
+
+
+def _nearest_of_few(frames: Tensor, centroids: Tensor) -> Tensor:
+    # Distances do not change when both are shifted, and shorter vectors round less.
+    origin = centroids.mean(0)
+    x, c = frames - origin, centroids - origin
+    half_squares = c.square().sum(1) / 2
+    score = x @ c.T - half_squares  # (F, K): half of |x|^2 - |x - c|^2
+    best, ids = score.max(1)
+    # A sum of D products rounds by less than D * eps * |x| |c|; the rest by a few eps of that.
+    longest = c.norm(dim=1).max()
+    reach = (x.norm(dim=1) + longest) * longest
+    slack = 2 * (frames.shape[1] + 8) * torch.finfo(torch.float32).eps * reach
+    maybe = score >= (best - slack)[:, None]
+    unsure = (maybe.sum(1) > 1).nonzero().squeeze(1)
+    if len(unsure):
+        ids[unsure] = _decide(frames[unsure], centroids, maybe[unsure])
+    return ids
+
+
+def _decide(frames: Tensor, centroids: Tensor, maybe: Tensor) -> Tensor:
+    """The nearest among the centres that `maybe` (F, K) marks, in float64."""
+    rows, columns = maybe.nonzero(as_tuple=True)
+    pairs = max(1, _SCORES // (4 * frames.shape[1]))
+    squares = [
+        (frames[r].double() - centroids[k].double()).square().sum(1)
+        for r, k in zip(torch.split(rows, pairs), torch.split(columns, pairs), strict=True)
+    ]
+    distance = torch.full(maybe.shape, math.inf, dtype=torch.float64, device=frames.device)
+    distance[rows, columns] = torch.cat(squares)
+    return distance.argmin(1)
+
+
+def save_codebooks(
+    path: str | Path, codebooks: Sequence[Codebook], notes: dict[str, Any] | None = None
+) -> None:
+    """Write codebooks of one encoder to a safetensors file, whole or not at all.
+
+    One for all speakers, or one for each of several. notes: what else the header is to say, such
+    as the seed; anything that JSON can hold. The same content gives the same bytes.
+    """
+    first = codebooks[0]
+    if any((c.encoder, c.dim) != (first.encoder, first.dim) for c in codebooks):
+        raise ValueError("a file holds the codebooks of one encoder")
+    speakers = [c.speaker for c in codebooks]
+    if len(set(speakers)) != len(speakers):
+        raise ValueError("two codebooks are of the same speaker")
+    header = {
+        "encoder": first.encoder,
+        "checkpoint_sha256": first.checkpoint_sha256,
+        "speakers": speakers,
+        "notes": notes or {},
+    }
+    tensors = {f"centroids.{i}": c.centroids.cpu().contiguous() for i, c in enumerate(codebooks)}
+    # One entry only: safetensors writes several in an order that changes from run to run.
+    save_safetensors(path, tensors, {_FORMAT: json.dumps(header)})
+
+
+def load_codebooks(path: str | Path) -> list[Codebook]:
+    """The codebooks of a file. Raises CheckpointError for what is no codebook of ours."""
+    tensors, metadata = read_safetensors(path)
+    if _FORMAT not in metadata:
+        raise CheckpointError(f"{path} is not a codebook; `codebook` makes one from a dataset")
+    try:
+        header = json.loads(metadata[_FORMAT])
+        return [
+            Codebook(
+                header["encoder"], header["checkpoint_sha256"], tensors[f"centroids.{i}"], speaker
+            )
+            for i, speaker in enumerate(header["speakers"])
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is a damaged codebook: {error}") from error
+
+
+def load_codebook(path: str | Path, speaker: str | None = None) -> Codebook:
+    """The codebook of `speaker`, or the only one of a file.
+
+    Raises CheckpointError when there is none, and when there are several and none is named.
+    """
+    codebooks = load_codebooks(path)
+    if speaker is None:
+        if len(codebooks) != 1:
+            raise CheckpointError(
+                f"{path} has a codebook for each of {len(codebooks)} speakers; name one of them"
+            )
+        return codebooks[0]
+    for codebook in codebooks:
+        if codebook.speaker == speaker:
+            return codebook
+    of = ", ".join(str(c.speaker or "all speakers") for c in codebooks[:10])
+    raise CheckpointError(f"{path} has no codebook of {speaker!r}; it has that of {of}")
