@@ -192,7 +192,7 @@ def codebook(
     seed: Annotated[int, typer.Option(help="Same seed, same centres.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Cluster the units of DATASET by k-means, for `units.quantize=codebook` and cluster models."""
+    """Cluster the units of DATASET by k-means, for `encoder.codebook` and cluster models."""
     import torch
 
     from pipeline.codebook import CodebookOptions, make_codebook, show_fits
@@ -210,6 +210,38 @@ def codebook(
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # one process, and it computes alone
     console = _console()
     show_fits(console, make_codebook(dataset, out, options, console), out)
+
+
+@app.command()
+def index(
+    dataset: Annotated[Path, typer.Argument(help="Dataset folder.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder to write into.", show_default=False)],
+    encoder: Annotated[
+        str | None, typer.Option(help="Whose units; can be left out when there is one.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split whose clips count.")] = "train",
+    speaker: Annotated[str | None, typer.Option(help="This speaker alone; default: each.")] = None,
+    max_vectors: Annotated[
+        int, typer.Option(help="Frames a speaker; of more, as many are drawn at random.")
+    ] = 1_000_000,
+    nprobe: Annotated[
+        int, typer.Option(help="Lists a search looks into; RVC and so-vits-svc take 1.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(help="Same seed, same draw.")] = 0,
+) -> None:
+    """Index the units of each speaker of DATASET for feature retrieval (faiss)."""
+    from pipeline.index import IndexOptions, make_indexes, show_indexes
+
+    options = IndexOptions(
+        encoder=encoder,
+        split=split,
+        speaker=speaker,
+        max_vectors=max_vectors,
+        nprobe=nprobe,
+        seed=seed,
+    )
+    console = _console()
+    show_indexes(console, make_indexes(dataset, out, options, console), out)
 
 
 def main() -> None:
