@@ -8,6 +8,7 @@ from disk: the optimizer's state, the layers above the wanted one.
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 import os
 import struct
@@ -32,6 +33,7 @@ __all__ = [
     "read_safetensors",
     "save_safetensors",
     "sha256_of",
+    "weight_files",
 ]
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -60,7 +62,7 @@ class CheckpointError(ValueError):
     """What is wrong with a checkpoint, in one sentence that names the file."""
 
 
-def load_foreign(path: str | os.PathLike[str]) -> Any:
+def load_foreign(path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> Any:
     """The content of a checkpoint file as plain dicts, lists, numbers, strings and tensors.
 
     Any of torch's containers (.pt, .pth, .bin, .ckpt: zip, or the one before torch 1.6), or
@@ -68,12 +70,17 @@ def load_foreign(path: str | os.PathLike[str]) -> Any:
     dict and list, objects of other classes an `Opaque`. Tensors are on the CPU, in the file's
     dtype, views of the mapped file: clone what must outlive the file on disk.
 
+    metadata: is filled with that of a safetensors file.
+
     Raises CheckpointError for whatever is not such a file, is damaged, or asks to run something.
     """
     path = Path(path)
     head = _head(path)
     if _is_safetensors(head):
-        return read_safetensors(path)[0]
+        tensors, found = read_safetensors(path)
+        if metadata is not None:
+            metadata |= found
+        return tensors
     try:
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -117,6 +124,29 @@ def save_safetensors(
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def weight_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files that hold the weights: the file itself, or those of a Hugging Face folder.
+
+    Raises CheckpointError where there are none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return [path / name]
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            try:
+                parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{index} does not list weight files ({error!r})") from error
+            return [path / Path(part).name for part in sorted(map(str, parts))]
+    raise CheckpointError(
+        f"{path} holds neither model.safetensors nor pytorch_model.bin: name the checkpoint file"
+    )
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

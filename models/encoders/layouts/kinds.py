@@ -1,0 +1,110 @@
+"""Which file is which: the encoders' names, and files that are none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Family = Literal["hubert", "wavlm", "hubert-soft", "dphubert", "dpwavlm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Name:
+    """What the name of an encoder states.
+
+    width: of the published network it is named after. A file of another published width is another
+    encoder's; a width that nobody published (a network of one's own) is taken as it is.
+    layers: after how many layers its units are taken, without any norm; None: all, with the norm.
+    project: whether they go through the file's final projection, to `dim` numbers if published.
+    normalize_wav: None: as the file states.
+    """
+
+    families: tuple[Family, ...]
+    width: int
+    layers: int | None = None
+    project: bool = False
+    dim: int | None = None
+    normalize_wav: bool | None = None
+
+
+PUBLISHED_WIDTHS = (768, 1024)
+
+
+def _contentvec(layers: int, dim: int) -> Name:
+    return Name(
+        families=("hubert",), width=768, layers=layers, project=dim == 256, dim=dim,
+        normalize_wav=False,
+    )  # fmt: skip
+
+
+NAMES: dict[str, Name] = {
+    "contentvec256l9": _contentvec(9, 256),
+    "contentvec256l12": _contentvec(12, 256),
+    "contentvec768l9": _contentvec(9, 768),
+    "contentvec768l12": _contentvec(12, 768),
+    "cnhubertlarge": Name(families=("hubert",), width=1024, normalize_wav=False),
+    "hubertsoft": Name(families=("hubert-soft",), width=768, project=True, normalize_wav=False),
+    "wavlm-base-plus": Name(families=("wavlm",), width=768),
+    "wavlm-large": Name(families=("wavlm",), width=1024),
+    "dphubert": Name(families=("dphubert", "dpwavlm"), width=768),
+}
+FAMILIES: dict[Family, str] = {
+    "hubert": "a HuBERT or ContentVec",
+    "wavlm": "a WavLM",
+    "hubert-soft": "a HuBERT-Soft",
+    "dphubert": "a DPHuBERT",
+    "dpwavlm": "a DPWavLM",
+}
+
+
+def fits(name: Name, family: Family, width: int) -> bool:
+    """Whether a file of this family and width can be what `name` says."""
+    return family in name.families and (width not in PUBLISHED_WIDTHS or width == name.width)
+
+
+def names_for(family: Family, width: int) -> list[str]:
+    """Every name that such a file serves."""
+    return [name for name, what in NAMES.items() if fits(what, family, width)]
+
+
+# A key that only such files have (at its start), and what they are.
+_STRANGERS = (
+    ("encoder.blocks.0.attn.query", "a Whisper, for whisper-ppg or whisper-ppg-large"),
+    ("encoder.embed_positions", "a Whisper, for whisper-ppg or whisper-ppg-large"),
+    ("model.encoder.embed_positions", "a Whisper, for whisper-ppg or whisper-ppg-large"),
+    ("quantizer.", "a wav2vec 2.0 in pre-training, which is no encoder here"),
+    ("enc_p.", "a voice model (so-vits-svc's G_*.pth or RVC's), not an encoder"),
+    ("enc_q.", "a voice model (so-vits-svc's G_*.pth or RVC's), not an encoder"),
+    ("dec.conv_pre", "a voice model (so-vits-svc's G_*.pth or RVC's), not an encoder"),
+    ("discriminators.", "a discriminator (D_*.pth), which only training needs"),
+    ("denoise_fn.", "a diffusion model, not an encoder"),
+    ("decoder.denoise_fn.", "a diffusion model, not an encoder"),
+    ("unet.encoder.", "RMVPE, which estimates f0"),
+    ("cent_table", "FCPE, which estimates f0"),
+    ("conv1_BN.", "CREPE, which estimates f0"),
+    ("conv_pre.", "a vocoder, not an encoder"),
+    ("lstm.weight_ih_l0", "a speaker encoder"),
+    ("ups.0.", "a vocoder, not an encoder"),
+)
+
+
+def stranger(keys: Iterable[str]) -> str | None:
+    """What a file with these keys is, if it is a known one of another kind."""
+    keys = list(keys)
+    for start, what in _STRANGERS:
+        if any(key.removeprefix("module.").startswith(start) for key in keys):
+            return what
+    if any("hard_concrete" in key for key in keys):
+        return "a DPHuBERT still with its gates: prune it first"
+    return None
+
+
+def stranger_by_config(config: Mapping[str, Any]) -> str | None:
+    """What a folder is whose config.json names another model."""
+    kind = config.get("model_type")
+    if kind in (None, "hubert", "wavlm"):
+        return None
+    if kind == "whisper":
+        return "a Whisper, for whisper-ppg or whisper-ppg-large"
+    return f"a Hugging Face model of type {kind}, which is no encoder here"

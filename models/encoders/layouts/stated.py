@@ -1,0 +1,128 @@
+"""What the configuration in a foreign file says of its network, beyond what shapes tell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from models.encoders.wav2vec2 import STEM_OF_WAV2VEC2
+
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "tanh": "tanh",
+    "linear": "linear",
+    "glu": "glu-swish",
+}
+_STEM_TERM = re.compile(
+    r"\[\s*((?:\(\s*\d+\s*,\s*\d+\s*,\s*\d+\s*\)\s*,?\s*)+)\](?:\s*\*\s*(\d+))?"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stated:
+    """None, or empty: the file is silent. Lists have an entry for each layer.
+
+    heads: of the unpruned network. kept_heads: those that a pruned layer still has.
+    """
+
+    layers: int | None = None
+    heads: int | None = None
+    head_dim: int | None = None
+    pre_norm: bool | None = None
+    normalize_wav: bool | None = None
+    activation: str | None = None
+    strides: tuple[int, ...] = ()
+    max_distance: int | None = None
+    attention: tuple[bool, ...] = ()
+    feed_forward: tuple[bool, ...] = ()
+    kept_heads: tuple[tuple[int, ...], ...] = ()
+
+
+def of_fairseq(content: Mapping[str, Any]) -> Stated:
+    """cfg (a dict, or WavLM's flat one) or args. Raises ValueError for what cannot be."""
+    cfg = content.get("cfg") or content.get("args") or {}
+    model = cfg.get("model") if isinstance(cfg.get("model"), dict) else cfg
+    task = cfg.get("task") if isinstance(cfg.get("task"), dict) else cfg
+    return Stated(
+        layers=_number(model, "encoder_layers"),
+        heads=_number(model, "encoder_attention_heads"),
+        pre_norm=_flag(model, "layer_norm_first"),
+        normalize_wav=_flag(task, "normalize"),
+        activation=_activation(model.get("activation_fn")),
+        strides=_strides(model.get("conv_feature_layers")),
+        max_distance=_number(model, "max_distance"),
+    )
+
+
+def of_hugging_face(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Stated:
+    """config.json and preprocessor_config.json. Raises ValueError for what cannot be."""
+    return Stated(
+        layers=_number(config, "num_hidden_layers"),
+        heads=_number(config, "num_attention_heads"),
+        pre_norm=_flag(config, "do_stable_layer_norm"),
+        normalize_wav=_flag(preprocessor, "do_normalize"),
+        activation=_activation(config.get("hidden_act")),
+        strides=tuple(map(int, config.get("conv_stride") or ())),
+        max_distance=_number(config, "max_bucket_distance"),
+    )
+
+
+def of_dphubert(config: Mapping[str, Any]) -> Stated:
+    """The arguments of torchaudio's constructor. Raises ValueError for what cannot be."""
+    total = config.get("encoder_total_num_heads") or []
+    stem = config.get("extractor_conv_layer_config") or ()
+    return Stated(
+        layers=_number(config, "encoder_num_layers"),
+        heads=int(total[0]) if total else None,
+        head_dim=_number(config, "encoder_head_dim"),
+        pre_norm=_flag(config, "encoder_layer_norm_first"),
+        normalize_wav=_flag(config, "normalize_waveform"),
+        strides=tuple(int(stride) for _, _, stride in stem),
+        max_distance=_number(config, "encoder_max_distance"),
+        attention=tuple(map(bool, config.get("encoder_use_attention") or ())),
+        feed_forward=tuple(map(bool, config.get("encoder_use_feed_forward") or ())),
+        kept_heads=tuple(
+            tuple(map(int, kept)) for kept in config.get("encoder_remaining_heads") or ()
+        ),
+    )
+
+
+def usual_strides(kernels: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the one stem that all published networks have; () for another."""
+    if kernels == tuple(kernel for _, kernel, _ in STEM_OF_WAV2VEC2):
+        return tuple(stride for _, _, stride in STEM_OF_WAV2VEC2)
+    return ()
+
+
+def _number(config: Mapping[str, Any], key: str) -> int | None:
+    value = config.get(key)
+    return None if value is None else int(value)
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool | None:
+    value = config.get(key)
+    return value if isinstance(value, bool) else None
+
+
+def _activation(name: Any) -> str | None:
+    if name is None:
+        return None
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"its activation {name!r} is none of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def _strides(layers: Any) -> tuple[int, ...]:
+    """fairseq states its stem as Python text: "[(512,10,5)] + [(512,3,2)] * 4"."""
+    strides: list[int] = []
+    for term, times in _STEM_TERM.findall(str(layers or "")):
+        numbers = re.findall(r"\d+", term)
+        strides += [int(n) for n in numbers[2::3]] * int(times or 1)
+    return tuple(strides)
