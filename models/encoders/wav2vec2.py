@@ -429,14 +429,14 @@ class FeedForward(nn.Module):
         return x if self.gate is None else x * self.gate()
 
 
-def normalized(wavs: Tensor, lengths: Tensor) -> Tensor:
+def normalized(wavs: Tensor, lengths: Tensor, eps: float = 1e-5) -> Tensor:
     """Mean 0 and variance 1 of each clip over its own samples; the padding stays 0. (B, T)"""
     mask = torch.arange(wavs.shape[1], device=wavs.device) < lengths[:, None]
     wide = wavs.float()
     mean = (wide * mask).sum(1, keepdim=True) / lengths[:, None]
     centred = (wide - mean) * mask
     variance = centred.square().sum(1, keepdim=True) / lengths[:, None]
-    return (centred * torch.rsqrt(variance + 1e-5)).to(wavs)
+    return (centred * torch.rsqrt(variance + eps)).to(wavs)
 
 
 def relative_buckets(distance: Tensor, shape: RelativeBias) -> Tensor:

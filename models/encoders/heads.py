@@ -1,0 +1,391 @@
+"""What stands on the network once it is fine-tuned: x-vector, frame and clip classes, CTC.
+
+The heads of WavLM and its kin as transformers has them, on the network of
+`models.encoders.wav2vec2`. Ours rather than transformers' own models, because those are inexact
+where clips of different lengths share a batch (the stem's norm sees the padding, and the x-vector
+counts frames as if its convolutions were not dilated: vectors of deviation 0.14 are off by 0.035),
+need transformers at run time, and take 1.6 times the processor time. `load_head` reads the folders
+that transformers writes; parameters have the names they have there, and one clip alone gives what
+it gives there.
+
+In one case transformers 5 differs from the release that the checkpoints were trained with: the sum
+over layers of a pre-norm network takes its last layer without the final norm. Here it has it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.checkpoint import CheckpointError, load_foreign, weight_files
+from models.encoders.adapter import Adapter
+from models.encoders.layouts import read_checkpoint
+from models.encoders.layouts.names import HUGGING_FACE
+from models.encoders.masking import SpecAugment, SpecAugmentConfig
+from models.encoders.wav2vec2 import Wav2Vec2, Wav2Vec2Config, normalized
+
+_PREPROCESSOR = "preprocessor_config.json"
+_DILATION_OF_WAVLM = (1, 2, 3, 1, 1)
+
+
+class Headed(nn.Module):
+    """A network and a head on it.
+
+    normalize_wav: each clip is `standardized` first.
+    """
+
+    def __init__(self, network: Wav2Vec2, head: Head, normalize_wav: bool = False) -> None:
+        super().__init__()
+        self.network, self.head, self.normalize_wav = network, head, normalize_wav
+
+    def forward(self, wavs: Tensor, num_samples: list[int] | None = None) -> Any:
+        """What the head gives for (B, T); num_samples as in `Wav2Vec2.forward`."""
+        num_samples = num_samples or [wavs.shape[1]] * len(wavs)
+        if self.normalize_wav:
+            wavs = standardized(wavs, num_samples)
+        frames = [self.network.config.num_frames(n) for n in num_samples]
+        return self.head(self.network(wavs, num_samples), frames)
+
+
+def standardized(wavs: Tensor, num_samples: Sequence[int]) -> Tensor:
+    """(B, T), mean 0 and variance 1 of each clip over its own samples, as transformers does it.
+
+    Its epsilon is 1e-7, where fairseq's is 1e-5: it tells in quiet clips.
+    """
+    return normalized(wavs, torch.tensor(num_samples, device=wavs.device), 1e-7)
+
+
+class LayerSum(Wav2Vec2):
+    """The network, its output a learnt mean of what enters the first layer and leaves each."""
+
+    def __init__(self, config: Wav2Vec2Config) -> None:
+        super().__init__(config)
+        n = len(config.layers) + 1
+        self.layer_weights = nn.Parameter(torch.full((n,), 1 / n))
+
+    def context(self, features: Tensor, num_frames: list[int]) -> Tensor:
+        """(B, F, C) -> (B, F, H)"""
+        shares = self.layer_weights.softmax(0).unbind()
+        states = self.hidden_states(features, num_frames)
+        x = shares[0] * states[0]
+        for share, state in zip(shares[1:], states[1:], strict=True):
+            x = x + share * state
+        return x
+
+
+class XVectorHead(nn.Module):
+    """A speaker's vector for each clip: time-delay layers, statistics over the clip, a projection.
+
+    Snyder et al. (2018). A clip needs `min_frames` frames, so that two of the time-delay layers'
+    are there to have a deviation.
+    """
+
+    def __init__(
+        self, width: int, layers: Sequence[tuple[int, int, int]], dim: int, speakers: int
+    ) -> None:
+        """layers: (channels, kernel, dilation) of each. speakers: those of training."""
+        super().__init__()
+        channels = [layers[0][0], *(c for c, _, _ in layers)]
+        self.projector = nn.Linear(width, channels[0])
+        self.tdnn = nn.ModuleList(
+            TimeDelayLayer(n_in, *layer) for n_in, layer in zip(channels, layers, strict=False)
+        )
+        self.feature_extractor = nn.Linear(2 * channels[-1], dim)
+        self.classifier = nn.Linear(dim, dim)
+        self.objective = AdditiveMarginSoftmax(dim, speakers)
+        self.lost_frames = sum((kernel - 1) * dilation for _, kernel, dilation in layers)
+
+    @property
+    def dim(self) -> int:
+        """E of the vector."""
+        return self.feature_extractor.out_features
+
+    @property
+    def min_frames(self) -> int:
+        return self.lost_frames + 2
+
+    def forward(self, x: Tensor, num_frames: Sequence[int]) -> Tensor:
+        """(B, F, H) -> (B, E), not normalised. Raises ValueError for a clip of too few frames."""
+        if min(num_frames) < self.min_frames:
+            raise ValueError(
+                f"an x-vector needs {self.min_frames} frames, and a clip has {min(num_frames)}"
+            )
+        x = self.projector(x)
+        for layer in self.tdnn:
+            x = layer(x)
+        own = [row[: n - self.lost_frames].float() for row, n in zip(x, num_frames, strict=True)]
+        statistics = [torch.cat([frames.mean(0), frames.std(0)]) for frames in own]
+        return self.feature_extractor(torch.stack(statistics).to(x))
+
+    def loss(self, vectors: Tensor, speakers: Tensor) -> Tensor:
+        """Of what `forward` gave, (B, E), for the true speakers, (B,) int64 -> ()."""
+        return self.objective(self.classifier(vectors), speakers)
+
+
+class TimeDelayLayer(nn.Module):
+    """A dilated convolution over frames, and ReLU. Its weight is stored as a linear layer's."""
+
+    def __init__(self, n_in: int, n_out: int, kernel: int, dilation: int) -> None:
+        super().__init__()
+        self.size, self.dilation = kernel, dilation
+        self.kernel = nn.Linear(n_in * kernel, n_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, F, n_in) -> (B, F - (kernel - 1) * dilation, n_out)"""
+        weight = self.kernel.weight.unflatten(1, (self.size, -1)).transpose(1, 2)
+        x = F.conv1d(x.transpose(1, 2), weight, self.kernel.bias, dilation=self.dilation)
+        return F.relu(x).transpose(1, 2)
+
+
+class AdditiveMarginSoftmax(nn.Module):
+    """Cross-entropy of scaled cosines, the true speaker's less a margin: Wang et al. (2018)."""
+
+    def __init__(self, dim: int, speakers: int, scale: float = 30.0, margin: float = 0.4) -> None:
+        super().__init__()
+        self.scale, self.margin = scale, margin
+        self.weight = nn.Parameter(torch.randn(dim, speakers))
+
+    def forward(self, x: Tensor, speakers: Tensor) -> Tensor:
+        """(B, E), (B,) int64 -> ()"""
+        cosine = F.normalize(x, dim=1) @ F.normalize(self.weight, dim=0)  # (B, S)
+        margin = self.margin * F.one_hot(speakers, cosine.shape[1])
+        return F.cross_entropy(self.scale * (cosine - margin), speakers)
+
+
+class FrameHead(nn.Module):
+    """Scores of each class for each frame, such as who of several speaks."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor, num_frames: Sequence[int]) -> Tensor:
+        """(B, F, H) -> logits (B, F, classes); beyond a clip's own frames they mean nothing."""
+        return self.classifier(x)
+
+
+class ClipHead(nn.Module):
+    """Scores of each class for each clip, from the mean over its own frames."""
+
+    def __init__(self, width: int, inner: int, classes: int) -> None:
+        super().__init__()
+        self.projector = nn.Linear(width, inner)
+        self.classifier = nn.Linear(inner, classes)
+
+    def forward(self, x: Tensor, num_frames: Sequence[int]) -> Tensor:
+        """(B, F, H) -> logits (B, classes)"""
+        x = self.projector(x)
+        means = [row[:n].mean(0) for row, n in zip(x, num_frames, strict=True)]
+        return self.classifier(torch.stack(means))
+
+
+class CtcHead(nn.Module):
+    """Scores of each token for each frame (Graves et al., 2006), the frames thinned out or not."""
+
+    def __init__(
+        self,
+        width: int,
+        tokens: int,
+        *,
+        adapter: Adapter | None = None,
+        dropout: float = 0.0,
+        blank: int = 0,
+        reduction: str = "mean",
+        zero_infinity: bool = False,
+    ) -> None:
+        """width: of what the adapter gives, or the network where there is none.
+
+        reduction: "mean" or "sum" of the clips' losses. zero_infinity: a clip with fewer frames
+        than tokens counts 0.
+        """
+        super().__init__()
+        self.adapter = adapter
+        self.dropout = nn.Dropout(dropout)
+        self.lm_head = nn.Linear(width, tokens)
+        self.blank, self.reduction, self.zero_infinity = blank, reduction, zero_infinity
+
+    def forward(self, x: Tensor, num_frames: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """(B, F, H) -> logits (B, F', tokens), and how many frames of them each clip has."""
+        frames = list(num_frames)
+        if self.adapter is not None:
+            x, frames = self.adapter(x, frames)
+        return self.lm_head(self.dropout(x)), frames
+
+    def loss(self, logits: Tensor, num_frames: Sequence[int], tokens: Tensor) -> Tensor:
+        """Of what `forward` gave, for the true tokens, (B, L) int64, below 0 where padded -> ()."""
+        return F.ctc_loss(
+            logits.float().log_softmax(2).transpose(0, 1),
+            tokens[tokens >= 0],
+            torch.tensor(num_frames),
+            (tokens >= 0).sum(1),
+            blank=self.blank,
+            reduction=self.reduction,
+            zero_infinity=self.zero_infinity,
+        )
+
+
+Head = XVectorHead | FrameHead | ClipHead | CtcHead
+
+
+def load_head(path: str | Path, *, normalize_wav: bool | None = None, seed: int = 0) -> Headed:
+    """A fine-tuned WavLM or HuBERT that transformers wrote: evaluation mode, float32, on the CPU.
+
+    path: its folder, or the weight file in it. Which head it has is told by its parameters; every
+    one must be there, and no other.
+
+    normalize_wav: None: what preprocessor_config.json says. seed: of what training draws, the
+    masked spans and the adapter's omitted layers.
+
+    Raises CheckpointError for a network without such a head, or with other parameters than its
+    configuration asks for.
+    """
+    path = Path(path)
+    backbone, state = read_checkpoint(path).take(normalize_wav=False)
+    config = _json_beside(path, "config.json")
+    rng = np.random.RandomState(seed)
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(path):
+        tensors |= {k: t for k, t in load_foreign(file).items() if isinstance(t, Tensor)}
+    mark = HUGGING_FACE.signature
+    prefix = next((k.removesuffix(mark) for k in tensors if k.endswith(mark)), "")
+    outer = {k: t for k, t in tensors.items() if not k.startswith(prefix)}
+    adapter = f"{prefix}adapter."
+    outer |= {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(adapter)}
+
+    head = _head_of(config, backbone.width, outer, path, rng)
+    layer_sum = config.get("use_weighted_layer_sum") and not isinstance(head, CtcHead)
+    network = (LayerSum if layer_sum else Wav2Vec2)(backbone)
+    wanted = head.state_dict()
+    if isinstance(network, LayerSum):
+        wanted["layer_weights"] = network.layer_weights
+    _check(wanted, outer, path)
+    if isinstance(network, LayerSum):
+        state["layer_weights"] = outer.pop("layer_weights")
+    network.load_state_dict(state)
+    head.load_state_dict(outer)
+    masked = tensors.get(f"{prefix}masked_spec_embed")
+    if masked is not None and config.get("apply_spec_augment", True):
+        network.masking = SpecAugment(_masking_of(config), backbone.width, rng)
+        network.masking.load_state_dict({"embedding": masked})
+    if normalize_wav is None:
+        normalize_wav = bool(_json_beside(path, _PREPROCESSOR).get("do_normalize", True))
+    return Headed(network, head, normalize_wav).eval()
+
+
+def _head_of(
+    config: dict[str, Any],
+    width: int,
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    rng: np.random.RandomState,
+) -> Head:
+    """The head that has these parameters, not yet loaded."""
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    try:
+        if "lm_head.weight" in shapes:
+            adapter = _adapter_of(config, width, rng) if config.get("add_adapter") else None
+            tokens, n_in = shapes["lm_head.weight"]
+            return CtcHead(
+                n_in,
+                tokens,
+                adapter=adapter,
+                dropout=config.get("final_dropout", 0.0),
+                blank=config.get("pad_token_id") or 0,
+                reduction=config.get("ctc_loss_reduction", "mean"),
+                zero_infinity=config.get("ctc_zero_infinity", False),
+            )
+        if "tdnn.0.kernel.weight" in shapes:
+            layers = _time_delays_of(config, shapes, path)
+            dim, speakers = shapes["objective.weight"]
+            return XVectorHead(width, layers, dim, speakers)
+        if "projector.weight" in shapes:
+            return ClipHead(width, shapes["projector.weight"][0], shapes["classifier.weight"][0])
+        if "classifier.weight" in shapes:
+            return FrameHead(width, shapes["classifier.weight"][0])
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks the parameter {error.args[0]!r}") from error
+    except CheckpointError:
+        raise
+    except (ValueError, IndexError, TypeError) as error:
+        raise CheckpointError(f"{path} has a head of impossible shape: {error}") from error
+    raise CheckpointError(
+        f"{path} has no head: neither an x-vector's (tdnn), nor a classifier, nor CTC's (lm_head)"
+    )
+
+
+def _time_delays_of(
+    config: dict[str, Any], shapes: Mapping[str, torch.Size], path: Path
+) -> list[tuple[int, int, int]]:
+    """(channels, kernel, dilation) of each layer, for which only the dilation needs the config."""
+    n = sum(key.startswith("tdnn.") and key.endswith(".kernel.weight") for key in shapes)
+    dilation = config.get("tdnn_dilation") or _DILATION_OF_WAVLM
+    if len(dilation) != n:
+        raise CheckpointError(
+            f"{path} has {n} time-delay layers and its config.json {len(dilation)} dilations"
+        )
+    layers = []
+    n_in = shapes["projector.weight"][0]
+    for i in range(n):
+        n_out, taps = shapes[f"tdnn.{i}.kernel.weight"]
+        layers.append((n_out, taps // n_in, dilation[i]))
+        n_in = n_out
+    return layers
+
+
+def _adapter_of(config: dict[str, Any], width: int, rng: np.random.RandomState) -> Adapter:
+    return Adapter(
+        width,
+        config.get("output_hidden_size") or width,
+        num_layers=config.get("num_adapter_layers", 3),
+        kernel=config.get("adapter_kernel_size", 3),
+        stride=config.get("adapter_stride", 2),
+        layer_drop=config.get("layerdrop", 0.0),
+        rng=rng,
+    )
+
+
+def _masking_of(config: dict[str, Any]) -> SpecAugmentConfig:
+    return SpecAugmentConfig(
+        time_probability=config.get("mask_time_prob", 0.05),
+        time_length=config.get("mask_time_length", 10),
+        time_min_masks=config.get("mask_time_min_masks", 2),
+        feature_probability=config.get("mask_feature_prob", 0.0),
+        feature_length=config.get("mask_feature_length", 10),
+        feature_min_masks=config.get("mask_feature_min_masks", 0),
+    )
+
+
+def _check(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], path: Path) -> None:
+    """Every parameter is there, in its shape, and no other."""
+    for key in sorted(wanted.keys() | given.keys()):
+        if key not in given:
+            raise CheckpointError(f"{path} lacks the parameter {key!r}")
+        if key not in wanted:
+            raise CheckpointError(f"{path} has the parameter {key!r}, which its head has not")
+        if given[key].shape != wanted[key].shape:
+            raise CheckpointError(
+                f"{path} has {key!r} in shape {tuple(given[key].shape)}, "
+                f"where {tuple(wanted[key].shape)} is right"
+            )
+
+
+def _json_beside(path: Path, name: str) -> dict[str, Any]:
+    """A JSON file of the folder that `path` is or lies in."""
+    file = (path if path.is_dir() else path.parent) / name
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        hint = ", or set normalize_wav" if name == _PREPROCESSOR else ""
+        raise CheckpointError(f"{file} is missing: copy it there{hint}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no settings")
+    return content
