@@ -31,9 +31,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.checkpoint import CheckpointError, load_foreign, read_safetensors
+from models.checkpoint import CheckpointError, load_foreign, weight_files
 from models.encoders.batching import Batcher, windows
 from models.encoders.encoder import checked
+from models.encoders.layouts import read_checkpoint
+from models.encoders.layouts.kinds import FAMILIES, names_for, stranger
 from models.encoders.lean import PackedLinear, can_pack
 
 DType = Literal["float32", "float16", "bfloat16"]
@@ -268,8 +270,10 @@ def read_whisper(path: str | Path) -> tuple[WhisperConfig, dict[str, Tensor]]:
     path = Path(path)
     content: dict[str, Any] = {}  # views of the mapped file: what is not used is not read
     metadata: dict[str, str] = {}
-    for file in _weight_files(path):
-        part, metadata = _read(file)
+    for file in weight_files(path):
+        part = load_foreign(file, metadata)
+        if not isinstance(part, dict):
+            raise CheckpointError(f"{file} is no Whisper: it holds a {type(part).__name__}")
         content |= part
     if "cantor" in metadata:
         return _ours(path, content, metadata["cantor"])
@@ -280,11 +284,22 @@ def read_whisper(path: str | Path) -> tuple[WhisperConfig, dict[str, Tensor]]:
         if f"{prefix}embed_positions.weight" in content:
             config = _stated_config(path) or _inferred_config(path, content, prefix)
             return config, _renamed(path, config, content, prefix, _HUGGING_FACE)
-    raise CheckpointError(
-        f"{path} is no Whisper: it has neither dims and model_state_dict, as OpenAI's files do, "
-        f"nor Hugging Face's encoder.embed_positions.weight; it has "
-        f"{', '.join(sorted(map(str, content))[:3]) or 'nothing'}, ..."
-    )
+    raise CheckpointError(f"{path} is no Whisper: {_what_else(path, content)}")
+
+
+def _what_else(path: Path, content: Mapping[Any, Any]) -> str:
+    keys = [str(key) for key in content]
+    if what := stranger(keys):
+        return f"it seems to be {what}"
+    try:
+        other = read_checkpoint(path)
+    except CheckpointError:
+        return (
+            "it has neither dims and model_state_dict, as OpenAI's files do, nor Hugging Face's "
+            f"encoder.embed_positions.weight; it has {', '.join(sorted(keys)[:3]) or 'nothing'}"
+        )
+    names = names_for(other.family, other.config.width)
+    return f"it is {FAMILIES[other.family]}, for {' or '.join(names) or 'no encoder here'}"
 
 
 def header(config: WhisperConfig) -> dict[str, str]:
@@ -326,34 +341,6 @@ _CONFIG_JSON = {
     "layers": "encoder_layers",
     "feed_forward": "encoder_ffn_dim",
 }
-
-
-def _weight_files(path: Path) -> list[Path]:
-    """The files that hold the weights of a checkpoint: itself, or those of a folder."""
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
-    if not path.is_dir():
-        return [path]
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return [path / name]
-        index = path / f"{name}.index.json"
-        if index.is_file():
-            parts = _json(index).get("weight_map", {})
-            return [path / Path(part).name for part in sorted(set(parts.values()))]
-    raise CheckpointError(f"{path} holds neither model.safetensors nor pytorch_model.bin")
-
-
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a weight file holds, and its metadata (safetensors alone have any)."""
-    with file.open("rb") as start:
-        is_safetensors = start.read(9)[8:] == b"{"  # after the header's length
-    if not is_safetensors:
-        content = load_foreign(file)
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{file} is no Whisper: it holds a {type(content).__name__}")
-        return content, {}
-    return read_safetensors(file)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -423,7 +410,7 @@ def _ours(path: Path, tensors: dict[str, Tensor], cantor: str) -> tuple[WhisperC
     names = {field.name: field.name for field in fields(WhisperConfig)}
     config = _config(path, stated.get("config"), names)
     _check(path, tensors, _shapes(config))
-    return config, tensors
+    return config, {key: tensor.float() for key, tensor in tensors.items()}
 
 
 def _shapes(config: WhisperConfig) -> dict[str, tuple[int, ...]]:

@@ -379,8 +379,12 @@ def test_shapes_that_no_network_has(content: dict[str, Any], tmp_path: Path) -> 
 
 
 def test_what_is_no_whisper(golden: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"tiny_wavlm\.pt is no Whisper"):
+    with pytest.raises(CheckpointError, match=r"is no Whisper: it is a WavLM, for wavlm-base-plus"):
         read_whisper(golden / "encoders" / "tiny_wavlm.pt")
+    with pytest.raises(CheckpointError, match="seems to be a vocoder"):
+        read_whisper(save({"ups.0.weight": torch.zeros(1)}, tmp_path / "vocoder.pt"))
+    with pytest.raises(CheckpointError, match=r"neither dims and model_state_dict.*has a, b"):
+        read_whisper(save({"b": torch.zeros(1), "a": 1}, tmp_path / "none.pt"))
     with pytest.raises(CheckpointError, match="is no Whisper: it holds a list"):
         read_whisper(save([1, 2], tmp_path / "list.pt"))
     with pytest.raises(CheckpointError, match=r"nowhere\.pt does not exist"):
