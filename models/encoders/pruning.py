@@ -13,12 +13,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from models.checkpoint import CheckpointError, load_foreign
+from models.encoders.layouts import checkpoint_of
 from models.encoders.wav2vec2 import (
     Attention,
     FeedForward,
@@ -39,6 +43,22 @@ _CLOSED_AT_START: dict[GateKind, float] = {
     "inner": 0.5,
     "feed_forward": 0.01,
 }
+
+_KINDS: tuple[tuple[str, GateKind], ...] = (
+    (r"stem\.\d+\.gate\.log_alpha", "stem"),
+    (r".*\.attention\.head_gate\.log_alpha", "heads"),
+    (r".*\.attention\.gate\.log_alpha", "attention"),
+    (r".*\.feed_forward\.inner_gate\.log_alpha", "inner"),
+    (r".*\.feed_forward\.gate\.log_alpha", "feed_forward"),
+)
+# What DPHuBERT's own code calls them, in this order -> our names.
+_PUBLISHED_GATES = (
+    (r"^feature_extractor\.conv_layers\.(\d+)\.hard_concrete\.", r"stem.\1.gate."),
+    (r"^encoder\.transformer\.layers\.", "layers."),
+    (r"\.hard_concrete_for_heads\.", ".head_gate."),
+    (r"\.hard_concrete_for_intermediate\.", ".inner_gate."),
+    (r"\.hard_concrete_for_layer\.", ".gate."),
+)
 
 
 class HardConcrete(nn.Module):
@@ -107,6 +127,41 @@ def add_gates(network: Wav2Vec2, kinds: Sequence[GateKind] = GATE_KINDS) -> None
             layer.feed_forward.inner_gate = new("inner", layer.feed_forward.fc2.in_features)
             layer.feed_forward.gate = new("feed_forward", 1)
     network.to(network.projection.weight.device)
+
+
+def read_gated(path: str | Path) -> Wav2Vec2:
+    """The network with its gates in a file that DPHuBERT's training wrote, in evaluation mode.
+
+    Raises CheckpointError where it is another file, or has gates on some parts of a kind only.
+    """
+    path = Path(path)
+    content = load_foreign(path)
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    theirs = {key: t for key, t in (state or {}).items() if "hard_concrete" in key}
+    if not theirs:
+        raise CheckpointError(f"{path} is no DPHuBERT with gates (hard_concrete)")
+    dense = {key: t for key, t in state.items() if key not in theirs}
+    checkpoint = checkpoint_of(path, {**content, "state_dict": dense})
+    config, tensors = checkpoint.take()
+    for key, tensor in theirs.items():
+        for pattern, ours in _PUBLISHED_GATES:
+            key = re.sub(pattern, ours, key)
+        tensors[key] = tensor.float()
+    network = Wav2Vec2(config)
+    kinds = [kind for kind in GATE_KINDS if any(_kind_of(name) == kind for name in tensors)]
+    add_gates(network, kinds)
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: its gates do not fit its network: {error}") from error
+    return network.eval()
+
+
+def _kind_of(name: str) -> GateKind | None:
+    for pattern, kind in _KINDS:
+        if re.fullmatch(pattern, name):
+            return kind
+    return None
 
 
 def gates(network: Wav2Vec2) -> dict[str, HardConcrete]:
@@ -257,6 +312,7 @@ def _prune_layer(network: Wav2Vec2, index: int) -> LayerShape:
             if network.config.relative_bias is not None:
                 before = shape.kept_heads or tuple(range(shape.heads))
                 kept = tuple(before[head] for head in heads.tolist())
+                kept = None if len(kept) == network.config.relative_bias.heads else kept
             shape = dataclasses.replace(shape, heads=len(heads), kept_heads=kept)
     if layer.feed_forward is not None:
         inner = _prune_feed_forward(layer.feed_forward)

@@ -167,7 +167,8 @@ def read_encoder(
     if not fits(wanted, checkpoint.family, width):
         right = " or ".join(names_for(checkpoint.family, width)) or "none here"
         raise CheckpointError(
-            f"{path} is {FAMILIES[checkpoint.family]} of width {width}: its encoder is {right}, not {name}"
+            f"{path} is {FAMILIES[checkpoint.family]} of width {width}: "
+            f"its encoder is {right}, not {name}"
         )
     dim = checkpoint.config.project_dim
     if wanted.project and width == wanted.width and wanted.dim and dim not in (None, wanted.dim):
@@ -176,7 +177,8 @@ def read_encoder(
         )
     if normalize_wav is None:
         normalize_wav = wanted.normalize_wav
-    return checkpoint.take(wanted.layers, project=wanted.project, normalize_wav=normalize_wav)
+    project = dim is not None if wanted.project is None else wanted.project
+    return checkpoint.take(wanted.layers, project=project, normalize_wav=normalize_wav)
 
 
 def save_checkpoint(

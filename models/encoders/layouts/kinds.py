@@ -14,16 +14,17 @@ class Name:
     """What the name of an encoder states.
 
     width: of the published network it is named after. A file of another published width is another
-    encoder's; a width that nobody published (a network of one's own) is taken as it is.
+    encoder's; a width that nobody published (a network of one's own) is taken as it is. None: any.
     layers: after how many layers its units are taken, without any norm; None: all, with the norm.
-    project: whether they go through the file's final projection, to `dim` numbers if published.
+    project: whether they go through the file's final projection, to `dim` numbers if published;
+    None: where it has one.
     normalize_wav: None: as the file states.
     """
 
     families: tuple[Family, ...]
-    width: int
+    width: int | None
     layers: int | None = None
-    project: bool = False
+    project: bool | None = False
     dim: int | None = None
     normalize_wav: bool | None = None
 
@@ -47,7 +48,7 @@ NAMES: dict[str, Name] = {
     "hubertsoft": Name(families=("hubert-soft",), width=768, project=True, normalize_wav=False),
     "wavlm-base-plus": Name(families=("wavlm",), width=768),
     "wavlm-large": Name(families=("wavlm",), width=1024),
-    "dphubert": Name(families=("dphubert", "dpwavlm"), width=768),
+    "dphubert": Name(families=("dphubert", "dpwavlm"), width=None, project=None),
 }
 FAMILIES: dict[Family, str] = {
     "hubert": "a HuBERT or ContentVec",
@@ -60,7 +61,8 @@ FAMILIES: dict[Family, str] = {
 
 def fits(name: Name, family: Family, width: int) -> bool:
     """Whether a file of this family and width can be what `name` says."""
-    return family in name.families and (width not in PUBLISHED_WIDTHS or width == name.width)
+    right_width = name.width in (None, width) or width not in PUBLISHED_WIDTHS
+    return family in name.families and right_width
 
 
 def names_for(family: Family, width: int) -> list[str]:
