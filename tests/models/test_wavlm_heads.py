@@ -337,6 +337,19 @@ def test_vectors_are_those_of_transformers(golden: Path, tmp_path: Path, normali
     assert xvector.embed([]) == []
 
 
+def test_vectors_in_padded_batches_are_those_alone(
+    golden: Path, tmp_path: Path, flavour: str
+) -> None:
+    """The way of a GPU, on the CPU."""
+    peer = peer_model(golden, "WavLMForXVector", **FLAVOURS[flavour], use_weighted_layer_sum=True)
+    xvector = load_xvector(saved(peer, tmp_path, normalize=True))
+    wavs = [noise(n, i) for i, n in enumerate([*LENGTHS, 300])]
+    alone = xvector.embed(wavs)
+    xvector.frames.one_by_one = False
+    for vector, expected in zip(xvector.embed(wavs), alone, strict=True):
+        torch.testing.assert_close(vector, expected, rtol=0, atol=1e-5)
+
+
 def test_a_short_clip_is_followed_by_zeros(golden: Path, tmp_path: Path) -> None:
     xvector = load_xvector(saved(peer_model(golden, "WavLMForXVector"), tmp_path))
     assert xvector.shortest == 400 + 15 * 320  # 0.325 s
