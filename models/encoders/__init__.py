@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
+
 from models.encoders.encoder import Encoder, checked
+from models.encoders.layouts import read_encoder
+from models.encoders.layouts.kinds import NAMES
+from models.encoders.onnx import KINDS, load_onnx
 from models.encoders.spectral import LogMel, Mfcc
+from models.encoders.ssl import DType, SslEncoder
+from models.encoders.wav2vec2 import Wav2Vec2
+from models.encoders.whisper import load_whisper
 
 __all__ = ["ENCODERS", "Encoder", "checked", "load_encoder"]
 
@@ -21,10 +31,30 @@ def _log_mel(checkpoint: str | None, device: str, n_mels: int = 80) -> Encoder:
     return LogMel(n_mels, device)
 
 
+def _ssl(
+    name: str,
+    checkpoint: str | None,
+    device: str,
+    dtype: DType = "float32",
+    int8: bool = False,
+    normalize_wav: bool | None = None,
+) -> Encoder:
+    if checkpoint is None:
+        raise ValueError(f"encoder.checkpoint is empty: {name} needs a file or folder of weights")
+    config, tensors = read_encoder(name, checkpoint, normalize_wav)
+    with torch.device("meta"):  # no memory and no random numbers for what is replaced at once
+        network = Wav2Vec2(config)
+    network.load_state_dict(tensors, assign=True)
+    return SslEncoder(name, network, device, dtype, **({"int8": True} if int8 else {}))
+
+
 # name -> builder(checkpoint, device, **options)
 ENCODERS: dict[str, Callable[..., Encoder]] = {
     "mfcc": _mfcc,
     "log-mel": _log_mel,
+    **{name: partial(_ssl, name) for name in NAMES},
+    **{name: partial(load_whisper, name) for name in ("whisper-ppg", "whisper-ppg-large")},
+    **{name: partial(load_onnx, name) for name in KINDS},
 }
 
 
@@ -33,12 +63,21 @@ def load_encoder(
 ) -> Encoder:
     """The encoder `name`, ready on `device` ("cpu", "cuda", "cuda:1").
 
-    options: what its builder takes beyond that (log-mel: n_mels=80).
-    Raises ValueError for an unknown name, and for a checkpoint where there is nothing to load.
+    options: what its builder takes beyond that. Networks: dtype="float32", "float16" or
+    "bfloat16". Those of the wav2vec 2.0 family: int8=True (CPU) and normalize_wav (None: as trained
+    voice models expect). log-mel: n_mels=80.
+    Raises ValueError for an unknown name or option, for a checkpoint where there is nothing to
+    load, and for none where there is; CheckpointError (a ValueError) for a file that is not this
+    encoder's.
     """
     if name not in ENCODERS:
         raise ValueError(f"encoder {name!r} is unknown; there are {', '.join(sorted(ENCODERS))}")
-    return ENCODERS[name](checkpoint, device, **options)
+    build = ENCODERS[name]
+    taken = inspect.signature(build).parameters
+    for option in options:
+        if option not in taken:
+            raise ValueError(f"encoder.{option} is set, but {name} has no such option")
+    return build(checkpoint, device, **options)
 
 
 def _refuse_checkpoint(name: str, checkpoint: str | None) -> None:
