@@ -77,6 +77,9 @@ def load_encoder(
     for option in options:
         if option not in taken:
             raise ValueError(f"encoder.{option} is set, but {name} has no such option")
+    if torch.device(device).type == "cuda":
+        # Convolutions would otherwise round to 10 bits, unasked; matrix products do not.
+        torch.backends.cudnn.allow_tf32 = False
     return build(checkpoint, device, **options)
 
 

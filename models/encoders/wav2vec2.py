@@ -17,7 +17,7 @@ Axes: B batch, T samples, F frames, C stem channels, H hidden width, N heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -180,19 +180,21 @@ class Wav2Vec2(nn.Module):
 
     def context(self, features: Tensor, num_frames: list[int]) -> Tensor:
         """Everything after the stem: (B, F, C) -> (B, F, D)."""
-        x = self.hidden_states(features, num_frames)[-1]
+        x = features
+        for x in self._states(features, num_frames):
+            pass
         return x if self.final_projection is None else self.final_projection(x)
 
     def hidden_states(self, features: Tensor, num_frames: list[int]) -> list[Tensor]:
         """(B, F, H) before the first layer and after each; the last one normed as configured."""
+        return list(self._states(features, num_frames))
+
+    def _states(self, features: Tensor, num_frames: list[int]) -> Iterator[Tensor]:
         x, mask, bias = self.embed(features, num_frames)
-        states = [x]
         for layer in self.layers:
+            yield x
             x = layer(x, mask, bias)
-            states.append(x)
-        if self.config.final_norm and self.norm is not None:
-            states[-1] = self.norm(x)
-        return states
+        yield self.norm(x) if self.config.final_norm and self.norm is not None else x
 
     def embed(
         self, features: Tensor, num_frames: list[int]
