@@ -17,6 +17,7 @@ Axes: B batch, T samples, F frames, C stem channels, H hidden width, N heads.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -180,9 +181,7 @@ class Wav2Vec2(nn.Module):
 
     def context(self, features: Tensor, num_frames: list[int]) -> Tensor:
         """Everything after the stem: (B, F, C) -> (B, F, D)."""
-        x = features
-        for x in self._states(features, num_frames):
-            pass
+        x = deque(self._states(features, num_frames), maxlen=1).pop()  # the others are freed
         return x if self.final_projection is None else self.final_projection(x)
 
     def hidden_states(self, features: Tensor, num_frames: list[int]) -> list[Tensor]:
