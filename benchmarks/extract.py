@@ -352,7 +352,7 @@ def measure_stages(corpus: Path, config: ExtractConfig, dataset: Path) -> Measur
         if status != QUARANTINED:
             read_s.append(seconds)
 
-    job = Job(dataset / "warm-up", tiny, config, "benchmark", (None,), frozenset())
+    job = Job(dataset / "warm-up", tiny, config, "benchmark", {})
     cpu, units = CpuHalf(job, heartbeat), UnitsHalf(job)
 
     def child_cpu_s() -> float:
@@ -372,7 +372,7 @@ def measure_stages(corpus: Path, config: ExtractConfig, dataset: Path) -> Measur
     run(Costs())
     read_s.clear()
     # The warm libraries and decode child stay, the plan does not.
-    cpu.job = units.job = Job(dataset, corpus, config, "benchmark", (None,), frozenset())
+    cpu.job = units.job = Job(dataset, corpus, config, "benchmark", {})
     cpu.tasks = units.tasks = load_plan(dataset)
     costs = Costs()
     before = time.process_time() + child_cpu_s(), time.perf_counter()

@@ -33,6 +33,21 @@ class Changes:
         return {*kept, *(source.song_id for source in self.add)}
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a corpus, or a dataset that is taken over, asks of the plan.
+
+    tasks: new ones, and those to be planned again under their old index. gone: songs of the plan
+    that are not there now. lines: for `--dry-run`. stale: tasks whose shards are to be redone.
+    """
+
+    tasks: list[Task]
+    gone: frozenset[str]
+    notices: list[str]
+    lines: list[str]
+    stale: frozenset[int] = frozenset()
+
+
 def find_changes(
     corpus: Corpus,
     tasks: Mapping[int, Task],

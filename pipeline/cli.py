@@ -29,7 +29,10 @@ _EXTRACT_HELP = """Turn the songs of CORPUS into Parquet shards in DATASET.
 
 CORPUS is a folder with one folder per speaker, or a manifest (.csv or .jsonl with path, speaker
 and optionally split). Settings are section.key=value, e.g. f0.method=dio; --print-config lists
-them all. Run the same command again to resume, or to add songs that are new in CORPUS."""
+them all. Run the same command again to resume, or to add songs that are new in CORPUS.
+
+extract --from DATASET NEW makes NEW from the shards of DATASET, whose audio and settings it takes
+over: units, f0 and x-vectors are computed where settings ask for others than DATASET has."""
 
 
 def _console() -> Console:
@@ -53,6 +56,10 @@ def extract(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved settings and stop.")
     ] = False,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="Dataset whose audio is taken over; then no CORPUS is named."),
+    ] = None,
     speaker: Annotated[
         str | None, typer.Option(help="One speaker for the whole corpus, whatever the folders.")
     ] = None,
@@ -80,21 +87,32 @@ def extract(
 ) -> None:
     from pipeline.config import load_config, to_yaml
 
-    settings = list(overrides or [])
+    words = [word for word in (corpus, dataset, *(overrides or [])) if word]
     if print_config:
-        settings = [word for word in (corpus, dataset, *settings) if "=" in word]
+        settings = [word for word in words if "=" in word]
         sys.stdout.write(to_yaml(load_config(config, settings)))
         return
-    if not corpus or not dataset:
-        raise UserError("name a CORPUS and a DATASET folder; see extract --help")
-    if re.match(r"\w+\.\w+=", dataset):
+    if source is not None:
+        _refuse_with_from(speaker=speaker, retry=retry_quarantined, redo=redo_changed)
+        words = ["", *words]
+    if len(words) < 2:
+        named = "the folder of the new dataset" if source else "a CORPUS and a DATASET folder"
+        raise UserError(f"name {named}; see extract --help")
+    corpus, dataset, *settings = words
+    if re.match(r"\w+\.[\w.-]+=", dataset):
         raise UserError(
-            f"'{dataset}' is a setting where the DATASET folder should be; write CORPUS, DATASET, "
+            f"'{dataset}' is a setting where the DATASET folder should be; write "
+            f"{'DATASET' if source else 'CORPUS, DATASET'}, "
             f"then settings (a folder of that name is ./{dataset})"
         )
-    resolved = load_config(config, settings)
+    if source is None:
+        resolved = load_config(config, settings)
+    else:
+        from pipeline.reextract import config_from, read_source
 
-    from pipeline.extract import ExtractOptions
+        resolved = config_from(read_source(source), config, settings)
+
+    from pipeline.extract import ExtractOptions, reextract
     from pipeline.extract import extract as run
 
     options = ExtractOptions(
@@ -108,7 +126,10 @@ def extract(
     )
     console = _console()
     try:
-        outcome = run(Path(corpus), Path(dataset), resolved, options, console)
+        if source is None:
+            outcome = run(Path(corpus), Path(dataset), resolved, options, console)
+        else:
+            outcome = reextract(source, Path(dataset), resolved, options, console)
     except KeyboardInterrupt as error:  # the parser would say "Aborted." and no more
         raise Interrupted from error
     if dry_run:
@@ -121,6 +142,13 @@ def extract(
         write_summary(json_path, outcome)
     if outcome.account.problems:
         raise typer.Exit(1)
+
+
+def _refuse_with_from(speaker: str | None, retry: bool, redo: bool) -> None:
+    given = {"--speaker": speaker, "--retry-quarantined": retry, "--redo-changed": redo}
+    for option, value in given.items():
+        if value:
+            raise UserError(f"{option} is about songs; --from takes them as its dataset has them")
 
 
 @app.command()

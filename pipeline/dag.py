@@ -33,16 +33,17 @@ from pipeline.errors import SongBug, StorageFault, UserError
 from pipeline.plan import Task
 from pipeline.progress import Board
 from pipeline.shards import storage_fault
+from pipeline.weights import Weights, size_and_mtime
 from pipeline.workers import (
     ExtractTask,
     FinishTask,
     Job,
     PrepareTask,
     TaskResult,
+    load_models,
     probe_song,
     read_result,
     task_row,
-    threads_of,
 )
 
 # A worker's memory: libraries and one song's buffers, then what each minute of its task adds
@@ -50,6 +51,10 @@ from pipeline.workers import (
 # three hours of singing in one task below 2 GB.
 _WORKER_BASE_GB = 0.8
 _WORKER_GB_PER_MINUTE = 0.02
+
+# What each checkpoint adds where units are made: its weights, and what a batch of clips fills.
+_GB_PER_CHECKPOINT_GB = 1.1
+_BATCH_GB = 1.0
 
 # glibc gives freed buffers of some MB back to the system at once, and the next clip's faults them
 # in again, page by page: half the time of WORLD's estimators. A worker keeps them.
@@ -61,17 +66,27 @@ KEEP_FREED_MEMORY = {
 
 @dataclass(frozen=True)
 class Pools:
-    """How many workers of each kind a run uses. gpu = 0: one operator does it all."""
+    """How many workers of each kind a run uses. gpu = 0: one operator does it all.
+
+    cpus: of each worker. memory, gpu_memory: bytes asked of Ray for each.
+    """
 
     cpu: int
     gpu: int
-    worker_memory: int  # bytes asked of Ray for each
+    cpus: float
+    memory: int
+    gpu_memory: int
+
+    @property
+    def threads(self) -> int:
+        return max(1, int(self.cpus))
 
 
 @contextmanager
 def connected(address: str | None, config: ExtractConfig) -> Iterator[None]:
     """A Ray connection: to `address`, or to a cluster of this machine that ends with the run."""
-    threads = str(threads_of(config))
+    # torch gets its threads in the worker; everything else needs no more than one.
+    threads = str(max(1, int(config.workers.cpus_per_worker or 1)))
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
     environment: dict[str, str] = dict.fromkeys(names, threads) | KEEP_FREED_MEMORY
     runtime_env: dict[str, Any] = {"env_vars": environment}
@@ -149,51 +164,129 @@ def _believable_minutes(task: Task) -> float:
     return sum(min(song.duration_s, 60.0 + song.size / 1000) for song in task.songs) / 60
 
 
+def models_gb(weights: Mapping[str, Weights]) -> float:
+    """What the models add to a worker that makes units."""
+    sizes = [file.size for key, file in weights.items() if key.endswith(".checkpoint")]
+    return sum(_GB_PER_CHECKPOINT_GB * size / 2**30 + _BATCH_GB for size in sizes)
+
+
 def plan_pools(
-    nodes: list[dict[str, float]], tasks: Mapping[int, Task], config: ExtractConfig
+    nodes: list[dict[str, float]],
+    tasks: Mapping[int, Task],
+    config: ExtractConfig,
+    weights: Mapping[str, Weights] | None = None,
+    threads: int | None = None,
 ) -> Pools:
     """Pool sizes for the resources of the living nodes ({"CPU", "GPU", "memory" in bytes}).
 
+    threads: that the shards so far were made with; kept where the settings leave them open, so
+    that the rest has the same bits, unless no such worker fits.
     Raises: UserError with the numbers when not even one worker fits.
     """
     workers = config.workers
     memory = math.ceil(worker_memory_gb(tasks) * 2**30)
-    longest = max(tasks.values(), key=_believable_minutes)
-    minutes = _believable_minutes(longest)
+    units_memory = memory + math.ceil(models_gb(weights or {}) * 2**30)
     most = min(len(tasks), workers.max_workers or len(tasks))
-    slots = [
-        int(min(node.get("CPU", 0) // workers.cpus_per_worker, node.get("memory", 0) // memory))
+    if _wants_gpus(config, nodes):
+        cpus = workers.cpus_per_worker or 1.0
+        cpu, gpu = _share_gpus(nodes, cpus, workers.gpus_per_worker, memory, units_memory, most)
+        if cpu and gpu:
+            return Pools(min(most, cpu), gpu, cpus, memory, units_memory)
+    else:
+        cpus = workers.cpus_per_worker or _cpus_that_fit(nodes, units_memory, threads)
+        slots = _slots(nodes, cpus, units_memory)
+        if slots:
+            return Pools(min(most, slots), 0, cpus, units_memory, 0)
+    longest = max(tasks.values(), key=_believable_minutes)
+    have = "; ".join(
+        f"{node.get('CPU', 0):g} CPUs and {node.get('memory', 0) / 2**30:.1f} GB" for node in nodes
+    )
+    with_gpus = f" (and {workers.gpus_per_worker:g} GPUs)" if _wants_gpus(config, nodes) else ""
+    models = f", its models take {models_gb(weights):.1f} GB" if weights else ""
+    raise UserError(
+        f"no worker fits: each needs {cpus:g} CPUs{with_gpus} and {units_memory / 2**30:.1f} GB "
+        f"(task {longest.index} holds {_believable_minutes(longest):.0f} minutes of audio{models})"
+        f", and the nodes offer {have or 'nothing'}; lower plan.task_minutes "
+        "(new dataset) or workers.cpus_per_worker, or use a larger machine"
+    )
+
+
+def _wants_gpus(config: ExtractConfig, nodes: list[dict[str, float]]) -> bool:
+    """The cluster has GPUs, and a model may use them.
+
+    Raises: UserError when it has none and one must.
+    """
+    devices = {f"{section}.device": e.device for section, e in config.all_encoders.items()}
+    if config.xvector.checkpoint is not None:
+        devices["xvector.device"] = config.xvector.device
+    per_worker = config.workers.gpus_per_worker
+    if any(node.get("GPU", 0) >= per_worker for node in nodes):
+        return any(device != "cpu" for device in devices.values())
+    for key, device in devices.items():
+        if device == "cuda":
+            raise UserError(f"{key} is cuda, and no node of the cluster offers a GPU")
+    return False
+
+
+def _slots(nodes: list[dict[str, float]], cpus: float, memory: int) -> int:
+    """Workers of `cpus` CPUs and `memory` bytes that the nodes hold."""
+    return sum(
+        int(min(node.get("CPU", 0) // cpus, node.get("memory", 0) // memory)) for node in nodes
+    )
+
+
+def _cpus_that_fit(nodes: list[dict[str, float]], memory: int, threads: int | None) -> float:
+    """CPUs of a worker: 1, 2, 4, ..., the fewest of those that leave no more of them idle.
+
+    Where every CPU's own worker fits into memory this is 1. It does not depend on how much is left
+    to do, so that a resumed run has the same threads.
+    """
+    if threads is not None and _slots(nodes, threads, memory):
+        return float(threads)
+    largest = max((node.get("CPU", 0) for node in nodes), default=0)
+    choices = [2.0**power for power in range(int(math.log2(max(1.0, largest))) + 1)]
+    return max(choices, key=lambda cpus: (cpus * _slots(nodes, cpus, memory), -cpus))
+
+
+def _share_gpus(
+    nodes: list[dict[str, float]],
+    cpus: float,
+    gpus: float,
+    memory: int,
+    gpu_memory: int,
+    most: int,
+) -> tuple[int, int]:
+    """Workers on CPUs and workers on GPUs; each of the latter takes `cpus` CPUs as well."""
+    placed = [
+        int(
+            min(
+                node.get("GPU", 0) // gpus,
+                node.get("CPU", 0) // cpus,
+                node.get("memory", 0) // gpu_memory,
+            )
+        )
         for node in nodes
     ]
-    gpus = sum(int(node.get("GPU", 0) // workers.gpus_per_worker) for node in nodes)
-    if config.encoder.device == "cpu":
-        gpus = 0
-    elif config.encoder.device == "cuda" and gpus == 0:
-        raise UserError("encoder.device is cuda, and no node of the cluster offers a GPU")
-    gpus = min(gpus, most)
-    # Each GPU worker takes a CPU too; it is a slot that the CPU pool does not get.
-    if sum(slots) < (2 if gpus else 1):
-        have = "; ".join(
-            f"{node.get('CPU', 0):g} CPUs and {node.get('memory', 0) / 2**30:.1f} GB"
-            for node in nodes
-        )
-        raise UserError(
-            f"no worker fits: each needs {workers.cpus_per_worker:g} CPUs"
-            f"{f' (and {workers.gpus_per_worker:g} GPUs)' if gpus else ''} and "
-            f"{memory / 2**30:.1f} GB (task {longest.index} holds {minutes:.0f} "
-            f"minutes of audio), and the nodes offer {have or 'nothing'}; lower plan.task_minutes "
-            "(new dataset) or workers.cpus_per_worker, or use a larger machine"
-        )
-    gpus = min(gpus, sum(slots) - 1) if gpus else 0
-    return Pools(min(most, sum(slots) - gpus), gpus, memory)
+    while True:
+        rest = [
+            {
+                "CPU": node.get("CPU", 0) - count * cpus,
+                "memory": node.get("memory", 0) - count * gpu_memory,
+            }
+            for node, count in zip(nodes, placed, strict=True)
+        ]
+        room = _slots(rest, cpus, memory)
+        if not any(placed) or (room and sum(placed) <= most):
+            return room, sum(placed)
+        placed[placed.index(max(placed))] -= 1
 
 
 def living_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def check_nodes(dataset: Path, corpus: Path) -> None:
-    """Every node reads a token from DATASET and opens CORPUS.
+def check_nodes(dataset: Path, corpus: Path, weights: Collection[Weights] = ()) -> None:
+    """Every node reads a token from DATASET, opens CORPUS and finds the same files of weights.
 
     Raises: UserError naming the node that cannot.
     """
@@ -207,7 +300,12 @@ def check_nodes(dataset: Path, corpus: Path) -> None:
             if path.read_text() != token:
                 return f"it finds another file at {path}"
             with os.scandir(corpus):
-                return ""
+                pass
+            for file in weights:
+                size, _ = size_and_mtime(file.path)
+                if size != file.size:
+                    return f"{file.path} has {size} bytes there and {file.size} here"
+            return ""
         except OSError as error:
             return f"{error.filename}: {error.strerror}"
 
@@ -224,8 +322,8 @@ def check_nodes(dataset: Path, corpus: Path) -> None:
             trouble = ray.get(answer)
             if trouble:
                 raise UserError(
-                    f"node {name} does not share the storage: {trouble}; DATASET and CORPUS must "
-                    "be on a file system that every node mounts at the same path"
+                    f"node {name} does not share the storage: {trouble}; DATASET, CORPUS and "
+                    "checkpoints must be on a file system that every node mounts at the same path"
                 )
     finally:
         path.unlink(missing_ok=True)
@@ -239,7 +337,7 @@ def run_graph(
     board: Any,
 ) -> Iterator[TaskResult]:
     """Results of the tasks as they end. A task whose worker died too often gives none."""
-    workers = job.config.workers
+    workers, cpus = job.config.workers, pools.cpus
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
@@ -255,7 +353,6 @@ def run_graph(
         "batch_size": 1,
         "batch_format": "pyarrow",
         "zero_copy_batch": True,
-        "memory": pools.worker_memory,
         "max_task_retries": workers.max_task_retries,
     }
     rows = [task_row(index, crashed.get(index, ())) for index in tasks]
@@ -266,7 +363,8 @@ def run_graph(
             ExtractTask,
             fn_constructor_args=(job, _Remote(board)),
             compute=cpu_pool,
-            num_cpus=workers.cpus_per_worker,
+            num_cpus=cpus,
+            memory=pools.memory,
             **options,
         )
     else:
@@ -274,7 +372,8 @@ def run_graph(
             PrepareTask,
             fn_constructor_args=(job, _Remote(board)),
             compute=cpu_pool,
-            num_cpus=workers.cpus_per_worker,
+            num_cpus=cpus,
+            memory=pools.memory,
             **options,
         ).map_batches(
             FinishTask,
@@ -282,8 +381,9 @@ def run_graph(
             compute=ray.data.ActorPoolStrategy(
                 min_size=1, max_size=pools.gpu, initial_size=pools.gpu
             ),
-            num_cpus=workers.cpus_per_worker,
+            num_cpus=cpus,
             num_gpus=workers.gpus_per_worker,
+            memory=pools.gpu_memory,
             **options,
         )
     for batch in data.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
@@ -307,21 +407,55 @@ def start_board() -> Any:
     return actor.options(scheduling_strategy=here).remote()
 
 
-def find_killers(job: Job, task: Task, memory: int) -> set[str]:
-    """The songs of a task on which a fresh process dies twice, found one by one."""
+def require_loadable(job: Job, pools: Pools) -> None:
+    """Load the models once in a worker of their own, before songs are blamed for its death.
+
+    Raises: UserError when the worker dies of it, or cannot load them.
+    """
+    if not job.weights:
+        return
+    gpus = job.config.workers.gpus_per_worker if pools.gpu else 0
+    memory = pools.gpu_memory or pools.memory
+    load = ray.remote(
+        num_cpus=pools.cpus, num_gpus=gpus, memory=memory, max_retries=0, max_calls=1
+    )(load_models)
+    if _dies(load, job):
+        files = ", ".join(sorted({file.path for file in job.weights.values()}))
+        raise UserError(
+            f"a worker process dies while it loads {files}; is there enough memory? "
+            f"{memory / 2**30:.1f} GB were set aside for it"
+        )
+
+
+def find_killers(job: Job, task: Task, pools: Pools) -> set[str]:
+    """The songs of a task on which a fresh process dies twice, found one by one.
+
+    Raises: UserError when it dies without any song.
+    """
+    require_loadable(job, pools)
     probe = ray.remote(
-        num_cpus=job.config.workers.cpus_per_worker, memory=memory, max_retries=0, max_calls=1
+        num_cpus=pools.cpus,
+        memory=pools.gpu_memory or pools.memory,
+        max_retries=0,
+        max_calls=1,
     )(probe_song)
 
     def dies(song_id: str) -> bool:
-        try:
-            ray.get(probe.remote(job, task.index, song_id))
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
-            return True
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, OSError):
-                raise storage_fault(error.cause) from error
-            raise SongBug(f"{song_id}: {error}") from error
-        return False
+        return _dies(probe, job, task.index, song_id)
 
     return {s.song_id for s in task.songs if dies(s.song_id) and dies(s.song_id)}
+
+
+def _dies(remote: Any, job: Job, *words: Any) -> bool:
+    """Whether a process dies of this. Its other faults are raised as what they are."""
+    try:
+        ray.get(remote.remote(job, *words))
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
+        return True
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from error
+        if isinstance(error.cause, OSError):
+            raise storage_fault(error.cause) from error
+        raise SongBug(": ".join([*map(str, words[1:]), str(error)])) from error
+    return False

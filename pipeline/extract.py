@@ -21,11 +21,12 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.changes import Changes, find_changes, some
+from pipeline.changes import Asked, Changes, find_changes, some
 from pipeline.config import (
     SCHEMA_VERSION,
     ExtractConfig,
-    check_encoder,
+    check_codebooks,
+    check_encoders,
     fingerprint,
     fingerprinted,
 )
@@ -41,6 +42,7 @@ from pipeline.plan import (
     make_tasks,
     plan_files,
 )
+from pipeline.reextract import FromDataset, compare, read_source
 from pipeline.rounds import Work, run_tasks
 from pipeline.shards import (
     Footer,
@@ -50,7 +52,8 @@ from pipeline.shards import (
     read_footers,
     write_dataset_info,
 )
-from pipeline.workers import Job
+from pipeline.weights import Weights, read_weights
+from pipeline.workers import Job, TakenOver
 from stages.errors import BadInput
 
 _LOCK_WAIT_S = 5.0
@@ -90,29 +93,66 @@ def extract(
     Raises: UserError (settings, corpus, cluster), StorageFault, SongBug; all leave what was
     committed intact, and the same command goes on from there.
     """
-    dataset = dataset.absolute()
-    check_encoder(config, local=options.local)
-    settings = fingerprinted(config)
+    check_encoders(config, options.local)
+    weights = read_weights(config.weight_paths)
+    check_codebooks(config, weights)
+    settings = fingerprinted(config, weights)
+    corpus = FromCorpus(corpus_path, config, options, console)
+    return _make(dataset.absolute(), config, settings, weights, corpus, options, console)
+
+
+def reextract(
+    source: Path,
+    dataset: Path,
+    config: ExtractConfig,
+    options: ExtractOptions,
+    console: Console,
+) -> Outcome:
+    """Make or complete `dataset` from the shards of the dataset `source`, as `extract` does.
+
+    config: of `reextract.config_from`. Columns that it would make as they are, are taken over.
+    """
+    if source.resolve() == dataset.resolve():
+        raise UserError(f"{dataset} cannot be made from itself; name a new folder")
+    reading = compare(read_source(source), config)
+    check_encoders(config, options.local, reading.taken)
+    check_codebooks(config, reading.weights, reading.taken)
+    shards = FromDataset(reading)
+    return _make(
+        dataset.absolute(), config, reading.settings, reading.to_load, shards, options, console
+    )
+
+
+def _make(
+    dataset: Path,
+    config: ExtractConfig,
+    settings: dict[str, Any],
+    weights: dict[str, Weights],
+    material: FromCorpus | FromDataset,
+    options: ExtractOptions,
+    console: Console,
+) -> Outcome:
+    wanted = fingerprint(settings)
     if options.dry_run:
-        _dry_run(corpus_path, dataset, config, options, console)
+        _dry_run(dataset, settings, material, options, console)
         return Outcome()
     with lock(dataset):
         if options.force_new:
             _remove_dataset(dataset)
         _check_settings(dataset, settings)
-        corpus = list_corpus(corpus_path, options.speaker)
+        material.look()
         _sweep(dataset)
         if not plan_files(dataset):
             _write_info(dataset, config, settings, {})
         outcome = Outcome()
-        tasks, held, changes = _examine(dataset, corpus, fingerprint(settings), options, outcome)
-        new = _plan_changes(corpus, tasks, changes, config, console)
-        if new:
-            append_plan(dataset, new)
+        tasks, held = _examine(dataset, wanted, outcome)
+        asked = material.ask(tasks, held)
+        outcome.notices += asked.notices
+        if asked.tasks:
+            append_plan(dataset, asked.tasks)
             tasks = load_plan(dataset)
-            held = {i: f for i, f in held.items() if f.task_id == tasks[i].task_id}
+        held = _still_held(tasks, held, asked)
         missing = {index: task for index, task in tasks.items() if index not in held}
-        outcome.notices += _mixed_environment(held, config)
         if missing:
             hours = sum(task.duration_s for task in missing.values()) / 3600
             console.print(
@@ -121,34 +161,95 @@ def extract(
             )
             job = Job(
                 dataset,
-                corpus.root,
+                material.root,
                 config,
-                fingerprint(settings),
-                (settings.get("encoder.checkpoint_sha256"),),
-                changes.gone,
+                wanted,
+                weights,
+                asked.gone,
+                _threads_of(held, config),
+                material.take_over(),
             )
             outcome.work = run_tasks(job, missing, options.ray_address, options.local, console)
             outcome.notices += outcome.work.notices
-        outcome.account = read_account(dataset, tasks)
+        outcome.account, environments = _read_back(dataset, tasks)
+        outcome.notices += _mixed(environments)
         if missing:
             _write_info(dataset, config, settings, tasks)
             _write_card(dataset, outcome.account)
         return outcome
 
 
-def read_account(dataset: Path, tasks: dict[int, Task]) -> Account:
-    """Balance of everything committed; shards that cannot be read are among the problems."""
+class FromCorpus:
+    """What the songs of a corpus ask of the plan."""
+
+    def __init__(
+        self, path: Path, config: ExtractConfig, options: ExtractOptions, console: Console
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.options = options
+        self.console = console
+
+    def look(self) -> None:
+        """List the corpus. Raises: UserError when there is none."""
+        self.corpus = list_corpus(self.path, self.options.speaker)
+
+    @property
+    def root(self) -> Path:
+        return self.corpus.root
+
+    def ask(self, tasks: dict[int, Task], held: dict[int, Footer]) -> Asked:
+        corpus, options = self.corpus, self.options
+        changes = find_changes(corpus, tasks, held, options.retry_quarantined, options.redo_changed)
+        new = _plan_changes(corpus, tasks, changes, self.config, self.console)
+        speakers = Counter(source.speaker for source in corpus.songs)
+        lines = [f"corpus   {len(corpus.songs)} songs of {len(speakers)} speakers at {corpus.root}"]
+        unreadable = [s.song_id for task in new for s in task.songs if s.duration_s == 0]
+        if unreadable:
+            lines.append(
+                f"trouble  {len(unreadable)} without a readable header ({some(unreadable)})"
+            )
+        return Asked(new, changes.gone, changes.notices, lines)
+
+    def take_over(self) -> TakenOver | None:
+        return None
+
+
+def _still_held(tasks: dict[int, Task], held: dict[int, Footer], asked: Asked) -> dict[int, Footer]:
+    """Of the committed shards those that are what is asked for now."""
+    return {
+        index: footer
+        for index, footer in held.items()
+        if footer.task_id == tasks[index].task_id and index not in asked.stale
+    }
+
+
+def _threads_of(held: dict[int, Footer], config: ExtractConfig) -> int | None:
+    """Threads of the workers that made what is there, where the settings leave them open."""
+    threads = {footer.environment.get("threads") for footer in held.values()}
+    before = threads.pop() if len(threads) == 1 else None
+    return None if before is None or config.workers.cpus_per_worker else int(before)
+
+
+def _read_back(dataset: Path, tasks: dict[int, Task]) -> tuple[Account, list[dict[str, str]]]:
+    """Balance of everything committed, and the conditions it was made under.
+
+    Shards that cannot be read are among the problems.
+    """
     import pyarrow.parquet as pq
 
     footers, unreadable = [], []
+    environments: list[dict[str, str]] = []
     for path, footer in read_footers(iter_shards(dataset)):
         if isinstance(footer, Footer):
             footers.append((footer, pq.read_metadata(path).num_rows))
+            if footer.environment not in environments:
+                environments.append(footer.environment)
         else:
             unreadable.append(str(footer))
     account = take_account(list(tasks.values()), footers)
     account.problems += unreadable
-    return account
+    return account, environments
 
 
 @contextmanager
@@ -220,9 +321,9 @@ def _sweep(dataset: Path) -> None:
 
 
 def _examine(
-    dataset: Path, corpus: Corpus, wanted: str, options: ExtractOptions, outcome: Outcome
-) -> tuple[dict[int, Task], dict[int, Footer], Changes]:
-    """The plan, the footers of the shards that are what it asks for, and what the corpus changes.
+    dataset: Path, wanted: str, outcome: Outcome
+) -> tuple[dict[int, Task], dict[int, Footer]]:
+    """The plan, and the footers of the shards that are what it asks for.
 
     wanted: the fingerprint. A shard that is damaged or made with other settings is done again.
     """
@@ -237,9 +338,7 @@ def _examine(
             outcome.notices.append(f"{path} was made with other settings; its task is done again")
         elif footer.task_id == tasks[footer.task].task_id:
             held[footer.task] = footer
-    changes = find_changes(corpus, tasks, held, options.retry_quarantined, options.redo_changed)
-    outcome.notices += changes.notices
-    return tasks, held, changes
+    return tasks, held
 
 
 def _plan_changes(
@@ -301,51 +400,44 @@ def plan_songs(
 
 
 def _dry_run(
-    corpus_path: Path,
     dataset: Path,
-    config: ExtractConfig,
+    settings: dict[str, Any],
+    material: FromCorpus | FromDataset,
     options: ExtractOptions,
     console: Console,
 ) -> None:
     """List and plan, write nothing."""
-    settings = fingerprinted(config)
-    corpus = list_corpus(corpus_path, options.speaker)
-    outcome, changes = Outcome(), Changes(add=corpus.songs)
+    material.look()
+    outcome = Outcome()
     tasks: dict[int, Task] = {}
     held: dict[int, Footer] = {}
     if not options.force_new:
         _check_settings(dataset, settings)
-        tasks, held, changes = _examine(dataset, corpus, fingerprint(settings), options, outcome)
-    new = {task.index: task for task in _plan_changes(corpus, tasks, changes, config, console)}
-    after = tasks | new
-    waiting = [task for index, task in after.items() if index in new or index not in held]
-    unreadable = [s.song_id for task in new.values() for s in task.songs if s.duration_s == 0]
-    hours = sum(task.duration_s for task in waiting) / 3600
-    speakers = Counter(source.speaker for source in corpus.songs)
+        tasks, held = _examine(dataset, fingerprint(settings), outcome)
+    asked = material.ask(tasks, held)
+    after = tasks | {task.index: task for task in asked.tasks}
+    done = _still_held(after, held, asked)
+    hours = sum(task.duration_s for index, task in after.items() if index not in done) / 3600
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    say(f"corpus   {len(corpus.songs)} songs of {len(speakers)} speakers at {corpus.root}")
-    if unreadable:
-        say(f"trouble  {len(unreadable)} without a readable header ({some(unreadable)})")
-    say(f"plan     {len(after)} tasks, {len(after) - len(waiting)} of them done")
-    for notice in outcome.notices:
+    for line in asked.lines:
+        say(line)
+    say(f"plan     {len(after)} tasks, {len(done)} of them done")
+    for notice in outcome.notices + asked.notices:
         say(f"note     {notice}")
-    say(f"to do    {len(waiting)} tasks, {hours:.2f} h; nothing was written (--dry-run)")
+    say(f"to do    {len(after) - len(done)} tasks, {hours:.2f} h; nothing was written (--dry-run)")
 
 
-def _mixed_environment(footers: dict[int, Footer], config: ExtractConfig) -> list[str]:
-    """A word of warning when a run resumes what other libraries or machines began."""
-    from pipeline.workers import environment, threads_of
-
-    here = environment(threads_of(config))
-    differing = {
-        key: sorted({footer.environment.get(key, "?"), value})
-        for footer in footers.values()
-        for key, value in here.items()
-        if footer.environment.get(key) != value
+def _mixed(environments: list[dict[str, str]]) -> list[str]:
+    """A word of warning when other libraries, machines or numerics made parts of a dataset."""
+    absent = {"dtype": "float32"}
+    keys = {key: None for environment in environments for key in environment}
+    values = {
+        key: sorted({environment.get(key, absent.get(key, "?")) for environment in environments})
+        for key in keys
     }
-    if not differing:
+    words = "; ".join(f"{key} {' and '.join(v)}" for key, v in values.items() if len(v) > 1)
+    if not words:
         return []
-    words = "; ".join(f"{key} {' and '.join(values)}" for key, values in differing.items())
     return [f"shards of one dataset made under different conditions may differ in bits: {words}"]
 
 
@@ -360,7 +452,7 @@ def _write_info(
         "settings": settings,
         "config": dataclasses.asdict(config),
         "speakers": sorted({song.speaker for task in tasks.values() for song in task.songs}),
-        "encoders": [cfg.name for cfg in config.encoders],
+        "encoders": [cfg.name for cfg in config.all_encoders.values()],
         "f0_method": config.f0.method,
         "sample_rate": config.audio.sample_rate,
         "hop_length": config.f0.hop_length,

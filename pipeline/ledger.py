@@ -61,22 +61,7 @@ def settle(
         sha256 = _check_unchanged(planned, path)
         song = prepare(path)
     except BadInput as fault:
-        entry = SongEntry(
-            planned.song_id,
-            planned.speaker,
-            QUARANTINED,
-            fault.reason,
-            fault.detail,
-            clips=0,
-            duration_s=0.0,
-            kept_s=0.0,
-            dropped=[],
-            size=planned.size,
-            mtime_ns=planned.mtime_ns,
-            sha256=sha256,
-            source=None,
-        )
-        return None, entry
+        return None, quarantine(planned, fault, sha256)
     reason, detail = (None, song.note or None) if song.clips else song.why_empty()
     kept_samples = sum(clip.span.stop - clip.span.start for clip in song.clips)
     header = song.header
@@ -96,6 +81,25 @@ def settle(
         source=f"{header.sample_rate} Hz, {header.channels} ch, {header.format}",
     )
     return (song if song.clips else None), entry
+
+
+def quarantine(planned: PlannedSong, fault: BadInput, sha256: str | None) -> SongEntry:
+    """The entry of a song that is at fault. sha256: of its file, if that could be read."""
+    return SongEntry(
+        planned.song_id,
+        planned.speaker,
+        QUARANTINED,
+        fault.reason,
+        fault.detail,
+        clips=0,
+        duration_s=0.0,
+        kept_s=0.0,
+        dropped=[],
+        size=planned.size,
+        mtime_ns=planned.mtime_ns,
+        sha256=sha256,
+        source=None,
+    )
 
 
 def hash_source(path: bytes) -> tuple[os.stat_result, str]:

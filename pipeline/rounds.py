@@ -11,15 +11,15 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rich.console import Console
 
 from pipeline.changes import some
-from pipeline.errors import SongBug, StorageFault
+from pipeline.errors import SongBug, StorageFault, UserError
 from pipeline.plan import Task
 from pipeline.progress import Board, ProgressDisplay, Snapshot
-from pipeline.workers import BUG, COMMITTED, STORAGE, Job, TaskResult
+from pipeline.workers import BUG, COMMITTED, REFUSED, STORAGE, Job, TaskResult
 
 _STORAGE_WAITS_S = (1.0, 5.0, 25.0)  # before each further try of a task that the storage failed
 _ROUNDS_OF_DEATH = 3
@@ -51,7 +51,8 @@ def run_tasks(
 ) -> Work:
     """Commit every task of `missing`.
 
-    Raises: StorageFault, SongBug, UserError (no worker fits). What was committed stays.
+    Raises: StorageFault, SongBug, UserError (no worker fits, weights that do not load). What was
+    committed stays.
     """
     work = Work(audio_s=sum(task.duration_s for task in missing.values()))
     started = time.monotonic()
@@ -76,6 +77,8 @@ def run_rounds(session: Session, missing: dict[int, Task], work: Work) -> None:
             reported.add(result.task)
             if result.status == BUG:
                 raise SongBug(result.detail)
+            if result.status == REFUSED:
+                raise UserError(result.detail)
             if result.status == STORAGE:
                 failures[result.task] += 1
                 if result.disk_full or failures[result.task] > len(_STORAGE_WAITS_S):
@@ -132,8 +135,10 @@ def ray_session(address: str | None, job: Job, missing: dict[int, Task]) -> Iter
 
     with dag.connected(address, job.config):
         nodes = [node["Resources"] for node in dag.living_nodes()]
-        pools = dag.plan_pools(nodes, missing, job.config)
-        dag.check_nodes(job.dataset, job.corpus)
+        pools = dag.plan_pools(nodes, missing, job.config, job.weights, job.threads)
+        job = replace(job, threads=pools.threads)
+        dag.check_nodes(job.dataset, job.corpus, job.weights.values())
+        dag.require_loadable(job, pools)
         board = dag.start_board()
 
         def snapshot() -> Snapshot | None:
@@ -145,5 +150,5 @@ def ray_session(address: str | None, job: Job, missing: dict[int, Task]) -> Iter
         yield Session(
             lambda tasks, crashed: dag.run_graph(job, tasks, crashed, pools, board),
             snapshot,
-            lambda task: dag.find_killers(job, task, pools.worker_memory),
+            lambda task: dag.find_killers(job, task, pools),
         )

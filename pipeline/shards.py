@@ -21,6 +21,7 @@ from pipeline.ledger import SongEntry
 from stages.pcm import Subtype
 
 ROW_GROUP_CLIPS = 32
+XVECTOR_COLUMN = "xvector"
 QUALITY_COLUMNS = ("clipping_ratio", "silence_ratio", "voiced_ratio", "snr_db", "bandwidth_hz")
 
 # Columns that the CPU half of a task fills; units follow. (name, arrow type)
@@ -48,13 +49,19 @@ CLIP_SCHEMA = pa.schema(_BEFORE_UNITS + _AFTER_UNITS)
 
 @dataclass(frozen=True)
 class EncoderIdentity:
-    """What a trainer must know of the units in a column."""
+    """What a trainer must know of the units in a column.
+
+    Of ids (one number a frame, that of the nearest of `codebook_size` centres) dtype is int16 and
+    dim is 1.
+    """
 
     name: str
     dim: int
     dtype: str
     frame_rate_hz: float
     checkpoint_sha256: str | None
+    codebook_sha256: str | None = None
+    codebook_size: int | None = None
 
     @property
     def column(self) -> str:
@@ -63,6 +70,26 @@ class EncoderIdentity:
     @property
     def frames_column(self) -> str:
         return "num_unit_frames_" + self.name.replace("-", "_")
+
+
+@dataclass(frozen=True)
+class XvectorIdentity:
+    """What a trainer must know of the speaker embeddings in the column `xvector`."""
+
+    dim: int
+    checkpoint_sha256: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Of what shard of another dataset the audio was taken over."""
+
+    fingerprint: str
+    environment: dict[str, str]
+
+
+# Keys of the `cantor` entry that are left out where they say nothing.
+_OPTIONAL = ("xvector", "origin", "codebook_sha256", "codebook_size")
 
 
 @dataclass(frozen=True)
@@ -80,9 +107,12 @@ class Footer:
     encoders: list[EncoderIdentity]
     environment: dict[str, str]  # what may change last bits: libraries, devices, threads
     ledger: list[SongEntry]
+    xvector: XvectorIdentity | None = None
+    origin: Origin | None = None
 
     def to_json(self) -> str:
-        values = asdict(self)
+        values = _without_nothing(asdict(self))
+        values["encoders"] = [_without_nothing(encoder) for encoder in values["encoders"]]
         values["sha256"] = _canonical_sha256(values)
         return json.dumps(values, ensure_ascii=False, allow_nan=False)
 
@@ -96,7 +126,14 @@ class Footer:
             raise ValueError("its 'cantor' metadata does not match its checksum")
         values["encoders"] = [EncoderIdentity(**encoder) for encoder in values["encoders"]]
         values["ledger"] = [SongEntry.from_dict(entry) for entry in values["ledger"]]
+        for key, kind in (("xvector", XvectorIdentity), ("origin", Origin)):
+            if key in values:
+                values[key] = kind(**values[key])
         return Footer(**values)
+
+
+def _without_nothing(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: v for key, v in values.items() if key not in _OPTIONAL or v is not None}
 
 
 def _canonical_sha256(values: dict[str, Any]) -> str:
@@ -105,11 +142,17 @@ def _canonical_sha256(values: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def shard_schema(encoders: Sequence[EncoderIdentity], sample_rate: int) -> pa.Schema:
+def shard_schema(
+    encoders: Sequence[EncoderIdentity],
+    sample_rate: int,
+    xvector: XvectorIdentity | None = None,
+) -> pa.Schema:
     """Arrow schema of a shard, with the Hugging Face features in its metadata."""
     fields = list(_BEFORE_UNITS)
     for encoder in encoders:
         fields += [(encoder.column, pa.binary()), (encoder.frames_column, pa.int32())]
+    if xvector is not None:
+        fields.append((XVECTOR_COLUMN, pa.list_(pa.float32())))
     schema = pa.schema(fields + _AFTER_UNITS)
     features = {field.name: _hf_feature(field.type, sample_rate) for field in schema}
     return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
@@ -143,7 +186,7 @@ def write_shard(dataset: Path, shard_name: str, table: pa.Table, footer: Footer)
 
 def shard_writer(file: BinaryIO, footer: Footer) -> pq.ParquetWriter:
     """A writer of shards: what is compressed, indexed and summed up how."""
-    schema = shard_schema(footer.encoders, footer.sample_rate)
+    schema = shard_schema(footer.encoders, footer.sample_rate, footer.xvector)
     schema = schema.with_metadata({**schema.metadata, "cantor": footer.to_json()})
     binary = {"audio.bytes", *(encoder.column for encoder in footer.encoders)}
     leaves = _leaf_paths(schema)

@@ -23,6 +23,8 @@ from pipeline.ledger import Account, SongEntry, entry_record, hash_source, take_
 from pipeline.plan import load_plan
 from pipeline.shards import (
     ROW_GROUP_CLIPS,
+    XVECTOR_COLUMN,
+    EncoderIdentity,
     Footer,
     iter_shards,
     read_dataset_info,
@@ -33,6 +35,7 @@ from pipeline.shards import (
 from stages.errors import BadInput
 from stages.flac import decode_flac
 from stages.frames import num_frames
+from stages.units import unpack_ids
 
 _MOST_PROBLEMS = 20  # of one shard
 
@@ -123,7 +126,7 @@ def _check_shard(path: Path) -> tuple[Footer, set[str], float, list[str]] | User
 
 def _check_metadata(file: pq.ParquetFile, footer: Footer) -> list[str]:
     """What the Parquet footer says of columns, features and rows, against the format."""
-    expected = shard_schema(footer.encoders, footer.sample_rate)
+    expected = shard_schema(footer.encoders, footer.sample_rate, footer.xvector)
     sink = io.BytesIO()
     shard_writer(sink, footer).close()
     if not file.schema_arrow.equals(expected) or not file.schema.equals(
@@ -187,11 +190,24 @@ def _check_clip(row: dict[str, Any], footer: Footer) -> Iterator[str]:
     if not np.isfinite(f0).all() or (f0 < 0).any():
         yield "f0 is not finite or below 0"
     for encoder in footer.encoders:
-        width = encoder.dim * np.dtype(encoder.dtype).itemsize
-        if len(row[encoder.column]) != width * row[encoder.frames_column]:
-            yield f"{encoder.column} does not hold {row[encoder.frames_column]} frames"
-        if not np.isfinite(np.frombuffer(row[encoder.column], encoder.dtype)).all():
-            yield f"{encoder.column} is not finite"
+        yield from _check_units(row, encoder)
+    if footer.xvector is not None:
+        embedding = np.asarray(row[XVECTOR_COLUMN], dtype=np.float32)
+        if len(embedding) != footer.xvector.dim or not np.isfinite(embedding).all():
+            yield f"its xvector is not {footer.xvector.dim} finite numbers"
+
+
+def _check_units(row: dict[str, Any], encoder: EncoderIdentity) -> Iterator[str]:
+    frames = row[encoder.frames_column]
+    width = encoder.dim * np.dtype(encoder.dtype).itemsize
+    if frames < 1 or len(row[encoder.column]) != width * frames:
+        yield f"{encoder.column} does not hold {frames} frames"
+    elif encoder.codebook_size is not None:
+        ids = unpack_ids(row[encoder.column])
+        if ids.min() < 0 or ids.max() >= encoder.codebook_size:
+            yield f"{encoder.column} holds ids beyond its {encoder.codebook_size} centres"
+    elif not np.isfinite(np.frombuffer(row[encoder.column], encoder.dtype)).all():
+        yield f"{encoder.column} is not finite"
 
 
 def _compare_source(dataset: Path, source: Path, account: Account) -> list[str]:

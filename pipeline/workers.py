@@ -16,40 +16,68 @@ import platform
 import shutil
 import tempfile
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from models.encoders import load_encoder
-from pipeline.config import SCHEMA_VERSION, ExtractConfig
-from pipeline.errors import SongBug
-from pipeline.ledger import SongEntry, settle
+from pipeline.config import SCHEMA_VERSION, ExtractConfig, load_codebook_of, naming
+from pipeline.errors import SongBug, UserError
+from pipeline.ledger import SongEntry, quarantine, settle
 from pipeline.plan import PlannedSong, Task, load_plan
 from pipeline.shards import (
     CLIP_SCHEMA,
     QUALITY_COLUMNS,
+    XVECTOR_COLUMN,
     EncoderIdentity,
     Footer,
+    Origin,
+    XvectorIdentity,
     is_disk_full,
+    read_footer,
     storage_fault,
     write_shard,
 )
+from pipeline.weights import Weights, require_unchanged
 from stages.chain import PreparedSong, StageClock, prepare_song
 from stages.decode import Decoder
 from stages.errors import BadInput, Reason
+from stages.f0 import estimate_f0
 from stages.flac import decode_flac
 from stages.pcm import Subtype, dequantise
+from stages.quality import voiced_ratio
 from stages.types import Array
-from stages.units import encode_units, pack_units
+from stages.units import EncoderConfig, encode_units, pack_ids, pack_units
+from stages.xvector import embed_clips
 
-COMMITTED, BUG, STORAGE = "committed", "bug", "storage"
+COMMITTED, BUG, STORAGE, REFUSED = "committed", "bug", "storage", "refused"
+
+_CRASHED = "a worker process died on this song each time it was tried"
 
 # Called with (song_id, seconds of source audio, status) after every song.
 Heartbeat = Callable[[str, float, str], None]
+
+
+@dataclass(frozen=True)
+class TakenOver:
+    """What comes from the shards of another dataset instead of being made: the audio, and these."""
+
+    dataset: Path
+    fingerprint: str
+    f0: bool
+    units: tuple[EncoderIdentity, ...]
+    xvector: XvectorIdentity | None
+
+    @property
+    def columns(self) -> list[str]:
+        units = [name for each in self.units for name in (each.column, each.frames_column)]
+        return [*CLIP_SCHEMA.names, *units, *([XVECTOR_COLUMN] if self.xvector else [])]
 
 
 @dataclass(frozen=True)
@@ -57,11 +85,13 @@ class Job:
     """What every worker of a run is told. Tasks are named by their index in the plan."""
 
     dataset: Path
-    corpus: Path
+    corpus: Path  # where the songs are; the other dataset, where one is taken over
     config: ExtractConfig
     fingerprint: str
-    encoder_sha256: tuple[str | None, ...]  # of the checkpoints, in the order of config.encoders
-    gone: frozenset[str]  # songs of the plan that the corpus no longer had when the run began
+    weights: Mapping[str, Weights]  # of what has to be loaded, by the key that names it
+    gone: frozenset[str] = frozenset()  # songs of the plan that were not there when the run began
+    threads: int | None = None  # of a worker; None until it is known what fits
+    taken_over: TakenOver | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +139,7 @@ class CpuHalf:
     """decode, resample, slice, loudness, quantise, f0 and quality of a task's songs."""
 
     def __init__(self, job: Job, heartbeat: Heartbeat) -> None:
-        _limit_threads(job.config)
+        _limit_threads(job)
         self.job = job
         self.heartbeat = heartbeat
         self.tasks = load_plan(job.dataset)
@@ -155,59 +185,203 @@ class CpuHalf:
         return prepare_song(path, self.decoder, self.job.config, clock)
 
     def _refuse(self, path: bytes, clock: StageClock) -> PreparedSong:
-        raise BadInput(Reason.CRASHED, "a worker process died on this song each time it was tried")
+        raise BadInput(Reason.CRASHED, _CRASHED)
 
     def close(self) -> None:
         self.decoder.close()
         self.scratch.close()
 
 
+class ShardHalf:
+    """Clips of a task as the shard of another dataset has them, in place of its songs.
+
+    They keep their samples, and f0 unless other settings are given for it.
+    """
+
+    def __init__(self, job: Job, taken_over: TakenOver, heartbeat: Heartbeat) -> None:
+        _limit_threads(job)
+        self.job = job
+        self.taken_over = taken_over
+        self.heartbeat = heartbeat
+        self.tasks = load_plan(job.dataset)
+
+    def prepare(
+        self, index: int, crashed: Sequence[str], clock: StageClock, only: str | None = None
+    ) -> tuple[pa.Table, list[SongEntry]]:
+        """As `CpuHalf.prepare`; the table has the columns of units that are taken over too."""
+        task = self.tasks[index]
+        with clock.stage("read"):
+            clips, footer = self._read(task)
+        wanted = [song for song in task.songs if only in (None, song.song_id)]
+        entries = {entry.song_id: entry for entry in footer.ledger}
+        for song in wanted:
+            if song.song_id in crashed:
+                fault = BadInput(Reason.CRASHED, _CRASHED)
+                entries[song.song_id] = quarantine(song, fault, entries[song.song_id].sha256)
+        ledger = [entries[song.song_id] for song in wanted]
+        kept = [song.song_id for song in wanted if song.song_id not in crashed]
+        clips = clips.filter(pc.is_in(clips["song_id"], pa.array(kept, pa.string())))
+        if not self.taken_over.f0:
+            clips = self._estimate_f0(clips, clock)
+        for song, entry in zip(wanted, ledger, strict=True):
+            self.heartbeat(song.song_id, song.duration_s, entry.status)
+        origin = json.dumps(asdict(origin_of(footer)))
+        return clips.replace_schema_metadata({"origin": origin}), ledger
+
+    def _read(self, task: Task) -> tuple[pa.Table, Footer]:
+        path = self.taken_over.dataset / "data" / task.shard_name
+        try:
+            footer = read_footer(path)
+            if (footer.task_id, footer.fingerprint) != (task.task_id, self.taken_over.fingerprint):
+                raise UserError(f"{path} was made anew while it was read; run this command again")
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                return file.read(self.taken_over.columns, use_threads=False), footer
+        except FileNotFoundError as error:
+            raise UserError(f"{path} was there when this run began and is gone") from error
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise damaged_source(path, error) from error
+
+    def _estimate_f0(self, clips: pa.Table, clock: StageClock) -> pa.Table:
+        config = self.job.config
+        contours = []
+        wavs = _DecodedClips(clips["audio"], config.audio.subtype)
+        for song_id, wav in zip(clips["song_id"].to_pylist(), wavs, strict=True):
+            try:
+                with clock.stage("f0"):
+                    contours.append(estimate_f0(wav, config.audio.sample_rate, config.f0))
+            except Exception as error:
+                error.add_note(f"while working on {song_id}")
+                raise
+        voiced = [voiced_ratio(f0) for f0 in contours]
+        for name, values in (("f0", contours), ("voiced_ratio", voiced)):
+            column = clips.schema.get_field_index(name)
+            kind = CLIP_SCHEMA.field(name)
+            clips = clips.set_column(column, kind, pa.array(values, kind.type))
+        return clips
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+def origin_of(footer: Footer) -> Origin:
+    """What a shard made of this one says of it."""
+    return Origin(footer.fingerprint, footer.environment)
+
+
+def damaged_source(path: Path, error: Exception) -> UserError:
+    """What to do about a shard of the other dataset that cannot be read."""
+    return UserError(
+        f"{path} cannot be read ({error}); `cantor verify {path.parent.parent}` tells what else is "
+        "damaged there, and `extract` makes a shard again that is deleted"
+    )
+
+
+class UnitsOf:
+    """An encoder, loaded, and what it fills columns with."""
+
+    def __init__(self, section: str, cfg: EncoderConfig, weights: Mapping[str, Weights]) -> None:
+        """Raises: UserError when its weights are not what the run began with, or do not load."""
+        self.cfg = cfg
+        sha256 = _sha256_unchanged(f"{section}.checkpoint", weights)
+        codebook_sha256 = _sha256_unchanged(f"{section}.codebook", weights)
+        self.codebook = load_codebook_of(section, cfg, sha256)
+        with _loading(section):
+            self.encoder = load_encoder(
+                cfg.name, cfg.checkpoint, _device(cfg.device), **cfg.options()
+            )
+        rate = self.encoder.sample_rate / self.encoder.hop_length
+        if self.codebook is None:
+            dim = self.encoder.dim
+            self.identity = EncoderIdentity(cfg.name, dim, "float16", rate, sha256)
+        else:
+            size = len(self.codebook.centroids)
+            self.identity = EncoderIdentity(
+                cfg.name, 1, "int16", rate, sha256, codebook_sha256, size
+            )
+
+    def add_columns(self, clips: pa.Table, config: ExtractConfig, clock: StageClock) -> pa.Table:
+        wavs = _DecodedClips(clips["audio"], config.audio.subtype)
+        songs = clips["song_id"].to_pylist()
+        rate = config.audio.sample_rate
+        with clock.stage("units"):
+            units = encode_units(wavs, songs, rate, self.encoder, self.cfg, config.resample)
+            packed = []
+            for clip_id, frames in zip(clips["clip_id"].to_pylist(), units, strict=True):
+                try:
+                    packed.append(self._pack(frames))
+                except OverflowError as error:
+                    raise SongBug(f"{clip_id}: {error}") from error
+        counts = pa.array([len(frames) for frames in units], pa.int32())
+        clips = clips.append_column(self.identity.column, pa.array(packed, pa.binary()))
+        return clips.append_column(self.identity.frames_column, counts)
+
+    def _pack(self, frames: Array) -> bytes:
+        if self.codebook is None:
+            return pack_units(frames)
+        import torch
+
+        return pack_ids(self.codebook.assign(torch.from_numpy(frames)).numpy())
+
+
 class UnitsHalf:
-    """Units of a task's clips by every encoder, then the commit of its shard."""
+    """Units of a task's clips by every encoder, their x-vectors, then the commit of the shard."""
 
     def __init__(self, job: Job) -> None:
-        _limit_threads(job.config)
+        _limit_threads(job)
         self.job = job
         self.tasks = load_plan(job.dataset)
+        over = job.taken_over
+        taken = {identity.name: identity for identity in over.units} if over else {}
         self.encoders = []
         self.identities = []
-        for cfg, sha256 in zip(job.config.encoders, job.encoder_sha256, strict=True):
-            encoder = load_encoder(cfg.name, cfg.checkpoint, _device(cfg.device))
-            self.encoders.append((cfg, encoder))
-            rate = encoder.sample_rate / encoder.hop_length
-            self.identities.append(EncoderIdentity(cfg.name, encoder.dim, "float16", rate, sha256))
+        for section, cfg in job.config.all_encoders.items():
+            if cfg.name in taken:
+                self.identities.append(taken[cfg.name])
+            else:
+                self.encoders.append(UnitsOf(section, cfg, job.weights))
+                self.identities.append(self.encoders[-1].identity)
+        self.xvector = over.xvector if over else None
+        self.embedder = None
+        if job.config.xvector.checkpoint is not None and self.xvector is None:
+            from models.encoders.xvector import load_xvector
+
+            sha256 = _sha256_unchanged("xvector.checkpoint", job.weights)
+            assert sha256 is not None
+            with _loading("xvector"):
+                cfg_xvector = job.config.xvector
+                self.embedder = load_xvector(
+                    job.config.xvector.checkpoint, _device(cfg_xvector.device)
+                )
+            self.xvector = XvectorIdentity(self.embedder.dim, sha256)
 
     def finish(
         self, index: int, clips: pa.Table, ledger: list[SongEntry], clock: StageClock
     ) -> None:
-        """Add the units columns and commit the shard."""
+        """Add the columns of units and x-vectors, and commit the shard."""
+        origin = (clips.schema.metadata or {}).get(b"origin")
         clips = self.encode(clips, clock)
         with clock.stage("write"):
             task = self.tasks[index]
-            write_shard(self.job.dataset, task.shard_name, clips, self._footer(task, ledger))
+            footer = self._footer(task, ledger, Origin(**json.loads(origin)) if origin else None)
+            write_shard(self.job.dataset, task.shard_name, clips, footer)
 
     def encode(self, clips: pa.Table, clock: StageClock) -> pa.Table:
-        """`clips` with the columns of every encoder."""
+        """`clips` with the columns of every encoder, and the x-vectors."""
         config = self.job.config
-        wavs = _DecodedClips(clips["audio"], config.audio.subtype)
-        songs = clips["song_id"].to_pylist()
-        for (cfg, encoder), identity in zip(self.encoders, self.identities, strict=True):
-            with clock.stage("units"):
-                units = encode_units(
-                    wavs, songs, config.audio.sample_rate, encoder, cfg, config.resample
+        for encoder in self.encoders:
+            clips = encoder.add_columns(clips, config, clock)
+        if self.embedder is not None:
+            wavs = _DecodedClips(clips["audio"], config.audio.subtype)
+            with clock.stage("xvector"):
+                vectors = embed_clips(
+                    wavs, config.audio.sample_rate, self.embedder, config.resample
                 )
-            packed = []
-            for clip_id, frames in zip(clips["clip_id"].to_pylist(), units, strict=True):
-                try:
-                    packed.append(pack_units(frames))
-                except OverflowError as error:
-                    raise SongBug(f"{clip_id}: {error}") from error
-            frames_count = pa.array([len(frames) for frames in units], pa.int32())
-            clips = clips.append_column(identity.column, pa.array(packed, pa.binary()))
-            clips = clips.append_column(identity.frames_column, frames_count)
+            clips = clips.append_column(XVECTOR_COLUMN, pa.array(vectors, pa.list_(pa.float32())))
         return clips
 
-    def _footer(self, task: Task, ledger: list[SongEntry]) -> Footer:
+    def _footer(self, task: Task, ledger: list[SongEntry], origin: Origin | None) -> Footer:
         config = self.job.config
         return Footer(
             schema_version=SCHEMA_VERSION,
@@ -219,9 +393,53 @@ class UnitsHalf:
             subtype=config.audio.subtype,
             f0_method=config.f0.method,
             encoders=self.identities,
-            environment=environment(threads_of(config)),
+            environment=environment(threads_of(self.job)) | self._numerics(),
             ledger=ledger,
+            xvector=self.xvector,
+            origin=origin,
         )
+
+    def _numerics(self) -> dict[str, str]:
+        """Of the encoders, for the footer's environment: what is not float32 and torch."""
+        numerics = {}
+        others = [f"{each.cfg.name} {each.cfg.dtype}" for each in self.encoders]
+        others = [words for words in others if not words.endswith(" float32")]
+        if others:
+            numerics["dtype"] = ", ".join(others)
+        if any(each.cfg.name.endswith("-onnx") for each in self.encoders):
+            import onnxruntime
+
+            numerics["onnxruntime"] = onnxruntime.__version__
+        return numerics
+
+
+def _sha256_unchanged(key: str, weights: Mapping[str, Weights]) -> str | None:
+    if key not in weights:
+        return None
+    require_unchanged(key, weights[key])
+    return weights[key].sha256
+
+
+@contextmanager
+def _loading(section: str) -> Iterator[None]:
+    """What the user can put right about a model that does not load, in words that name it."""
+    import torch
+
+    try:
+        with naming(section):
+            yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise UserError(
+            f"{section}: there is too little memory to load it ({error}); lower "
+            "workers.max_workers, or raise workers.gpus_per_worker where it is a GPU's"
+        ) from error
+
+
+def open_first_half(job: Job, heartbeat: Heartbeat) -> CpuHalf | ShardHalf:
+    """Where the clips of a task come from."""
+    if job.taken_over is None:
+        return CpuHalf(job, heartbeat)
+    return ShardHalf(job, job.taken_over, heartbeat)
 
 
 class PrepareTask:
@@ -232,8 +450,8 @@ class PrepareTask:
         self.heartbeat = heartbeat
 
     @functools.cached_property
-    def cpu(self) -> CpuHalf:
-        return CpuHalf(self.job, self.heartbeat)
+    def cpu(self) -> CpuHalf | ShardHalf:
+        return open_first_half(self.job, self.heartbeat)
 
     def __call__(self, row: pa.Table) -> pa.Table:
         task, crashed = _unpack_row(row)
@@ -242,7 +460,7 @@ class PrepareTask:
     def _run(self, task: int, crashed: list[str], clock: StageClock) -> bytes | None:
         clips, ledger = self.cpu.prepare(task, crashed, clock)
         entries = json.dumps([asdict(entry) for entry in ledger])
-        clips = clips.replace_schema_metadata({"ledger": entries})
+        clips = clips.replace_schema_metadata({**(clips.schema.metadata or {}), "ledger": entries})
         buffer = pa.BufferOutputStream()
         with pa.ipc.new_stream(buffer, clips.schema) as stream:
             stream.write_table(clips)
@@ -292,12 +510,17 @@ class FinishTask:
 
 def probe_song(job: Job, task: int, song_id: str) -> None:
     """One song through both halves, nothing written: does it kill the process?"""
-    cpu, clock = CpuHalf(job, lambda *_: None), StageClock()
+    cpu, clock = open_first_half(job, lambda *_: None), StageClock()
     try:
         clips, _ = cpu.prepare(task, (), clock, only=song_id)
         UnitsHalf(job).encode(clips, clock)
     finally:
         cpu.close()
+
+
+def load_models(job: Job) -> None:
+    """Everything a worker loads, for finding out whether that kills it."""
+    UnitsHalf(job)
 
 
 def task_row(task: int, crashed: Collection[str] = ()) -> dict[str, Any]:
@@ -327,6 +550,8 @@ def _guarded(task: int, run: Callable[[StageClock], bytes | None]) -> pa.Table:
     try:
         clips = run(clock)
         return result_row(TaskResult(task, COMMITTED, stage_s=dict(clock.seconds)), clips)
+    except UserError as error:
+        return result_row(TaskResult(task, REFUSED, str(error)))
     except OSError as error:
         words = f"{storage_fault(error)}{_notes(error)}"
         return result_row(TaskResult(task, STORAGE, words, is_disk_full(error)))
@@ -394,15 +619,15 @@ class _DecodedClips(Sequence[Array]):
         return dequantise(decode_flac(self.flac[index].as_py(), self.subtype), self.subtype)
 
 
-def threads_of(config: ExtractConfig) -> int:
+def threads_of(job: Job) -> int:
     """Threads of a worker: as many as it has CPUs, so that N workers do not fight."""
-    return max(1, int(config.workers.cpus_per_worker))
+    return job.threads or max(1, int(job.config.workers.cpus_per_worker or 1))
 
 
-def _limit_threads(config: ExtractConfig) -> None:
+def _limit_threads(job: Job) -> None:
     import torch
 
-    torch.set_num_threads(threads_of(config))
+    torch.set_num_threads(threads_of(job))
 
 
 def _device(choice: str) -> str:

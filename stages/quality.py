@@ -85,10 +85,15 @@ def measure_quality(wav: Array, sample_rate: int, f0: Array) -> Quality:
     return Quality(
         clipping_ratio=(_flat_samples(wav) + _flat_samples(-wav)) / len(wav),
         silence_ratio=_silence_ratio(wav, sample_rate),
-        voiced_ratio=float(np.mean(f0 > 0)) if len(f0) else 0.0,
+        voiced_ratio=voiced_ratio(f0),
         snr_db=_snr_db(power, sample_rate),
         bandwidth_hz=_bandwidth_hz(power, sample_rate),
     )
+
+
+def voiced_ratio(f0: Array) -> float:
+    """Share of frames (F,) that are voiced; 0 where there are none."""
+    return float(np.mean(f0 > 0)) if len(f0) else 0.0
 
 
 def unwanted(quality: Quality, cfg: QualityConfig) -> Reason | None:

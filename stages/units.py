@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,8 @@ from stages.resample import ResampleConfig, resample
 from stages.types import Array
 
 if TYPE_CHECKING:  # torch is slow to import, and settings are read without it
+    from torch import Tensor
+
     from models.encoders import Encoder
 
 
@@ -20,18 +22,43 @@ _GROUP_S = 600.0  # of audio handed to the encoder at a time; it batches within
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
-    """Which encoder makes the units, and what is done to them.
+class EncoderSettings:
+    """How an encoder makes units, and what is done to them.
 
-    checkpoint: a file of weights; None where the encoder needs none.
+    checkpoint: a file or folder of weights; None where the encoder needs none.
     device: "auto" is CUDA where there is any.
+    dtype: what its network computes in; changes last digits, not meaning.
+    int8: its matrix products in 8 bits, on CPUs.
+    normalize_wav: clips brought to mean 0 and variance 1 first; None: as the name's models expect.
     normalize: "song" brings every dimension to mean 0 and variance 1 over all clips of a song.
+    codebook: a file of centres; the id of the nearest one is stored in place of each frame.
     """
 
-    name: str = "mfcc"
     checkpoint: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    int8: bool = False
+    normalize_wav: bool | None = None
     normalize: Literal["none", "song"] = "none"
+    codebook: str | None = None
+
+    def options(self) -> dict[str, Any]:
+        """What `load_encoder` is told beyond checkpoint and device: all that is not the default."""
+        options: dict[str, Any] = {}
+        if self.dtype != "float32":
+            options["dtype"] = self.dtype
+        if self.int8:
+            options["int8"] = True
+        if self.normalize_wav is not None:
+            options["normalize_wav"] = self.normalize_wav
+        return options
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig(EncoderSettings):
+    """Which encoder makes the units, and how."""
+
+    name: str = "mfcc"
 
 
 def encode_units(
@@ -39,7 +66,7 @@ def encode_units(
     song_of: Sequence[str],
     sample_rate: int,
     encoder: Encoder,
-    cfg: EncoderConfig,
+    cfg: EncoderSettings,
     resample_cfg: ResampleConfig,
 ) -> list[NDArray[np.float32]]:
     """Units of each clip, float32 (F, D), D and the frame clock being the encoder's.
@@ -49,21 +76,33 @@ def encode_units(
 
     Raises ValueError for a clip that the encoder refuses.
     """
-    import torch
-
     if len(clips) != len(song_of):
         raise ValueError(f"{len(clips)} clips, but songs for {len(song_of)}")
     units: list[NDArray[np.float32]] = []
-    wavs: list[torch.Tensor] = []
+    for wavs in groups_of_wavs(clips, sample_rate, encoder.sample_rate, resample_cfg):
+        units += [frames.numpy() for frames in encoder.encode(wavs)]
+    return _normalize(units, song_of) if cfg.normalize == "song" else units
+
+
+def groups_of_wavs(
+    clips: Sequence[Array], sample_rate: int, target_rate: int, resample_cfg: ResampleConfig
+) -> Iterator[list[Tensor]]:
+    """Clips (T,) at `target_rate`, in order, about ten minutes of audio at a time.
+
+    A clip that resamples to nothing is one sample of silence.
+    """
+    import torch
+
+    wavs: list[Tensor] = []
     for clip in clips:
-        wav = resample(clip, sample_rate, encoder.sample_rate, resample_cfg)
+        wav = resample(clip, sample_rate, target_rate, resample_cfg)
         # A clip of two samples may resample to none.
         wavs.append(torch.tensor(wav if len(wav) else np.zeros(1), dtype=torch.float32))
-        if sum(map(len, wavs)) > _GROUP_S * encoder.sample_rate:  # bounds what a long song holds
-            units += [frames.numpy() for frames in encoder.encode(wavs)]
-            wavs.clear()
-    units += [frames.numpy() for frames in encoder.encode(wavs)]
-    return _normalize(units, song_of) if cfg.normalize == "song" else units
+        if sum(map(len, wavs)) > _GROUP_S * target_rate:  # bounds what a long song holds
+            yield wavs
+            wavs = []
+    if wavs:
+        yield wavs
 
 
 def _normalize(
@@ -107,3 +146,20 @@ def unpack_units(data: bytes, dim: int) -> NDArray[np.float32]:
     if dim < 1 or len(data) % (2 * dim):
         raise ValueError(f"{len(data)} bytes are no float16 frames of width {dim}")
     return np.frombuffer(data, dtype="<f2").reshape(-1, dim).astype(np.float32)
+
+
+def pack_ids(ids: NDArray[np.integer[Any]]) -> bytes:
+    """(F,) ids of a codebook's centres as they lie in a shard: int16 little-endian.
+
+    Raises OverflowError for an id that int16 cannot hold.
+    """
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) <= 32767:
+        raise OverflowError(f"ids from {ids.min()} to {ids.max()}; a shard stores 0 to 32767")
+    return ids.astype("<i2").tobytes()
+
+
+def unpack_ids(data: bytes) -> NDArray[np.int16]:
+    """What `pack_ids` packed: int16 (F,). ValueError for an odd number of bytes."""
+    if len(data) % 2:
+        raise ValueError(f"{len(data)} bytes are no int16 ids")
+    return np.frombuffer(data, dtype="<i2").astype(np.int16)

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from models.encoders import ENCODERS, load_encoder
+from models.encoders import load_encoder
 from stages.resample import ResampleConfig, resample
 from stages.types import Array
 from stages.units import EncoderConfig, encode_units, pack_units, unpack_units
 
 RATE = 44100
+WEIGHTLESS = ["log-mel", "mfcc"]
 
 
 def noise(num_samples: int, seed: int, level: float = 0.1) -> Array:
@@ -32,7 +33,7 @@ def encode(
     return encode_units(clips, song_of, RATE, load_encoder(name), cfg, ResampleConfig())
 
 
-@pytest.mark.parametrize("name", sorted(ENCODERS))
+@pytest.mark.parametrize("name", WEIGHTLESS)
 def test_units_are_those_of_the_resampled_clip(name: str) -> None:
     encoder = load_encoder(name)
     clips = [noise(RATE, 1), noise(2 * RATE + 77, 2)]
@@ -44,7 +45,7 @@ def test_units_are_those_of_the_resampled_clip(name: str) -> None:
         np.testing.assert_array_equal(frames, expected)
 
 
-@pytest.mark.parametrize("name", sorted(ENCODERS))
+@pytest.mark.parametrize("name", WEIGHTLESS)
 def test_a_tone_at_20_khz_is_as_good_as_silence(name: str) -> None:
     tone = (0.5 * np.sin(2 * np.pi * 20000 / RATE * np.arange(RATE))).astype(np.float32)
     heard, silence = encode([tone, np.zeros(RATE, np.float32)], ["a", "b"], name)

@@ -1,0 +1,85 @@
+"""The files of weights that a run reads: checkpoints and codebooks, known by their content."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A file, or a folder of files, as it was when the run began.
+
+    size: bytes. mtime_ns: of the youngest file.
+    """
+
+    path: str
+    sha256: str
+    size: int
+    mtime_ns: int
+
+
+def read_weights(
+    paths: Mapping[str, str], known: Mapping[str, Weights] | None = None
+) -> dict[str, Weights]:
+    """Weights by the key that names their path, each path hashed once. Imports torch.
+
+    known: those that need not be there, because what they made is taken over.
+    Raises: UserError naming the key and what cannot be read.
+    """
+    found = dict(known or {})
+    if not paths.keys() - found.keys():
+        return found
+    from models.checkpoint import CheckpointError, sha256_of  # torch takes seconds to import
+
+    read: dict[str, Weights] = {}
+    for key in paths.keys() - found.keys():
+        path = paths[key]
+        try:
+            if path not in read:
+                size, mtime_ns = size_and_mtime(path)
+                read[path] = Weights(path, sha256_of(path), size, mtime_ns)
+        except FileNotFoundError as error:
+            raise UserError(f"{key}: there is no file or folder {path}") from error
+        except CheckpointError as error:
+            raise UserError(f"{key}: {error}") from error
+        except OSError as error:
+            raise UserError(f"{key}: cannot read {path}: {error.strerror or error}") from error
+        found[key] = read[path]
+    return found
+
+
+def size_and_mtime(path: str) -> tuple[int, int]:
+    """Bytes, and when the youngest changed, of a file or of all files of a folder."""
+    here = Path(path)
+    files = [file for file in here.iterdir() if file.is_file()] if here.is_dir() else [here]
+    stats = [file.stat() for file in files]
+    return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
+
+
+def require_unchanged(key: str, weights: Weights) -> None:
+    """In a worker, which may be another machine: are these the weights that the run began with?
+
+    The content is read only where size or time differ.
+    Raises: UserError.
+    """
+    from models.checkpoint import sha256_of
+
+    try:
+        seen = size_and_mtime(weights.path)
+        if seen == (weights.size, weights.mtime_ns) or (
+            seen[0] == weights.size and sha256_of(weights.path) == weights.sha256
+        ):
+            return
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"{key}: {weights.path} was there when the run began and is not there now (or not on "
+            "the machine of every worker)"
+        ) from error
+    raise UserError(
+        f"{key}: {weights.path} changed since the run began; put the file back, or extract with "
+        "the new one into a new dataset"
+    )
