@@ -1,0 +1,359 @@
+"""Training a smaller network to give what a larger one gives: DPHuBERT (Peng et al., 2023).
+
+Two phases. "prune": the student starts as the teacher with gates (`models.encoders.pruning`) and
+learns weights and gates together, while an augmented Lagrangian pulls its expected size to the
+target. Then it is pruned, and in "finetune" the dense rest learns on. In both, chosen hidden
+states of the student, through a linear projection, follow the teacher's: L1 and cosine.
+
+Axes as in `models.encoders.wav2vec2`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.encoders.pruning import GATE_KINDS, GateKind, add_gates, expected_parameters, prune
+from models.encoders.quant_noise import quant_noise
+from models.encoders.wav2vec2 import Attention, FeedForward, TransformerLayer, Wav2Vec2
+
+Phase = Literal["prune", "finetune"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """How the student is trained. The defaults are those of DPHuBERT's published recipe.
+
+    sparsity: share of the teacher's parameters (its final projection aside) to do without.
+    gates: what may be pruned.
+    layers: whose outputs are matched, 0 being what goes into the first layer; None: 0, the last,
+        and those a third and two thirds of the way up. Layer 0 has a projection of its own, the
+        others share one.
+    cosine: "raw" is minus the similarity, "log_sigmoid" DistilHuBERT's -log(sigmoid(similarity)).
+    gate_learning_rate: Adam moves a gate by about this much a step, and it has to move by about 6
+        to close. None: 0.02 as published, more in runs of less than 1500 steps.
+    multiplier_learning_rate: of the two Lagrange multipliers. None: 0.02 as published, more in runs
+        of less than 7500 steps; where it is too small the sparsity overshoots.
+    dropout, layer_drop: of the student in training, after each block and of whole layers.
+    quant_noise: share of weight blocks left out in training (`models.encoders.quant_noise`).
+
+    Learning rates rise linearly over the first `warmup` of a phase, then fall linearly to 0.
+    The target of the sparsity rises linearly over the first `sparsity_warmup` of the steps.
+    """
+
+    sparsity: float = 0.75
+    steps: int = 50_000
+    finetune_steps: int = 25_000
+    gates: tuple[GateKind, ...] = GATE_KINDS
+    layers: tuple[int, ...] | None = None
+    l1_weight: float = 1.0
+    cosine_weight: float = 1.0
+    cosine: Literal["raw", "log_sigmoid"] = "raw"
+    learning_rate: float = 2e-4
+    gate_learning_rate: float | None = None
+    multiplier_learning_rate: float | None = None
+    finetune_learning_rate: float = 1e-4
+    warmup: float = 0.3
+    sparsity_warmup: float = 0.1
+    finetune_warmup: float = 0.2
+    clip_norm: float = 10.0
+    dropout: float = 0.0
+    layer_drop: float = 0.0
+    quant_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sparsity < 1:
+            raise ValueError(f"the sparsity is {self.sparsity}; it must lie between 0 and 1")
+        if self.steps < 1 or self.finetune_steps < 0:
+            raise ValueError("there must be 1 step or more, and 0 finetuning steps or more")
+        unknown = [kind for kind in self.gates if kind not in GATE_KINDS]
+        if unknown or not self.gates:
+            raise ValueError(
+                f"the gates are {', '.join(self.gates) or 'none'}; "
+                f"there are {', '.join(GATE_KINDS)}, and one or more of them is needed"
+            )
+        if self.cosine not in ("raw", "log_sigmoid"):
+            raise ValueError(f"the cosine is {self.cosine!r}; there are raw and log_sigmoid")
+        for name in (
+            "learning_rate",
+            "gate_learning_rate",
+            "multiplier_learning_rate",
+            "finetune_learning_rate",
+        ):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+        for name in ("dropout", "layer_drop", "quant_noise"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in 0 to below 1")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step saw. sparsity: as expected from the gates (in "finetune": as it is)."""
+
+    loss: float
+    l1: float
+    cosine: float
+    sparsity: float
+    target_sparsity: float
+
+
+class Distillation:
+    """A student, its teacher, and the optimizer: all that one phase of training holds.
+
+    `step` by step for `cfg.steps` (or `finetune_steps`), then `pruned` or `finished`.
+    """
+
+    def __init__(
+        self, teacher: Wav2Vec2, student: Wav2Vec2, cfg: DistillConfig, phase: Phase
+    ) -> None:
+        """Takes `student` over: `gated_student` of the teacher, or what `pruned` gave."""
+        self.cfg, self.phase = cfg, phase
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.student = student.train()
+        self.layers = cfg.layers or default_layers(len(teacher.layers))
+        check_layers(self.layers, len(teacher.layers))
+        self.full_size = _size_without_projection(teacher)
+        device, width = teacher.projection.weight.device, teacher.config.width
+        self.projections = nn.ModuleDict({name: _identity(width) for name in ("first", "rest")}).to(
+            device
+        )
+        self.multipliers = nn.Parameter(torch.zeros(2, device=device))
+        _add_quant_noise(student, cfg.quant_noise)
+        _add_dropout(student, cfg.dropout, cfg.layer_drop)
+        self.optimizer = self._new_optimizer()
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        weights: list[nn.Parameter] = []
+        gates: list[nn.Parameter] = []
+        for name, parameter in self.student.named_parameters():
+            (gates if name.endswith("log_alpha") else weights).append(parameter)
+        rate = self.cfg.learning_rate
+        if self.phase == "finetune":
+            rate = self.cfg.finetune_learning_rate
+        groups = [{"params": [*weights, *self.projections.parameters()], "peak": rate}]
+        if self.phase == "prune":
+            steps = self.cfg.steps
+            peak = self.cfg.gate_learning_rate or max(0.02, 30 / steps)
+            betas = _betas(steps)
+            groups.append({"params": gates, "peak": peak, "betas": betas})
+            peak = self.cfg.multiplier_learning_rate or max(0.02, 150 / steps)
+            groups.append(
+                {"params": [self.multipliers], "peak": peak, "betas": betas, "maximize": True}
+            )
+        return torch.optim.AdamW(groups, lr=rate, weight_decay=0.0)
+
+    def step(self, index: int, wavs: Tensor, num_samples: list[int]) -> StepReport:
+        """Learn from one padded batch (B, T). index: of this step in its phase, from 0."""
+        cfg = self.cfg
+        total, warmup = cfg.steps, cfg.warmup
+        if self.phase == "finetune":
+            total, warmup = cfg.finetune_steps, cfg.finetune_warmup
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * rate_factor(index, total, warmup)
+
+        frames = [self.teacher.config.num_frames(n) for n in num_samples]
+        with torch.no_grad():
+            wanted = self.teacher.hidden_states(self.teacher.features(wavs, num_samples), frames)
+        given = self.student.hidden_states(self.student.features(wavs, num_samples), frames)
+        mask = torch.arange(wanted[0].shape[1]) < torch.tensor(frames)[:, None]
+        mask = mask.to(wavs.device)
+        l1, cosine = self._distances(given, wanted, mask)
+        loss = cfg.l1_weight * l1 + cfg.cosine_weight * cosine
+
+        sparsity = 1 - expected_parameters(self.student) / self.full_size
+        target = cfg.sparsity
+        penalty = torch.zeros_like(loss)
+        if self.phase == "prune":
+            target = target_sparsity(index, cfg)
+            gap = sparsity - target
+            penalty = self.multipliers[0] * gap + self.multipliers[1] * gap.square()
+        self.optimizer.zero_grad()
+        torch.autograd.backward(loss + penalty)
+        learnt = [p for group in self.optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(learnt, cfg.clip_norm)
+        self.optimizer.step()
+        loss_, l1_, cosine_, sparsity_ = torch.stack([loss, l1, cosine, sparsity]).tolist()
+        return StepReport(loss_, l1_, cosine_, sparsity_, target)
+
+    def _distances(
+        self, given: list[Tensor], wanted: list[Tensor], mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean L1 and cosine loss over the layers and the frames that are there; scalars."""
+        l1, cosine = [], []
+        for layer in self.layers:
+            projection = self.projections["first" if layer == 0 else "rest"]
+            ours, theirs = projection(given[layer][mask]), wanted[layer][mask]  # (frames, H)
+            l1.append(F.l1_loss(ours, theirs))
+            cosine.append(cosine_loss(ours, theirs, self.cfg.cosine))
+        return torch.stack(l1).mean(), torch.stack(cosine).mean()
+
+    def pruned(self) -> Wav2Vec2:
+        """The dense student that the gates leave. Raises ValueError as `prune` does."""
+        return prune(self._plain_student())
+
+    @torch.no_grad()
+    def finished(self) -> Wav2Vec2:
+        """The dense student as an encoder whose units stand for the teacher's, in their space.
+
+        Its final projection is the one that training matched the last layer through, followed by
+        the teacher's own where that has one.
+        """
+        student = self._plain_student()
+        matched = self.projections["rest"]
+        assert isinstance(matched, nn.Linear)
+        weight, bias = matched.weight, matched.bias
+        if (after := self.teacher.final_projection) is not None:
+            weight, bias = after.weight @ weight, after.weight @ bias + after.bias
+        config = dataclasses.replace(student.config, project_dim=len(bias))
+        network = Wav2Vec2(config).to(weight.device)
+        tensors = student.state_dict()
+        tensors |= {"final_projection.weight": weight, "final_projection.bias": bias}
+        network.load_state_dict(tensors)
+        return network.eval()
+
+    def _plain_student(self) -> Wav2Vec2:
+        """A copy with the gates, but without dropout and noise."""
+        student = Wav2Vec2(self.student.config)
+        if self.phase == "prune":
+            add_gates(student, self.cfg.gates)
+        noisy = ".parametrizations.weight.original"
+        tensors = self.student.state_dict()
+        student.load_state_dict({k.replace(noisy, ".weight"): t for k, t in tensors.items()})
+        return student.to(self.multipliers.device)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, apart from its batch and random numbers."""
+        tensors = {f"learnt.{name}": p.detach() for name, p in self._learnt().items()}
+        for name, parameter in self._learnt().items():
+            for kind, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{kind}.{name}"] = value
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave: a copy of it, all of its names and shapes as here."""
+        for name, parameter in self._learnt().items():
+            parameter.copy_(tensors[f"learnt.{name}"])
+            moments = {
+                kind: tensors[f"optimizer.{kind}.{name}"].to(
+                    "cpu" if kind == "step" else parameter.device, copy=True
+                )
+                for kind in ("step", "exp_avg", "exp_avg_sq")
+                if f"optimizer.{kind}.{name}" in tensors
+            }
+            if moments:
+                self.optimizer.state[parameter] = moments
+
+    def _learnt(self) -> dict[str, nn.Parameter]:
+        return {
+            **{f"student.{name}": p for name, p in self.student.named_parameters()},
+            **{f"projections.{name}": p for name, p in self.projections.named_parameters()},
+            "multipliers": self.multipliers,
+        }
+
+
+def gated_student(teacher: Wav2Vec2, cfg: DistillConfig) -> Wav2Vec2:
+    """The teacher's copy with gates, without its final projection. Draws the gates' start.
+
+    Raises ValueError where no choice of gates gives `cfg.sparsity`.
+    """
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    student.final_projection = None
+    student.config = dataclasses.replace(student.config, project_dim=None)
+    add_gates(student, cfg.gates)
+    closed = copy.deepcopy(student)
+    for name, parameter in closed.named_parameters():
+        if name.endswith("log_alpha"):
+            nn.init.constant_(parameter, -30.0)
+    with torch.no_grad():
+        most = 1 - float(expected_parameters(closed)) / _size_without_projection(teacher)
+    if cfg.sparsity > 0.98 * most:
+        raise ValueError(
+            f"a sparsity of {cfg.sparsity:g} is out of reach: with everything closed that "
+            f"{', '.join(cfg.gates)} can close, it is {most:.3f}"
+        )
+    return student
+
+
+def default_layers(n_layers: int) -> tuple[int, ...]:
+    """0, the last, and those a third and two thirds of the way up: 0, 4, 8, 12 of 12."""
+    return tuple(sorted({round(n_layers * i / 3) for i in range(4)}))
+
+
+def check_layers(layers: tuple[int, ...], n_layers: int) -> None:
+    """Raises ValueError unless all are there, in order, the last one among them."""
+    if list(layers) != sorted(set(layers)) or layers[-1:] != (n_layers,) or layers[0] < 0:
+        raise ValueError(
+            f"the layers to match are {', '.join(map(str, layers))}; they must rise from 0 or more "
+            f"to the last one, {n_layers}"
+        )
+
+
+def target_sparsity(index: int, cfg: DistillConfig) -> float:
+    """The target at step `index` of phase "prune": rises linearly, then stays."""
+    return cfg.sparsity * min(1.0, index / max(1.0, cfg.sparsity_warmup * cfg.steps))
+
+
+def rate_factor(index: int, total: int, warmup: float) -> float:
+    """What a learning rate is multiplied by: linear from 0 to 1, linear to 0 after step `total`."""
+    rising = max(1.0, warmup * total)
+    return min((index + 1) / rising, max(0.0, (total - index) / max(1.0, total - rising)))
+
+
+def cosine_loss(ours: Tensor, theirs: Tensor, kind: Literal["raw", "log_sigmoid"]) -> Tensor:
+    """(N, H) against (N, H): smallest where all point the same way. A scalar."""
+    similarity = F.cosine_similarity(ours, theirs, dim=-1)
+    return -(similarity if kind == "raw" else F.logsigmoid(similarity)).mean()
+
+
+def _betas(steps: int) -> tuple[float, float]:
+    """Adam's memory for gates and multipliers: 10 and 1000 of 50 000 steps, as published.
+
+    In a shorter run it is shorter, or closed gates would remember the pull that closed them to the
+    end, and the sparsity would overshoot.
+    """
+    share = steps / 50_000
+    first, second = max(2.0, min(1.0, share) * 10), max(10.0, min(1.0, share) * 1000)
+    return 1 - 1 / first, 1 - 1 / second
+
+
+def _size_without_projection(network: Wav2Vec2) -> int:
+    return sum(
+        p.numel() for n, p in network.named_parameters() if not n.startswith("final_projection.")
+    )
+
+
+def _identity(width: int) -> nn.Linear:
+    linear = nn.Linear(width, width)
+    nn.init.eye_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _add_quant_noise(network: Wav2Vec2, share: float) -> None:
+    for module in [m for m in network.layers.modules() if isinstance(m, nn.Linear)]:
+        quant_noise(module, share, 8 if module.in_features % 8 == 0 else 1)
+
+
+def _add_dropout(network: Wav2Vec2, dropout: float, layer_drop: float) -> None:
+    """Drop values after each block, and whole layers, whenever `network` is in training."""
+
+    def drop_values(module: nn.Module, _: object, out: Tensor) -> Tensor:
+        return F.dropout(out, dropout, module.training)
+
+    def drop_layer(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        return args[0] if module.training and torch.rand(()) < layer_drop else out
+
+    for module in network.layers.modules():
+        if dropout and isinstance(module, Attention | FeedForward):
+            module.register_forward_hook(drop_values)
+        if layer_drop and isinstance(module, TransformerLayer):
+            module.register_forward_hook(drop_layer)
