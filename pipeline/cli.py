@@ -272,6 +272,58 @@ def index(
     show_indexes(console, make_indexes(dataset, out, options, console), out)
 
 
+@app.command()
+def purity(
+    dataset: Annotated[Path, typer.Argument(help="Dataset folder.", show_default=False)],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Folder of an x-vector model, where DATASET holds no x-vectors."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda; with --checkpoint.")] = "auto",
+) -> None:
+    """Write DATASET/purity.parquet: how near each clip is to its speaker's other clips."""
+    from pipeline.purity import measure_purity, show_purity
+
+    if checkpoint is not None:
+        import torch
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # one process, and it computes alone
+    console = _console()
+    show_purity(console, measure_purity(dataset, console, checkpoint, device), dataset)
+
+
+@app.command()
+def fetch_encoder(
+    name: Annotated[str, typer.Argument(help="A name of --list.", show_default=False)] = "",
+    to: Annotated[Path, typer.Option(help="Folder to put it into.")] = Path("checkpoints"),
+    sha256: Annotated[str | None, typer.Option(help="The SHA-256 that the file must have.")] = None,
+    accept_first: Annotated[
+        bool,
+        typer.Option(
+            "--accept-first", help="Where no SHA-256 is known: record that of what comes."
+        ),
+    ] = False,
+    url: Annotated[str | None, typer.Option(help="Another address, http(s), of the file.")] = None,
+    list_known: Annotated[bool, typer.Option("--list", help="Say what can be fetched.")] = False,
+) -> None:
+    """Download a checkpoint. No other command uses the network."""
+    from pipeline.fetch import FetchOptions, show_checkpoints, show_use
+    from pipeline.fetch import fetch_encoder as fetch
+
+    console = _console()
+    if list_known:
+        show_checkpoints(console)
+        return
+    if not name:
+        raise UserError("name a checkpoint; fetch-encoder --list says which there are")
+    options = FetchOptions(to=to, sha256=sha256, accept_first=accept_first, url=url)
+    try:
+        path = fetch(name, options, console)
+    except KeyboardInterrupt as error:
+        raise Interrupted from error
+    show_use(console, name, path)
+
+
 def main() -> None:
     """Run the command line; faults become one sentence on stderr and an exit status.
 

@@ -58,6 +58,18 @@ def dataset(corpus: Path, tmp_path_factory: pytest.TempPathFactory, run_extract:
     return folder
 
 
+@pytest.fixture(scope="session")
+def rated_dataset(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset with x-vectors and purity.parquet; not to be written to."""
+    from pipeline.purity import measure_purity
+    from tests.pipeline.xvectors import put_xvectors
+
+    folder = Path(shutil.copytree(dataset, tmp_path_factory.mktemp("rated") / "dataset"))
+    put_xvectors(folder)
+    measure_purity(folder, Console(file=io.StringIO()))
+    return folder
+
+
 @pytest.fixture
 def writable_corpus(corpus: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(corpus, tmp_path / "corpus"))
