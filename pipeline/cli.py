@@ -293,6 +293,114 @@ def purity(
 
 
 @app.command()
+def convert_encoder(
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="Checkpoint file or folder.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Argument(help="File to write, .safetensors.", show_default=False)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, or float16 for half the size.")] = "float32",
+    describe: Annotated[
+        bool, typer.Option("--print", help="Say what IN is; OUT can be left out.")
+    ] = False,
+) -> None:
+    """Write the encoder in IN as safetensors with its configuration, which load faster."""
+    if out is None and not describe:
+        raise UserError("name a file OUT to write, or --print to see what IN is")
+    from pipeline import convert_encoder as module
+
+    console = _console()
+    if describe:
+        module.show(console, module.describe(source))
+    if out is not None:
+        module.convert(source, out, dtype)
+        console.print(f"written to {escape(str(out))}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def distill(
+    dataset: Annotated[Path, typer.Argument(help="Dataset folder.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="File to write.", metavar="OUT.safetensors")],
+    teacher: Annotated[str, typer.Option(help="Encoder to follow, by name.", show_default=False)],
+    teacher_checkpoint: Annotated[
+        Path, typer.Option(help="Its weights: file or folder.", show_default=False)
+    ],
+    sparsity: Annotated[float, typer.Option(help="Share of parameters to do without.")] = 0.75,
+    steps: Annotated[int, typer.Option(help="Steps while pruning.")] = 50_000,
+    finetune_steps: Annotated[int, typer.Option(help="Steps of the dense student after.")] = 25_000,
+    batch: Annotated[int, typer.Option(help="Clips in a step.")] = 8,
+    crop_seconds: Annotated[float, typer.Option(help="Longest stretch of a clip.")] = 10.0,
+    learning_rate: Annotated[float, typer.Option(help="Of the weights.")] = 2e-4,
+    finetune_learning_rate: Annotated[float, typer.Option(help="Of the dense student.")] = 1e-4,
+    gate_learning_rate: Annotated[
+        float | None, typer.Option(help="Of the gates; default: 0.02, or 30 / steps if larger.")
+    ] = None,
+    multiplier_learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Of the multipliers; default: 0.02, or 150 / steps if larger."),
+    ] = None,
+    gates: Annotated[
+        str, typer.Option(help="What may be pruned.")
+    ] = "stem,heads,attention,inner,feed_forward",
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to match; default: four of them, 0,4,8,12 of 12.")
+    ] = None,
+    cosine: Annotated[str, typer.Option(help="Cosine loss: raw or log_sigmoid.")] = "raw",
+    dropout: Annotated[float, typer.Option(help="Of the student, in training.")] = 0.0,
+    layer_drop: Annotated[float, typer.Option(help="Whole layers left out, in training.")] = 0.0,
+    quant_noise: Annotated[float, typer.Option(help="Weight blocks left out, in training.")] = 0.0,
+    split: Annotated[str, typer.Option(help="Split of the dataset to train on.")] = "train",
+    save_every: Annotated[int, typer.Option(help="Steps between states on disk.")] = 200,
+    seed: Annotated[int, typer.Option(help="Same seed, same student.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Train a smaller encoder that follows a large one on the clips of DATASET.
+
+    The student is used as encoder.name=dphubert encoder.checkpoint=OUT.safetensors. Run the same
+    command again to go on after a stop; what it reached is in the folder OUT.safetensors.run.
+    """
+    import torch
+
+    from pipeline.distill import DistillOptions, numbers, show_outcome, training_config
+    from pipeline.distill import distill as run
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # one process, and it computes alone
+    training = training_config(
+        sparsity=sparsity,
+        steps=steps,
+        finetune_steps=finetune_steps,
+        gates=tuple(gates.split(",")),
+        layers=None if layers is None else numbers("--layers", layers),
+        cosine=cosine,
+        learning_rate=learning_rate,
+        gate_learning_rate=gate_learning_rate,
+        multiplier_learning_rate=multiplier_learning_rate,
+        finetune_learning_rate=finetune_learning_rate,
+        dropout=dropout,
+        layer_drop=layer_drop,
+        quant_noise=quant_noise,
+    )
+    options = DistillOptions(
+        teacher=teacher,
+        teacher_checkpoint=teacher_checkpoint,
+        training=training,
+        split=split,
+        batch=batch,
+        crop_s=crop_seconds,
+        save_every=save_every,
+        seed=seed,
+        device=device,
+    )
+    console = _console()
+    try:
+        outcome = run(dataset, out, options, console)
+    except KeyboardInterrupt as error:
+        raise Interrupted from error
+    show_outcome(console, outcome, out)
+
+
+@app.command()
 def fetch_encoder(
     name: Annotated[str, typer.Argument(help="A name of --list.", show_default=False)] = "",
     to: Annotated[Path, typer.Option(help="Folder to put it into.")] = Path("checkpoints"),

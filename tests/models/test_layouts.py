@@ -490,13 +490,33 @@ def test_our_format_in_half_precision_loads_as_float32(tmp_path: Path) -> None:
     assert {t.dtype for t in tensors.values()} == {torch.float32}
 
 
-def test_a_layer_beyond_the_wanted_one_is_not_read(tmp_path: Path) -> None:
-    """Damage there goes unnoticed, and the taken tensors outlive the file."""
-    save_checkpoint(read_checkpoint(GOLDEN / "tiny_hubert_base.pt"), tmp_path / "a.safetensors")
-    config, tensors = read_checkpoint(tmp_path / "a.safetensors").take(1)
+@pytest.mark.parametrize("file", ["a.pt", "a.safetensors"])
+def test_layers_beyond_the_wanted_one_are_not_read(file: str, tmp_path: Path) -> None:
+    """The file may be replaced, and its weights written to, once it is open."""
+    source = GOLDEN / "tiny_hubert_base.pt"
+    if file == "a.pt":
+        shutil.copy(source, tmp_path / file)
+    else:
+        save_checkpoint(read_checkpoint(source), tmp_path / file)
+    config, tensors = read_checkpoint(tmp_path / file).take(1)
     assert len(config.layers) == 1 and not any(name.startswith("layers.1") for name in tensors)
-    with (tmp_path / "a.safetensors").open("r+b") as file:
-        file.seek(5000)
-        file.write(b"\xff" * 1000)
-    _, again = read_checkpoint(GOLDEN / "tiny_hubert_base.pt").take(1)
-    assert all(torch.equal(t, again[name]) for name, t in tensors.items())
+    save_checkpoint(read_checkpoint(GOLDEN / "tiny_wavlm.pt"), tmp_path / file)
+    _, expected = read_checkpoint(source).take(1)
+    assert all(torch.equal(t, expected[name]) for name, t in tensors.items())
+    tensors["projection.bias"].zero_()
+    assert read_checkpoint(tmp_path / file).take()[1]["projection.bias"].any()
+
+
+def test_what_is_not_taken_is_not_brought_into_memory(tmp_path: Path) -> None:
+    smaps = Path("/proc/self/smaps")
+    if not smaps.is_file():
+        pytest.skip("memory maps are listed on Linux alone")
+    content = base() | {"last_optimizer_state": torch.zeros(16_000_000)}  # 64 MB
+    path = tmp_path / "a.pt"
+    torch.save({key: content[key] for key in ("cfg", "model", "last_optimizer_state")}, path)
+    checkpoint = read_checkpoint(path)
+    checkpoint.take(1)
+    lines = smaps.read_text().splitlines()
+    (at,) = (i for i, line in enumerate(lines) if line.endswith(str(path)))
+    resident = next(line for line in lines[at:] if line.startswith("Rss:"))
+    assert int(resident.split()[1]) < 4000  # kB

@@ -13,7 +13,9 @@ Every key must be there, have its shape, and be known.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +35,7 @@ from models.encoders.layouts import stated
 from models.encoders.layouts.kinds import (
     FAMILIES,
     NAMES,
+    WHISPER,
     Family,
     fits,
     names_for,
@@ -51,7 +54,14 @@ from models.encoders.layouts.names import (
 from models.encoders.layouts.stated import Stated
 from models.encoders.wav2vec2 import LayerShape, RelativeBias, Wav2Vec2, Wav2Vec2Config
 
-__all__ = ["Checkpoint", "checkpoint_of", "read_checkpoint", "read_encoder", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "checkpoint_of",
+    "is_whisper",
+    "read_checkpoint",
+    "read_encoder",
+    "save_checkpoint",
+]
 
 _HEAD_DIM = 64  # of every published network
 _WRAPPERS = ("model", "state_dict", "hubert", "model_state_dict", "weight")
@@ -77,10 +87,18 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     keys: Mapping[str, str]
 
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole network, the weight norm folded."""
+        return sum(math.prod(shape) for _, shape in _shapes(self.config))
+
     def take(
         self, layers: int | None = None, *, project: bool = False, normalize_wav: bool | None = None
     ) -> tuple[Wav2Vec2Config, dict[str, Tensor]]:
         """Shapes and float32 state dict of the network up to a layer; the rest is not read.
+
+        Copies, except for float32 tensors of our own format: those stay views of the mapped file,
+        so that loading costs nothing until they are used. They may be written to.
 
         layers: units leave after so many of them, or after the last if there are fewer, without the
         final norm; None: after all and the norm. project: through the final projection.
@@ -100,7 +118,8 @@ class Checkpoint:
         return config, {name: self._tensor(name, shape) for name, shape in _shapes(config)}
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        parts = [self.tensors[part].to(torch.float32, copy=True) for part in self._parts(name)]
+        copy = self.layout is not OURS
+        parts = [self.tensors[part].to(torch.float32, copy=copy) for part in self._parts(name)]
         if name == "position.conv.weight" and len(parts) == 2:
             direction, size = parts
             return torch._weight_norm(direction, size, 2)
@@ -123,6 +142,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if path.is_dir() and (what := stranger_by_config(config_json)):
         raise CheckpointError(f"{path} seems to be {what}")
     return checkpoint_of(path, content, config_json, _json_beside(path, "preprocessor_config.json"))
+
+
+def is_whisper(path: str | Path) -> bool:
+    """Whether a file or folder holds a Whisper, which `models.encoders.whisper` reads."""
+    content, metadata = _content(Path(path))
+    if _HEADER in metadata:
+        return '"kind": "whisper"' in metadata[_HEADER]
+    return stranger(_unwrapped(content)) == WHISPER
 
 
 def checkpoint_of(
@@ -455,11 +482,12 @@ def _config_of(fields: dict[str, Any]) -> Wav2Vec2Config:
     )
 
 
-def _shapes(config: Wav2Vec2Config) -> list[tuple[str, tuple[int, ...]]]:
+@functools.lru_cache(maxsize=8)
+def _shapes(config: Wav2Vec2Config) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Every parameter of the network and its shape."""
     with torch.device("meta"):
         state = Wav2Vec2(config).state_dict()
-    return [(name, tuple(tensor.shape)) for name, tensor in state.items()]
+    return tuple((name, tuple(tensor.shape)) for name, tensor in state.items())
 
 
 def _parts_of(name: str) -> list[str]:

@@ -70,11 +70,13 @@ def names_for(family: Family, width: int) -> list[str]:
     return [name for name, what in NAMES.items() if fits(what, family, width)]
 
 
+WHISPER = "a Whisper, for whisper-ppg or whisper-ppg-large"
+
 # A key that only such files have (at its start), and what they are.
 _STRANGERS = (
-    ("encoder.blocks.0.attn.query", "a Whisper, for whisper-ppg or whisper-ppg-large"),
-    ("encoder.embed_positions", "a Whisper, for whisper-ppg or whisper-ppg-large"),
-    ("model.encoder.embed_positions", "a Whisper, for whisper-ppg or whisper-ppg-large"),
+    ("encoder.blocks.0.attn.query", WHISPER),
+    ("encoder.embed_positions", WHISPER),
+    ("model.encoder.embed_positions", WHISPER),
     ("quantizer.", "a wav2vec 2.0 in pre-training, which is no encoder here"),
     ("enc_p.", "a voice model (so-vits-svc's G_*.pth or RVC's), not an encoder"),
     ("enc_q.", "a voice model (so-vits-svc's G_*.pth or RVC's), not an encoder"),
@@ -108,5 +110,5 @@ def stranger_by_config(config: Mapping[str, Any]) -> str | None:
     if kind in (None, "hubert", "wavlm"):
         return None
     if kind == "whisper":
-        return "a Whisper, for whisper-ppg or whisper-ppg-large"
+        return WHISPER
     return f"a Hugging Face model of type {kind}, which is no encoder here"
