@@ -150,13 +150,13 @@ def weight_files(path: str | os.PathLike[str]) -> list[Path]:
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """SHA-256 in hex: of a file; of a folder, over its config.json and weight files by name."""
+    """SHA-256 in hex: of a file; of a folder, over its configuration and weight files by name."""
     path = Path(path)
     if not path.is_dir():
         return _file_sha256(path)
     weights = {p.name for end in ("*.safetensors", "*.bin", "*.index.json") for p in path.glob(end)}
     total = hashlib.sha256()
-    for name in sorted(weights | {"config.json"}):
+    for name in sorted(weights | {"config.json", "preprocessor_config.json"}):
         if (path / name).is_file():
             total.update(f"{name} {_file_sha256(path / name)}\n".encode())
     return total.hexdigest()

@@ -47,8 +47,8 @@ _HOSTILE = frozenset(
     "ftplib smtplib telnetlib operator _operator types.CodeType types.FunctionType "
     "functools.reduce itertools.starmap io.open _io.open "
     "torch.load torch.hub torch.jit torch.fx torch.package torch.compile torch.library "
-    "torch.serialization.load torch.storage._load_from_bytes torch.utils torch._inductor "
-    "torch._dynamo torch.onnx torch.multiprocessing "
+    "torch.serialization.load torch.storage._load_from_bytes torch._inductor "
+    "torch._dynamo torch.onnx torch.multiprocessing torch.utils.cpp_extension "
     "numpy.load numpy.fromfile numpy.memmap numpy.testing numpy.f2py numpy.distutils "
     "numpy.ctypeslib".split()
 )

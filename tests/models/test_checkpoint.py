@@ -399,6 +399,9 @@ def test_sha256_is_of_the_content_not_of_the_path(tmp_path: Path) -> None:
     assert len(sha256_of(tmp_path / "one")) == 64
     (tmp_path / "two" / "model.safetensors").write_bytes(b"others")
     assert sha256_of(tmp_path / "one") != sha256_of(tmp_path / "two")
+    one = sha256_of(tmp_path / "one")
+    (tmp_path / "one" / "preprocessor_config.json").write_text('{"do_normalize": true}')
+    assert sha256_of(tmp_path / "one") != one
     empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     (tmp_path / "empty").touch()
     assert sha256_of(tmp_path / "empty") == empty
