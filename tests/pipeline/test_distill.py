@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -34,6 +33,14 @@ TRAINING = DistillConfig(
     finetune_learning_rate=1e-3,
 )
 
+# The command takes as many threads as it may use cores.
+ON_ONE_CORE = """
+import os
+from pipeline.cli import main
+os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
+main()
+"""
+
 
 @pytest.fixture(scope="module")
 def options(golden: Path) -> DistillOptions:
@@ -52,9 +59,10 @@ def run(dataset: Path, out: Path, options: DistillOptions) -> DistillOutcome:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def threads_of_the_command() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """As in the processes that are killed: the number of threads changes last bits."""
     before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -106,7 +114,7 @@ def test_killed_run_goes_on_to_the_same_student(
 ) -> None:
     out = tmp_path / "student.safetensors"
     training = options.training
-    command = [sys.executable, str(ROOT / "run_pipeline.py"), "distill", str(dataset), str(out)]
+    command = [sys.executable, "-c", ON_ONE_CORE, "distill", str(dataset), str(out)]
     for option, value in {
         "teacher": options.teacher,
         "teacher-checkpoint": options.teacher_checkpoint,
@@ -137,7 +145,9 @@ def test_killed_run_goes_on_to_the_same_student(
 
 
 def kill_once_there(file: Path, command: list[str]) -> None:
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as child:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as child:
         while not file.exists() and child.poll() is None:
             time.sleep(0.01)
         child.send_signal(signal.SIGKILL)
