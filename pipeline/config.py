@@ -181,8 +181,13 @@ def check_encoders(
             load_encoder(encoder.name, encoder.checkpoint, "cpu", **encoder.options())
         if local:
             _require_cuda(section, encoder.device)
-    if local and config.xvector.checkpoint is not None:
-        _require_cuda("xvector", config.xvector.device)
+    if config.xvector.checkpoint is not None and "xvector" not in taken_over:
+        from models.encoders.xvector import load_xvector
+
+        with naming("xvector.checkpoint"):
+            load_xvector(config.xvector.checkpoint)
+        if local:
+            _require_cuda("xvector", config.xvector.device)
 
 
 def _require_cuda(section: str, device: str) -> None:

@@ -165,8 +165,9 @@ def _believable_minutes(task: Task) -> float:
 
 
 def models_gb(weights: Mapping[str, Weights]) -> float:
-    """What the models add to a worker that makes units."""
-    sizes = [file.size for key, file in weights.items() if key.endswith(".checkpoint")]
+    """What the models add to a worker that makes units and x-vectors."""
+    keys = [key for key in weights if key.endswith(".checkpoint") and not key.startswith("f0.")]
+    sizes = [weights[key].size for key in keys]
     return sum(_GB_PER_CHECKPOINT_GB * size / 2**30 + _BATCH_GB for size in sizes)
 
 

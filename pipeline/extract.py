@@ -290,7 +290,7 @@ def _remove_dataset(dataset: Path) -> None:
     for name in ("data", "plan", ".tmp"):
         if (dataset / name).exists():
             shutil.rmtree(dataset / name)
-    for name in ("README.md", "report.html", "dataset.json"):  # the last one says: this is ours
+    for name in ("README.md", "report.html", "purity.parquet", "dataset.json"):  # the last one says: this is ours
         (dataset / name).unlink(missing_ok=True)
 
 

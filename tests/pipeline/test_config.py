@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,7 @@ def test_default_yaml_names_exactly_the_keys_and_defaults() -> None:
     assert {f"{s}.{k}": v for s, keys in written.items() for k, v in keys.items()} == flatten(
         ExtractConfig()
     )
+    assert written.keys() == {field.name for field in dataclasses.fields(ExtractConfig)}
 
 
 def test_every_line_of_default_yaml_that_sets_a_key_has_a_comment() -> None:
@@ -67,6 +71,13 @@ def test_printed_settings_read_back(tmp_path: Path) -> None:
         ("workers.object_store_gb=inf", "workers.object_store_gb is inf"),
         ("f0.checkpoint=${oc.env:HOME}", "interpolation"),
         ("f0.f0_min='???'", "f0.f0_min is '...'; give it a value"),
+        ("encoder.dtype=float64", "encoder.dtype"),
+        ("encoders.log-mel.normalise=song", "did you mean 'encoders.log-mel.normalize'"),
+        ("encoders.log-mel.name=mfcc", "unknown key 'encoders.log-mel.name'"),
+        ("encoders.log-mel.int8=perhaps", "encoders.log-mel.int8"),
+        ("encoders.log-mel=3", "'encoders.log-mel' must hold keys, not 3"),
+        ("encoders.mfcc={}", "mfcc is named twice, by encoder.name and by encoders.mfcc"),
+        ("encoders.log-mel.checkpoint=${oc.env:HOME}", "interpolation"),
         ("f0.method", "section.key=value"),
         ("method=dio", "section.key=value"),
     ],
@@ -82,6 +93,59 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("f0:\n  method: dio\n  method: praat\n")
     with pytest.raises(UserError, match="method"):
         load_config(tmp_path / "x.yaml")
+
+
+def test_further_encoders_are_named_by_their_section(tmp_path: Path) -> None:
+    words = ["encoders.whisper-ppg.checkpoint=medium.pt", "encoders.log-mel={}"]
+    config = load_config(None, [*words, "encoders.log-mel.normalize=song"])
+    assert list(config.all_encoders) == ["encoder", "encoders.log-mel", "encoders.whisper-ppg"]
+    assert [e.name for e in config.all_encoders.values()] == ["mfcc", "log-mel", "whisper-ppg"]
+    assert config.all_encoders["encoders.log-mel"].normalize == "song"
+    assert config.weight_paths == {"encoders.whisper-ppg.checkpoint": "medium.pt"}
+    (tmp_path / "x.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "x.yaml") == config
+    assert list(load_config(tmp_path / "x.yaml", ["encoders.log-mel=null"]).encoders) == [
+        "whisper-ppg"
+    ]
+    (tmp_path / "y.yaml").write_text("encoders:\n  log-mel:\n")
+    with pytest.raises(UserError, match=r"encoders\.log-mel is empty; write \{\}"):
+        load_config(tmp_path / "y.yaml")
+    (tmp_path / "z.yaml").write_text("encoders: [log-mel]\n")
+    with pytest.raises(UserError, match=r"'encoders' must hold"):
+        load_config(tmp_path / "z.yaml")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["encoders.log-mel={normalize: song}", "encoders.log-mel.normalize=none"],
+        ["encoders.log-mel.normalize=song", "encoders.log-mel={normalize: none}"],
+        ["encoders.log-mel=null", "encoders.log-mel.normalize=none"],
+    ],
+)
+def test_a_setting_of_a_further_encoder_given_twice_is_refused(overrides: list[str]) -> None:
+    with pytest.raises(UserError, match="gives again what another setting gives"):
+        load_config(None, overrides)
+
+
+def test_settings_over_those_of_another_run() -> None:
+    base = dataclasses.asdict(
+        load_config(None, ["encoder.name=log-mel", "encoder.normalize=song", "f0.method=dio"])
+    )
+    same = load_config(None, ["encoder.device=cpu"], base)
+    assert (same.encoder.name, same.encoder.normalize, same.f0.method) == ("log-mel", "song", "dio")
+    other = load_config(None, ["encoder.name=mfcc"], base)
+    assert (other.encoder.name, other.encoder.normalize) == ("mfcc", "none")
+    assert base["encoder"]["name"] == "log-mel"
+
+
+def test_reading_settings_does_not_import_torch() -> None:
+    code = (
+        "import sys; from pipeline.config import load_config, fingerprinted;"
+        "fingerprinted(load_config(None, ['encoders.log-mel={}']));"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=CONFIGS.parent)
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
@@ -105,6 +169,19 @@ def test_fingerprint_is_of_what_changes_the_output() -> None:
     assert not changed("plan.task_minutes=3")
     assert not changed("encoder.device=cpu")
     assert not changed("decode.timeout_s=77")
+    assert changed("encoder.int8=true")
+    assert changed("encoder.normalize_wav=false")
+    assert changed("encoders.log-mel={}")
+    assert not changed("encoder.dtype=float16")
+    assert not changed("xvector.device=cpu")
+    with_log_mel = fingerprinted(load_config(None, ["encoders.log-mel={}"]))
+    assert with_log_mel == fingerprinted(load_config(None, ["encoders.log-mel.dtype=float16"]))
+    assert with_log_mel["encoders.log-mel.normalize"] == "none"
+
+
+def test_a_setting_that_came_later_leaves_older_fingerprints_as_they_were() -> None:
+    keys = {key for key in fingerprinted(ExtractConfig()) if key.startswith("enc")}
+    assert keys == {"encoder.name", "encoder.normalize"}
 
 
 def test_a_checkpoint_counts_by_its_content(tmp_path: Path) -> None:

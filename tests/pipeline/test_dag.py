@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from pipeline.errors import StorageFault, UserError
 from pipeline.plan import PlannedSong, Task
 from pipeline.rounds import Session, Work, run_rounds
 from pipeline.shards import iter_shards
-from pipeline.workers import COMMITTED, STORAGE, TaskResult
+from pipeline.weights import Weights
+from pipeline.workers import COMMITTED, REFUSED, STORAGE, TaskResult
 from tests.pipeline.conftest import Extract, shard_hashes
 
 GB = 2**30
@@ -50,6 +52,54 @@ def test_a_gpu_worker_takes_a_cpu_from_the_pool() -> None:
     assert (pools.cpu, pools.gpu) == (14, 2)
     on_cpu = load_config(None, ["encoder.device=cpu"])
     assert plan_pools([node(8, gpus=2)], tasks(100), on_cpu).gpu == 0
+
+
+def weights(gb: float, key: str = "encoder.checkpoint") -> dict[str, Weights]:
+    return {key: Weights("hubert.pt", "", int(gb * GB), 0)}
+
+
+def test_a_model_takes_memory_where_units_are_made() -> None:
+    config, model = load_config(), weights(1.0)
+    alone = plan_pools([node(8)], tasks(100), config)
+    with_model = plan_pools([node(8)], tasks(100), config, model)
+    assert (with_model.memory - alone.memory) / GB == pytest.approx(2.1, abs=0.01)
+    assert plan_pools([node(8)], tasks(100), config, weights(1, "f0.checkpoint")) == alone
+    on_gpu = plan_pools([node(8, gpus=1)], tasks(100), config, model)
+    assert (on_gpu.memory, on_gpu.gpu_memory) == (alone.memory, with_model.memory)
+    with pytest.raises(UserError, match=r"its models take 67\.0 GB"):
+        plan_pools([node(8)], tasks(100), config, weights(60))
+
+
+def test_workers_that_do_not_all_fit_are_fewer_and_have_more_threads() -> None:
+    config = load_config()  # 0.82 + 1.1 + 1 GB each
+    for memory_gb, expected in ((64, (8, 1)), (12, (4, 2)), (6, (2, 4)), (3, (1, 8))):
+        pools = plan_pools([node(8, memory_gb)], tasks(100), config, weights(1))
+        assert (pools.cpu, pools.threads) == expected
+    assert plan_pools([node(6, 6)], tasks(100), config, weights(1)).threads == 2
+    as_set = load_config(None, ["workers.cpus_per_worker=2"])
+    pools = plan_pools([node(8, 6)], tasks(100), as_set, weights(1))
+    assert (pools.cpu, pools.threads) == (2, 2)
+
+
+def test_threads_depend_neither_on_what_is_left_nor_on_a_change_of_memory() -> None:
+    config = load_config()
+    for left in (1, 3, 100):
+        assert plan_pools([node(8, 12)], tasks(left), config, weights(1)).threads == 2
+    resumed = plan_pools([node(8, 64)], tasks(9), config, weights(1), threads=2)
+    assert (resumed.cpu, resumed.threads) == (4, 2)
+    assert plan_pools([node(1)], tasks(9), config, weights(1), threads=2).threads == 1
+
+
+def test_gpus_serve_where_any_encoder_may_use_one() -> None:
+    further = ["encoder.device=cpu", "encoders.log-mel.device=auto"]
+    assert plan_pools([node(8, gpus=1)], tasks(9), load_config(None, further)).gpu == 1
+    none = ["encoder.device=cpu", "encoders.log-mel.device=cpu"]
+    assert plan_pools([node(8, gpus=1)], tasks(9), load_config(None, none)).gpu == 0
+    must = load_config(None, ["encoders.log-mel.device=cuda"])
+    with pytest.raises(UserError, match=r"encoders\.log-mel\.device is cuda, and no node"):
+        plan_pools([node(8)], tasks(9), must)
+    two = plan_pools([node(2, gpus=2)], tasks(9), load_config())
+    assert (two.cpu, two.gpu) == (1, 1)  # songs need a CPU too
 
 
 @pytest.mark.parametrize(
@@ -117,6 +167,11 @@ def test_storage_faults_are_tried_again_and_then_end_the_run() -> None:
     assert run(Rounds(FAULT, FAULT, FAULT, DONE), set()).tasks_run == 2
     with pytest.raises(StorageFault, match="the storage failed"):
         run(Rounds(FAULT, FAULT, FAULT, FAULT), set())
+
+
+def test_weights_that_a_worker_cannot_load_end_the_run_in_words() -> None:
+    with pytest.raises(UserError, match=r"^hubert\.pt changed"):
+        run(Rounds([TaskResult(1, REFUSED, detail="hubert.pt changed")]), set())
 
 
 def test_a_full_disk_ends_the_run_at_once() -> None:
@@ -206,6 +261,15 @@ def test_a_node_that_does_not_see_the_corpus_is_named(tmp_path: Path, cluster: A
     check_nodes(tmp_path, tmp_path)
     with pytest.raises(UserError, match=rf"node {here} .* does not share .*nowhere.*every node"):
         check_nodes(tmp_path, tmp_path / "nowhere")
+    checkpoint = tmp_path / "hubert.pt"
+    checkpoint.write_bytes(b"weights")
+    seen = Weights(str(checkpoint), "", 7, 0)
+    check_nodes(tmp_path, tmp_path, [seen])
+    with pytest.raises(UserError, match=rf"node {here} .*hubert\.pt has 7 bytes there and 8 here"):
+        check_nodes(tmp_path, tmp_path, [replace(seen, size=8)])
+    checkpoint.unlink()
+    with pytest.raises(UserError, match=rf"node {here} .*hubert\.pt: No such file"):
+        check_nodes(tmp_path, tmp_path, [seen])
     assert list((tmp_path / ".tmp").iterdir()) == []
 
 

@@ -27,6 +27,18 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.ray
 
 
+# Shadows the real onnxruntime and kills a worker that loads it, as the want of memory would.
+DYING_LOADER = """
+import os, signal, sys
+
+sys.path.remove(os.path.dirname(__file__))
+del sys.modules["onnxruntime"]
+import onnxruntime
+
+if any(word.startswith("ray::") for word in open("/proc/self/cmdline").read().split()):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
 # Shadows the real pyworld and dies on songs whose peak is 0.123, as a native crash would.
 CRASHING_PYWORLD = """
 import os, signal, sys
@@ -48,7 +60,11 @@ pyworld.dio = crash
 
 def start(corpus: Path, dataset: Path, *more: str, **environment: str) -> psutil.Popen:
     """The command as a user types it, in a process group of its own."""
-    command = [sys.executable, ROOT / "run_pipeline.py", "extract", corpus, dataset, *FAST, *more]
+    return start_extract(corpus, dataset, *FAST, *more, **environment)
+
+
+def start_extract(*words: object, **environment: str) -> psutil.Popen:
+    command = [sys.executable, ROOT / "run_pipeline.py", "extract", *words]
     return psutil.Popen(
         list(map(str, command)),
         stdout=subprocess.PIPE,
@@ -141,6 +157,27 @@ def test_a_kill_loses_nothing_and_doubles_nothing(
     assert verify(tmp_path / "d").problems == []
 
 
+def test_a_killed_re_extraction_loses_nothing_and_doubles_nothing(
+    dataset: Path, golden: Path, tmp_path: Path
+) -> None:
+    network = golden / "encoders" / "tiny_hubert_base.pt"
+    settings = ["f0.hop_length=441", f"encoders.contentvec768l12.checkpoint={network}"]
+
+    def run(new: Path, *more: str) -> psutil.Popen:
+        return start_extract("--from", dataset, new, *settings, *more)
+
+    local = run(tmp_path / "whole", "--local")
+    assert local.wait(240) == 0, local.stdout.read()
+    killed = run(tmp_path / "d")
+    strike(killed, tmp_path / "d", kill_everything, random.Random(2))
+    killed.communicate(timeout=240)
+    again = run(tmp_path / "d")
+    output, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, output
+    assert shard_hashes(tmp_path / "d") == shard_hashes(tmp_path / "whole")
+    assert verify(tmp_path / "d").problems == []
+
+
 def test_ctrl_c_stops_within_seconds_and_says_how_to_resume(
     corpus: Path, tmp_path: Path, expected: dict[str, str]
 ) -> None:
@@ -170,6 +207,26 @@ def test_a_song_that_kills_its_worker_is_quarantined_alone(corpus: Path, tmp_pat
     assert result.problems == []
     assert result.account.entries["spk1/killer.wav"].reason == "crashed"
     assert result.account.count("kept") == 6
+
+
+def test_a_model_that_kills_its_worker_is_blamed_and_no_song(
+    corpus: Path, golden: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "faulty").mkdir()
+    (tmp_path / "faulty" / "onnxruntime.py").write_text(DYING_LOADER)
+    network = golden / "encoders" / "vec-tiny-layer-3.onnx"
+    run = start(
+        corpus,
+        tmp_path / "d",
+        "encoder.name=contentvec768l12-onnx",
+        f"encoder.checkpoint={network}",
+        PYTHONPATH=str(tmp_path / "faulty"),
+    )
+    output, _ = run.communicate(timeout=240)
+    assert run.returncode == 2, output
+    words = " ".join(output.split())
+    assert "a worker process dies while it loads" in words and "Traceback" not in words
+    assert iter_shards(tmp_path / "d") == []
 
 
 @pytest.mark.soak
