@@ -341,7 +341,7 @@ class CpuClock(StageClock):
 
 def measure_stages(corpus: Path, config: ExtractConfig, dataset: Path) -> Measured:
     """What workers do, task by task in this process, without Ray: the same shards, in `dataset`."""
-    from pipeline.workers import CpuHalf, Job, UnitsHalf
+    from pipeline.halves import CpuHalf, Job, UnitsHalf
 
     tiny = make_tiny_corpus(dataset / "warm-up" / "corpus", 1)
     for root, folder in ((tiny, dataset / "warm-up"), (corpus, dataset)):

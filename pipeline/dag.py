@@ -30,6 +30,7 @@ import pipeline
 import stages
 from pipeline.config import ExtractConfig
 from pipeline.errors import SongBug, StorageFault, UserError
+from pipeline.halves import Job
 from pipeline.plan import Task
 from pipeline.progress import Board
 from pipeline.shards import storage_fault
@@ -37,7 +38,6 @@ from pipeline.weights import Weights, size_and_mtime
 from pipeline.workers import (
     ExtractTask,
     FinishTask,
-    Job,
     PrepareTask,
     TaskResult,
     load_models,

@@ -32,6 +32,7 @@ from pipeline.config import (
 )
 from pipeline.corpus import Corpus, Source, list_corpus
 from pipeline.errors import UserError
+from pipeline.halves import Job, TakenOver
 from pipeline.ledger import Account, take_account
 from pipeline.plan import (
     PlannedSong,
@@ -53,7 +54,6 @@ from pipeline.shards import (
     write_dataset_info,
 )
 from pipeline.weights import Weights, read_weights
-from pipeline.workers import Job, TakenOver
 from stages.errors import BadInput
 
 _LOCK_WAIT_S = 5.0
@@ -133,6 +133,7 @@ def _make(
     console: Console,
 ) -> Outcome:
     wanted = fingerprint(settings)
+    source = material.root if isinstance(material, FromDataset) else None
     if options.dry_run:
         _dry_run(dataset, settings, material, options, console)
         return Outcome()
@@ -143,7 +144,7 @@ def _make(
         material.look()
         _sweep(dataset)
         if not plan_files(dataset):
-            _write_info(dataset, config, settings, {})
+            _write_info(dataset, config, settings, {}, source)
         outcome = Outcome()
         tasks, held = _examine(dataset, wanted, outcome)
         asked = material.ask(tasks, held)
@@ -174,7 +175,7 @@ def _make(
         outcome.account, environments = _read_back(dataset, tasks)
         outcome.notices += _mixed(environments)
         if missing:
-            _write_info(dataset, config, settings, tasks)
+            _write_info(dataset, config, settings, tasks, source)
             _write_card(dataset, outcome.account)
         return outcome
 
@@ -290,7 +291,8 @@ def _remove_dataset(dataset: Path) -> None:
     for name in ("data", "plan", ".tmp"):
         if (dataset / name).exists():
             shutil.rmtree(dataset / name)
-    for name in ("README.md", "report.html", "purity.parquet", "dataset.json"):  # the last one says: this is ours
+    # The last one says: this is ours.
+    for name in ("README.md", "report.html", "purity.parquet", "dataset.json"):
         (dataset / name).unlink(missing_ok=True)
 
 
@@ -373,7 +375,7 @@ def plan_songs(
 
     A header that cannot be read gives 0 s: the song is planned, and quarantined when it is decoded.
     """
-    from pipeline.workers import Scratch
+    from pipeline.halves import Scratch
     from stages.decode import Decoder
 
     scratch = Scratch(config.workers.scratch)
@@ -442,9 +444,16 @@ def _mixed(environments: list[dict[str, str]]) -> list[str]:
 
 
 def _write_info(
-    dataset: Path, config: ExtractConfig, settings: dict[str, Any], tasks: dict[int, Task]
+    dataset: Path,
+    config: ExtractConfig,
+    settings: dict[str, Any],
+    tasks: dict[int, Task],
+    source: Path | None,
 ) -> None:
-    """dataset.json, for people and for programs that want to know before they read a shard."""
+    """dataset.json, for people and for programs that want to know before they read a shard.
+
+    source: the dataset whose audio is taken over.
+    """
     before = read_dataset_info(dataset) if (dataset / "dataset.json").exists() else {}
     info = {
         "schema_version": SCHEMA_VERSION,
@@ -456,6 +465,7 @@ def _write_info(
         "f0_method": config.f0.method,
         "sample_rate": config.audio.sample_rate,
         "hop_length": config.f0.hop_length,
+        "source": None if source is None else source.name,
         "card_sha256": before.get("card_sha256"),
     }
     write_dataset_info(dataset, info)
@@ -469,6 +479,8 @@ def _write_card(dataset: Path, account: Account) -> None:
         return
     splits = sorted({path.name.rpartition("-")[0] for path in iter_shards(dataset)})
     files = "\n".join(f"  - split: {s}\n    path: data/{s}-*.parquet" for s in splits)
+    source = f", on the audio of `{info['source']}`" if info.get("source") else ""
+    vectors = " Each clip has an x-vector." if info["config"]["xvector"]["checkpoint"] else ""
     text = f"""---
 license: other
 task_categories: [audio-to-audio]
@@ -482,9 +494,10 @@ configs:
 # {dataset.name}
 
 {account.clips} clips, {account.hours_kept:.3f} h, from {account.count("kept")} songs of
-{len(info["speakers"])} speakers, made with Cantor. Audio is mono FLAC at {info["sample_rate"]} Hz,
+{len(info["speakers"])} speakers, made with Cantor{source}.
+Audio is mono FLAC at {info["sample_rate"]} Hz,
 f0 by {info["f0_method"]} every {info["hop_length"]} samples, units by
-{", ".join(info["encoders"])}.
+{", ".join(info["encoders"])}.{vectors}
 The settings are in `dataset.json`, the account of every source song in each shard's footer.
 
 ```python

@@ -19,10 +19,10 @@ from pipeline.config import (
     load_config,
 )
 from pipeline.errors import UserError
+from pipeline.halves import TakenOver, damaged_source, origin_of
 from pipeline.plan import Task, load_plan
 from pipeline.shards import Footer, iter_shards, read_dataset_info, read_footers
 from pipeline.weights import Weights, read_weights
-from pipeline.workers import TakenOver, damaged_source, origin_of
 from stages.units import EncoderConfig
 
 _OF_THE_AUDIO = ("audio", "decode", "resample", "slice", "loudness", "quality", "plan")
@@ -35,6 +35,7 @@ class Source:
     dataset: Path
     settings: dict[str, Any]
     fingerprint: str
+    base: dict[str, Any]  # sections of its settings that another run goes on from
     config: ExtractConfig
 
 
@@ -42,8 +43,10 @@ def read_source(dataset: Path) -> Source:
     """Raises: UserError when `dataset` is none of ours."""
     dataset = dataset.absolute()
     info = read_dataset_info(dataset)
-    config = load_config(base=info["config"])
-    return Source(dataset, info["settings"], info["fingerprint"], config)
+    if not isinstance(info.get("config"), dict):
+        raise UserError(f"{dataset / 'dataset.json'} does not say with which settings it was made")
+    base = {section: values for section, values in info["config"].items() if section != "workers"}
+    return Source(dataset, info["settings"], info["fingerprint"], base, load_config(base=base))
 
 
 def config_from(source: Source, path: Path | None, overrides: Sequence[str]) -> ExtractConfig:
@@ -51,9 +54,7 @@ def config_from(source: Source, path: Path | None, overrides: Sequence[str]) -> 
 
     Raises: UserError for what is wrong, and for settings of the audio, which stays as it is.
     """
-    base = dict(read_dataset_info(source.dataset)["config"])
-    base.pop("workers", None)
-    config = load_config(path, overrides, base)
+    config = load_config(path, overrides, source.base)
     before = flatten(source.config)
     for key, value in flatten(config).items():
         if key.partition(".")[0] in _OF_THE_AUDIO and value != before[key]:

@@ -17,9 +17,10 @@ from rich.console import Console
 
 from pipeline.changes import some
 from pipeline.errors import SongBug, StorageFault, UserError
+from pipeline.halves import Job
 from pipeline.plan import Task
 from pipeline.progress import Board, ProgressDisplay, Snapshot
-from pipeline.workers import BUG, COMMITTED, REFUSED, STORAGE, Job, TaskResult
+from pipeline.workers import BUG, COMMITTED, REFUSED, STORAGE, TaskResult
 
 _STORAGE_WAITS_S = (1.0, 5.0, 25.0)  # before each further try of a task that the storage failed
 _ROUNDS_OF_DEATH = 3

@@ -10,10 +10,10 @@ import pytest
 import soundfile as sf
 
 from pipeline.errors import StorageFault
+from pipeline.halves import Scratch
 from pipeline.plan import Task, append_plan, load_plan
 from pipeline.shards import iter_shards
 from pipeline.verify import verify
-from pipeline.workers import Scratch
 from tests.pipeline.conftest import Extract
 from tests.songs import tune
 

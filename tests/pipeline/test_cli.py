@@ -39,7 +39,8 @@ def test_no_arguments_print_help() -> None:
 
 def test_help_of_extract_names_the_options() -> None:
     output = cantor("extract", "--help")
-    for option in ("--config", "--ray-address", "--dry-run", "--retry-quarantined", "--json"):
+    options = ("--from", "--config", "--ray-address", "--dry-run", "--retry-quarantined", "--json")
+    for option in options:
         assert option in output
 
 
@@ -56,6 +57,11 @@ def test_print_config_is_yaml_of_everything() -> None:
         (["extract", "/nowhere/at/all", "d"], "no corpus at /nowhere/at/all"),
         (["extract", "c", "d", "f0.metod=dio"], "did you mean 'f0.method'"),
         (["extract", "c", "f0.f0_min=60"], "'f0.f0_min=60' is a setting where the DATASET"),
+        (["extract", "c", "encoders.log-mel.device=cpu"], "is a setting where the DATASET"),
+        (["extract", "--from", "/nowhere/at/all", "d"], "/nowhere/at/all is not a dataset"),
+        (["extract", "--from", "c"], "name the folder of the new dataset"),
+        (["extract", "--from", "c", "f0.f0_min=60"], "is a setting where the DATASET folder"),
+        (["extract", "--from", "c", "d", "--speaker", "ann"], "--speaker is about songs"),
         (["extract", "c", "d", "--config", "/"], "settings from /: Is a directory"),
         (["verify", "/nowhere/at/all"], "is not a dataset"),
         (["report", "/nowhere/at/all"], "is not a dataset"),

@@ -12,10 +12,10 @@ import pytest
 import soundfile as sf
 
 from pipeline.errors import SongBug, StorageFault, UserError
+from pipeline.halves import environment
 from pipeline.plan import load_plan
 from pipeline.shards import iter_shards, read_footer
 from pipeline.verify import export_ledger, verify
-from pipeline.workers import environment
 from tests.pipeline.conftest import Extract, shard_hashes
 from tests.songs import tune
 

@@ -15,11 +15,11 @@ from rich.console import Console
 
 from pipeline.errors import UserError
 from pipeline.extract import ExtractOptions, Outcome, reextract
+from pipeline.halves import Job, ShardHalf, TakenOver
 from pipeline.plan import load_plan
 from pipeline.reextract import config_from, read_source
 from pipeline.shards import iter_shards, read_dataset_info, read_footer, write_shard
 from pipeline.verify import verify
-from pipeline.workers import Job, ShardHalf, TakenOver
 from stages.chain import StageClock
 from tests.pipeline.conftest import Extract, shard_hashes
 from tests.songs import tune
