@@ -2,11 +2,16 @@
 
 Two things cost time on a CPU beyond the arithmetic. Matrix products run in oneDNN's own kernels
 with weights laid out for them once, GELU fused in (PyTorch's `linear` calls MKL, which leaves half
-of some processors unused). And the stem's activations, 6.5 MB for each second, fall out of
-the cache: it runs in tiles that stay in it, each convolution as one matrix product.
+of some processors unused); attention in the same ones. And the stem's activations, 6.5 MB for each
+second, fall out of the cache: it runs in tiles that stay in it, each convolution as one matrix
+product.
 
 Tiles also bound the memory of a song of any length, on every device. They are exact: GroupNorm's
 statistics over the whole clip come from the waveform's own moments before the first tile.
+
+Not exact, and only on request: `int8=True` (`models.encoders.int8`). What stays in float32 is what
+errors grow from or what takes little time: the projections, the position convolution, attention and
+its output, and of the stem all but its second layer, which is half of it.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.encoders.int8 import Int8Linear
 from models.encoders.wav2vec2 import (
     GroupNorm,
     PositionConvolution,
@@ -25,6 +31,7 @@ from models.encoders.wav2vec2 import (
 )
 
 _TILE_FRAMES = {"cpu": 64, "cuda": 3000}
+_BLOCK_ROWS = 1 << 18
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -51,13 +58,50 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.post)
 
 
-def pack(network: Wav2Vec2) -> Wav2Vec2:
-    """Replace the network's linear layers by packed ones, in place, where that can be done."""
+def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """`F.scaled_dot_product_attention`, head by head in oneDNN's matrix products.
+
+    (B, N, F, head_dim); attn_mask: what is added to the logits, broadcast to (B, N, F, F).
+    """
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+    n_clips, n_heads, n_frames, head_dim = q.shape
+    q = q * head_dim**-0.5
+    heard = q.new_empty(n_clips, n_frames, n_heads, v.shape[3]).transpose(1, 2)
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(n_clips, n_heads, n_frames, n_frames)
+    for clip in range(n_clips):
+        for head in range(n_heads):
+            at = (clip, head)
+            logits = _linear(q[at], k[at].contiguous())
+            if attn_mask is not None:
+                logits += attn_mask[at]
+            heard[at] = _linear(logits.softmax(1), v[at].T.contiguous())
+    return heard
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def pack(network: Wav2Vec2, int8: bool = False) -> Wav2Vec2:
+    """Replace the network's products by those of this module, in place, where that can be done.
+
+    int8: those of the transformer's layers by integer ones, except attention's output.
+    """
     for layer in network.layers:
-        inner = layer.feed_forward
-        if inner is not None and inner.activation is F.gelu and can_pack(inner.fc1.weight):
-            inner.fc1 = PackedLinear(inner.fc1.weight, inner.fc1.bias, gelu=True)
-            inner.activation = None
+        inner, attention = layer.feed_forward, layer.attention
+        if inner is not None and can_pack(inner.fc1.weight):
+            gelu = inner.activation is F.gelu
+            kind = Int8Linear if int8 else PackedLinear
+            inner.fc1 = kind(inner.fc1.weight, inner.fc1.bias, gelu)
+            inner.fc2 = kind(inner.fc2.weight, inner.fc2.bias)
+            if gelu:
+                inner.activation = None
+        if attention is not None and can_pack(attention.qkv.weight):
+            attention.attend = attend
+            if int8:
+                attention.qkv = Int8Linear(attention.qkv.weight, attention.qkv.bias)
     if can_pack(network.position.conv.weight):
         network.position = PackedPosition(network.position)
     for parent in list(network.modules()):
@@ -97,9 +141,10 @@ class PackedPosition(nn.Module):
 class TiledStem:
     """The stem of a network over one clip of any length, in tiles of frames."""
 
-    def __init__(self, network: Wav2Vec2) -> None:
+    def __init__(self, network: Wav2Vec2, int8: bool = False) -> None:
+        """int8: the second layer, half of the arithmetic, as an integer product."""
         self.config: Wav2Vec2Config = network.config
-        self.layers = [TileLayer(layer) for layer in network.stem]
+        self.layers = [TileLayer(layer, int8 and i == 1) for i, layer in enumerate(network.stem)]
         weight = network.stem[0].conv.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.frames = _TILE_FRAMES.get(self.device.type, 256)
@@ -127,13 +172,16 @@ class TiledStem:
 class TileLayer:
     """One convolution of the stem as a matrix product over (T, C), with its norm and GELU."""
 
-    def __init__(self, layer: StemLayer) -> None:
+    def __init__(self, layer: StemLayer, int8: bool = False) -> None:
         (self.kernel,), (self.stride,) = layer.conv.kernel_size, layer.conv.stride
-        self.weight = layer.conv.weight.detach().transpose(1, 2).flatten(1)  # (C out, kernel * C)
-        bias = layer.conv.bias
-        self.bias = None if bias is None else bias.detach()
+        weight = layer.conv.weight.detach().transpose(1, 2).flatten(1)  # (C out, kernel * C)
+        bias = None if layer.conv.bias is None else layer.conv.bias.detach()
         self.norm = layer.norm
-        self.product = _product(self.weight, self.bias, gelu=self.norm is None)
+        if isinstance(self.norm, GroupNorm):
+            self.weight = weight  # for `adapted`, which makes the product
+            return
+        gelu = self.norm is None
+        self.product = Int8Linear(weight, bias, gelu) if int8 else _product(weight, bias, gelu)
 
     def adapted(self, wav: Tensor) -> TileLayer:
         """This layer (the first one) with GroupNorm's statistics over all of `wav` folded in.
@@ -143,10 +191,11 @@ class TileLayer:
         """
         if not isinstance(self.norm, GroupNorm):
             return self
-        seen = wav.double().unfold(0, self.kernel, self.stride)  # (T out, kernel)
-        mean = seen.mean(0)
-        centred = seen - mean
-        covariance = centred.T @ centred / len(seen)
+        seen = wav.unfold(0, self.kernel, self.stride)  # (T out, kernel)
+        blocks = seen.split(_BLOCK_ROWS)
+        mean = sum(block.double().sum(0) for block in blocks) / len(seen)
+        centred = (block - mean for block in blocks)
+        covariance = sum(block.T @ block for block in centred) / len(seen)
         weight = self.weight.double()
         variance = ((weight @ covariance) * weight).sum(1)
         scale = self.norm.weight.double() * torch.rsqrt(variance + 1e-5)
@@ -165,7 +214,7 @@ class TileLayer:
         x = x.contiguous().as_strided(
             (n_out, self.kernel * channels), (self.stride * channels, 1)
         )  # rows overlap
-        x = self.product(x.contiguous())
+        x = self.product(x)
         return x if self.norm is None else F.gelu(self.norm(x))
 
 

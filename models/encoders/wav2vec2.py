@@ -348,6 +348,7 @@ class Attention(nn.Module):
     """Multi-head self-attention, with WavLM's gated position bias where the network has one.
 
     head_gate, gate: where set, factors for each head and for the whole block (pruning).
+    attend: softmax(q k / sqrt(head_dim) + mask) v, by another kernel where one is quicker.
     """
 
     def __init__(self, config: Wav2Vec2Config, shape: LayerShape) -> None:
@@ -362,6 +363,7 @@ class Attention(nn.Module):
         )
         self.head_gate: nn.Module | None = None
         self.gate: nn.Module | None = None
+        self.attend: Callable[..., Tensor] = F.scaled_dot_product_attention
 
     def forward(self, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
         n_clips, n_frames, _ = x.shape
@@ -371,7 +373,7 @@ class Attention(nn.Module):
         if self.bias_gate is not None and bias is not None:
             gated = self.bias_gate(x, bias)  # (B, N, F, F)
             seen = gated if seen is None else gated.masked_fill(~seen, -torch.inf)
-        heard = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        heard = self.attend(q, k, v, attn_mask=seen)
         if self.head_gate is not None:
             heard = heard * self.head_gate()[:, None, None]
         x = self.out(heard.transpose(1, 2).flatten(2))
