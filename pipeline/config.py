@@ -71,7 +71,8 @@ class WorkersConfig:
     def __post_init__(self) -> None:
         if self.max_workers is not None and self.max_workers < 1:
             raise ValueError(f"workers.max_workers is {self.max_workers}; it must be 1 or more")
-        if (self.cpus_per_worker or 1.0) <= 0 or self.gpus_per_worker <= 0:
+        cpus = self.cpus_per_worker
+        if (cpus is not None and cpus <= 0) or self.gpus_per_worker <= 0:
             raise ValueError("workers.cpus_per_worker and workers.gpus_per_worker must be > 0")
 
 

@@ -64,6 +64,7 @@ def test_printed_settings_read_back(tmp_path: Path) -> None:
         ("audio.sample_rate=10", "8000 to 192000"),
         ("audio.sample_rate=88201", "88201; above 65535 Hz, FLAC takes multiples of 10"),
         ("plan.task_minutes=0", "0.05 to 240"),
+        ("workers.cpus_per_worker=0", "must be > 0"),
         ("f0.f0_max=22050", "f0.f0_max is 22050.0; .* half of audio.sample_rate, 44100"),
         ("f0.f0_min=.nan", "f0.f0_min is nan; it must be a finite number"),
         ("slice.threshold_db=-.inf", "slice.threshold_db is -inf"),

@@ -16,10 +16,13 @@ import torch
 
 from models.checkpoint import sha256_of
 from models.encoders.codebook import Codebook, save_codebooks
+from pipeline.config import load_config
 from pipeline.errors import UserError
+from pipeline.halves import Job
 from pipeline.shards import Footer, XvectorIdentity, iter_shards, read_footer, shard_writer
 from pipeline.verify import verify
 from pipeline.weights import read_weights, require_unchanged
+from pipeline.workers import REFUSED, ExtractTask, read_result, task_row
 from stages.resample import ResampleConfig, resample
 from stages.units import unpack_ids, unpack_units
 from tests.pipeline.conftest import Extract, shard_hashes
@@ -126,6 +129,20 @@ def test_a_checkpoint_that_changes_under_a_run_is_noticed(tmp_path: Path, hubert
     hubert.unlink()
     with pytest.raises(UserError, match=r"hubert\.pt was there when the run began"):
         require_unchanged("encoder.checkpoint", weights)
+
+
+def test_a_worker_says_in_words_that_its_checkpoint_is_gone(
+    corpus: Path, dataset: Path, hubert: Path
+) -> None:
+    config = load_config(
+        None, ["encoder.name=contentvec768l12", f"encoder.checkpoint={hubert}", "f0.method=dio"]
+    )
+    weights = read_weights(config.weight_paths)
+    hubert.unlink()
+    worker = ExtractTask(Job(dataset, corpus, config, "x", weights), lambda *_: None)
+    result = read_result(worker(pa.Table.from_pylist([task_row(0)])))
+    assert result.status == REFUSED
+    assert result.detail.startswith("encoder.checkpoint: ") and "Traceback" not in result.detail
 
 
 def test_one_file_is_read_once_however_many_encoders_use_it(

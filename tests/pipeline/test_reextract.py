@@ -8,18 +8,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 from rich.console import Console
 
+from pipeline.config import fingerprint
 from pipeline.errors import UserError
 from pipeline.extract import ExtractOptions, Outcome, reextract
 from pipeline.halves import Job, ShardHalf, TakenOver
 from pipeline.plan import load_plan
-from pipeline.reextract import config_from, read_source
+from pipeline.reextract import FromDataset, compare, config_from, read_source
 from pipeline.shards import iter_shards, read_dataset_info, read_footer, write_shard
 from pipeline.verify import verify
+from pipeline.workers import COMMITTED, FinishTask, PrepareTask, read_result, task_row
 from stages.chain import StageClock
 from tests.pipeline.conftest import Extract, shard_hashes
 from tests.songs import tune
@@ -235,3 +238,24 @@ def test_a_song_that_kills_its_worker_is_left_out(dataset: Path, tmp_path: Path)
 def test_a_dry_run_writes_nothing(dataset: Path, tmp_path: Path, run_reextract: Reextract) -> None:
     run_reextract(dataset, tmp_path / "new", OTHER, dry_run=True)
     assert not (tmp_path / "new").exists()
+
+
+def test_two_operators_write_the_same_bytes_as_one(
+    dataset: Path, tmp_path: Path, run_reextract: Reextract
+) -> None:
+    """As in a cluster with GPUs, where clips travel from one operator to the other."""
+    settings = ["f0.hop_length=441", "encoders.log-mel={}"]
+    run_reextract(dataset, tmp_path / "new", settings)
+    before = shard_hashes(tmp_path / "new")
+    source = read_source(dataset)
+    config = config_from(source, None, settings)
+    reading = compare(source, config)
+    over = FromDataset(reading).take_over()
+    job = Job(tmp_path / "new", dataset, config, fingerprint(reading.settings), {}, taken_over=over)
+    first, second = PrepareTask(job, lambda *_: None), FinishTask(job)
+    for path in iter_shards(tmp_path / "new"):
+        task = read_footer(path).task
+        path.unlink()
+        row = second(first(pa.Table.from_pylist([task_row(task)])))
+        assert read_result(row).status == COMMITTED
+    assert shard_hashes(tmp_path / "new") == before
