@@ -37,6 +37,14 @@ _STORAGE_DTYPES = {
     "BoolStorage": torch.bool,
     "UntypedStorage": torch.uint8,
 }
+# A view of another type of the same bytes may crash: quantised numbers do.
+_DTYPES = frozenset(_STORAGE_DTYPES.values()) | {
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+}
 
 # Data never needs these. A stub of them would be harmless too, but such a file is an attack.
 _HOSTILE = frozenset(
@@ -115,8 +123,11 @@ def plain(unpickled: Any, read: Callable[[Storage], Tensor]) -> Any:
     """
     try:
         return _Plain(read).of(unpickled, 0)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
-        raise Refused(f"holds damaged data ({error})") from error
+    except (
+        AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError,
+        MemoryError,
+    ) as error:  # fmt: skip
+        raise Refused(f"holds damaged data ({str(error).partition(chr(10))[0]})") from error
 
 
 def _check_opcodes(data: bytes) -> None:
@@ -137,6 +148,8 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{_PYTHON_2.get(module, module)}.{name}"
+        if not all(part.isidentifier() for part in full.split(".")):
+            raise Refused("asks for something by a name that nothing can have")
         if full in _KNOWN:
             return _KNOWN[full]
         if module in ("torch", "torch.cuda", "torch.storage") and name in _STORAGE_DTYPES:
@@ -269,7 +282,7 @@ class _TensorV3(_Inert):
     ) -> Any:  # fmt: skip
         name = dtype.name.removeprefix("torch.") if _is_stub_class(dtype) else ""
         known = getattr(torch, name, None)
-        if not isinstance(storage, _Storage) or not isinstance(known, torch.dtype):
+        if not isinstance(storage, _Storage) or known not in _DTYPES:
             raise Refused("holds a tensor of a kind that no encoder has")
         raw = storage.storage
         typed = Storage(raw.key, known, raw.numel // known.itemsize)
@@ -301,11 +314,21 @@ class _Bytes(_Inert):
         raise Refused("holds bytes in an unknown coding")
 
 
+class _Text(_Inert):
+    """str of text alone: that of a container may be exponentially long."""
+
+    def __new__(cls, value: Any = "") -> Any:
+        if not isinstance(value, str):
+            raise Refused("makes text of something else")
+        return value
+
+
 class _Dtype(_Inert):
     """numpy.dtype of a plain number."""
 
     def __init__(self, code: Any, *rest: Any) -> None:
-        self.code = code if re.fullmatch(r"[?biufc]\d{0,2}", str(code)) else ""
+        plain_number = isinstance(code, str) and re.fullmatch(r"[?biufc]\d{0,2}", code)
+        self.code = code if plain_number else ""
         self.order = "<"
 
     def __setstate__(self, state: Any) -> None:
@@ -368,9 +391,10 @@ _KNOWN: dict[str, Any] = {
     "builtins.bytes": _Bytes,
     "builtins.bytearray": _Bytes,
     "builtins.long": int,
-    "builtins.unicode": str,
+    "builtins.unicode": _Text,
+    "builtins.str": _Text,
 }
-_BUILTINS = (dict, list, tuple, set, frozenset, int, float, complex, bool, str)
+_BUILTINS = (dict, list, tuple, set, frozenset, int, float, complex, bool)
 _KNOWN |= {f"builtins.{kind.__name__}": kind for kind in _BUILTINS}
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
