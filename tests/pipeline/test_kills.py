@@ -20,6 +20,7 @@ import soundfile as sf
 
 from pipeline.shards import iter_shards
 from pipeline.verify import verify
+from tests.checkpoints import write_hubert_base
 from tests.pipeline.conftest import FAST, Extract, shard_hashes
 from tests.songs import tune
 
@@ -176,6 +177,39 @@ def test_a_killed_re_extraction_loses_nothing_and_doubles_nothing(
     assert again.returncode == 0, output
     assert shard_hashes(tmp_path / "d") == shard_hashes(tmp_path / "whole")
     assert verify(tmp_path / "d").problems == []
+
+
+def test_real_singing_through_a_whole_hubert_killed_and_resumed(
+    real_audio: Path, tmp_path: Path
+) -> None:
+    """95 million parameters as fairseq's trainer writes them, beside mfcc."""
+    songs = tmp_path / "songs"
+    songs.mkdir()
+    for name in ("singing-female.wav", "vignesh.wav", "carnatic.wav", "soprano-E4.wav"):
+        shutil.copy(real_audio / name, songs)
+    checkpoint = write_hubert_base(tmp_path / "hubert_base.pt")
+    settings = [
+        "encoder.name=contentvec768l12",
+        f"encoder.checkpoint={checkpoint}",
+        "encoders.mfcc={}",
+        "plan.task_minutes=0.05",
+        "--speaker=real",
+    ]
+
+    def run(dataset: Path, *more: str) -> psutil.Popen:
+        return start_extract(songs, dataset, *settings, *more)
+
+    local = run(tmp_path / "whole", "--local")
+    output, _ = local.communicate(timeout=240)
+    assert local.returncode == 0, output
+    killed = run(tmp_path / "d")
+    strike(killed, tmp_path / "d", kill_everything, random.Random(3))
+    killed.communicate(timeout=240)
+    again = run(tmp_path / "d")
+    output, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, output
+    assert shard_hashes(tmp_path / "d") == shard_hashes(tmp_path / "whole")
+    assert verify(tmp_path / "d", songs).problems == []
 
 
 def test_ctrl_c_stops_within_seconds_and_says_how_to_resume(

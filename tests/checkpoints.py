@@ -1,0 +1,50 @@
+"""Checkpoint files of full size, made from the rule that also made the reference vectors."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+GOLDEN = Path(__file__).parent / "golden" / "encoders"
+
+
+def fill() -> ModuleType:
+    """tests/golden/encoders/fill.py: weights from their names."""
+    spec = importlib.util.spec_from_file_location("fill", GOLDEN / "fill.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def weights(manifest: str) -> dict[str, Tensor]:
+    """State dict of a manifest in tests/golden/encoders."""
+    arrays = fill().from_manifest(GOLDEN / manifest)
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def write_hubert_base(path: Path) -> Path:
+    """A file as fairseq's trainer writes it: 12 layers of 768, 95 M parameters, in float16."""
+    stem = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
+    model = {
+        "encoder_layers": 12,
+        "encoder_embed_dim": 768,
+        "encoder_ffn_embed_dim": 3072,
+        "encoder_attention_heads": 12,
+        "extractor_mode": "default",
+        "layer_norm_first": False,
+        "conv_feature_layers": stem,
+        "conv_bias": False,
+        "conv_pos": 128,
+        "conv_pos_groups": 16,
+        "final_dim": 256,
+        "activation_fn": "gelu",
+    }
+    half = {name: tensor.half() for name, tensor in weights("manifest_hubert_base.json").items()}
+    cfg = {"model": model | {"_name": "hubert"}, "task": {"normalize": False}}
+    torch.save({"args": None, "cfg": cfg, "model": half}, path)
+    return path
