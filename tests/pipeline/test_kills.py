@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import random
 import shutil
@@ -17,7 +18,10 @@ import numpy as np
 import psutil
 import pytest
 import soundfile as sf
+from rich.console import Console
 
+from pipeline.extract import ExtractOptions, reextract
+from pipeline.reextract import config_from, read_source
 from pipeline.shards import iter_shards
 from pipeline.verify import verify
 from tests.checkpoints import write_hubert_base
@@ -164,11 +168,12 @@ def test_a_killed_re_extraction_loses_nothing_and_doubles_nothing(
     network = golden / "encoders" / "tiny_hubert_base.pt"
     settings = ["f0.hop_length=441", f"encoders.contentvec768l12.checkpoint={network}"]
 
-    def run(new: Path, *more: str) -> psutil.Popen:
-        return start_extract("--from", dataset, new, *settings, *more)
+    def run(new: Path) -> psutil.Popen:
+        return start_extract("--from", dataset, new, *settings)
 
-    local = run(tmp_path / "whole", "--local")
-    assert local.wait(240) == 0, local.stdout.read()
+    config = config_from(read_source(dataset), None, settings)
+    quiet = Console(file=io.StringIO())
+    reextract(dataset, tmp_path / "whole", config, ExtractOptions(local=True), quiet)
     killed = run(tmp_path / "d")
     strike(killed, tmp_path / "d", kill_everything, random.Random(2))
     killed.communicate(timeout=240)
