@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 KILLS ?= 20
 MINUTES ?= 10
 
-.PHONY: setup demo test soak lint bench clean
+.PHONY: setup demo test soak lint bench bench-encode clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/extract.py --minutes $(MINUTES)
+
+bench-encode: setup
+	$(BIN)/python benchmarks/encode.py
 
 clean:
 	rm -rf demo bench-out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

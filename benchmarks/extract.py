@@ -615,7 +615,7 @@ def describe(figures: Figures) -> str:
     rows.append(["**sum**", f"**{sums[0]:.3f}**", "", f"**{sums[1]:.3f}**"])
     sums = [measured.cpu_s(OURS_ALONE) / minutes for measured in (bare, untuned)]
     rows.append(["sum of what libraries have", f"{sums[0]:.3f}", "", f"{sums[1]:.3f}"])
-    lines += _table(["call", "CPU", "wall", "CPU, glibc's own"], rows)
+    lines += table(["call", "CPU", "wall", "CPU, glibc's own"], rows)
 
     lines += ["(b) Our stages, one process and its decode child, without Ray, beside the peer:", ""]
     rows = []
@@ -625,7 +625,7 @@ def describe(figures: Figures) -> str:
         said = [f"{peer[0]:g}", peer[1]] if peer else ["", ""]
         rows.append([*_cost_row(name, cost, minutes), *said])
     rows.append(["**sum**", f"**{figures.stages.cpu_s() / minutes:.3f}**", "", "", ""])
-    lines += _table(["stage", "CPU", "wall", "peer CPU", "what of the peer"], rows)
+    lines += table(["stage", "CPU", "wall", "peer CPU", "what of the peer"], rows)
 
     lines += ["(c) The whole run, CPU seconds by process:", ""]
     run, tiny = figures.run, figures.start_up
@@ -637,7 +637,7 @@ def describe(figures: Figures) -> str:
     total = [f"**{run.total_cpu_s:.1f}**", f"**{tiny.total_cpu_s:.1f}**"]
     rows.append(["**sum**", *total, f"**{figures.net_cpu_s / minutes:.3f}**"])
     rows.append(["wall", f"{run.wall_s:.1f}", f"{tiny.wall_s:.1f}", ""])
-    lines += _table(["process", "run", "of it start-up", "net, per minute of audio"], rows)
+    lines += table(["process", "run", "of it start-up", "net, per minute of audio"], rows)
     checks = f"{run.reaped_cpu_s:.1f} and {tiny.reaped_cpu_s:.1f}"
     lines += [f"(The kernel's own account of processes waited for: {checks} s.)", ""]
 
@@ -647,7 +647,7 @@ def describe(figures: Figures) -> str:
     cpu_s = figures.stages.cpu_s()
     parts = [_percent(cpu_s / measured.cpu_s() - 1) for measured in (bare, untuned)]
     rows.append(["of the first, (b) over (a)", *parts])
-    lines += _table(["true peak and quality", "same allocator", "glibc's own"], rows)
+    lines += table(["true peak and quality", "same allocator", "glibc's own"], rows)
     return "\n".join(lines)
 
 
@@ -663,7 +663,7 @@ def describe_memory(all_figures: Sequence[Figures]) -> str:
         values += [run.peak_by_role_mb.get("driver", 0.0), figures.stages.peak_rss_mb]
         rows.append([f"{figures.minutes:.1f}", *(f"{mb:.0f}" for mb in values), ""])
     rows[0][-1] = f"{PEER_TREE_MB:.0f}"
-    return "\n".join(["Peak memory in MB:", "", *_table(head, rows)])
+    return "\n".join(["Peak memory in MB:", "", *table(head, rows)])
 
 
 def describe_slope(first: Figures, last: Figures) -> str:
@@ -687,7 +687,7 @@ def _cost_row(name: str, cost: Cost, minutes: float) -> list[str]:
     return [name, f"{cost.cpu_s / minutes:.3f}", f"{cost.wall_s / minutes:.3f}"]
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
 
     def line(row: list[str]) -> str:

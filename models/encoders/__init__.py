@@ -45,6 +45,7 @@ def _ssl(
     with torch.device("meta"):  # no memory and no random numbers for what is replaced at once
         network = Wav2Vec2(config)
     network.load_state_dict(tensors, assign=True)
+    del tensors  # packing frees them layer by layer
     return SslEncoder(name, network, device, dtype, **({"int8": True} if int8 else {}))
 
 
