@@ -16,7 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.checkpoint import CheckpointError, load_foreign, read_safetensors
+from models.checkpoint import (
+    CheckpointError,
+    load_foreign,
+    read_safetensors,
+    save_safetensors,
+)
 from models.encoders.layouts import (
     Checkpoint,
     checkpoint_of,
@@ -455,6 +460,12 @@ def test_a_folder_of_another_model_is_named(tmp_path: Path) -> None:
         read_checkpoint(tmp_path)
 
 
+def test_a_config_json_of_something_else_beside_a_file_does_not_matter(tmp_path: Path) -> None:
+    shutil.copy(GOLDEN / "tiny_hubert_base.pt", tmp_path / "hubert.pt")
+    (tmp_path / "config.json").write_text("// of a voice model\n{}")
+    assert read_checkpoint(tmp_path / "hubert.pt").family == "hubert"
+
+
 def test_a_projection_is_asked_for_in_words_where_there_is_none(tmp_path: Path) -> None:
     content = base()
     del content["model"]["final_proj.weight"], content["model"]["final_proj.bias"]
@@ -488,6 +499,30 @@ def test_our_format_in_half_precision_loads_as_float32(tmp_path: Path) -> None:
     assert {t.dtype for t in stored.values()} == {torch.float16}
     _, tensors = read_checkpoint(tmp_path / "a.safetensors").take()
     assert {t.dtype for t in tensors.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"family": "bert"},
+        {"family": ["hubert"]},
+        {"config": "hubert"},
+        {"config": {"stem": [[512, 10]], "layers": []}},
+        {"config": {"stem": [], "layers": [12]}},
+        {"config": {"stem": [["512", 10, 5]], "layers": []}},
+    ],
+    ids=str,
+)
+def test_a_damaged_header_of_ours_is_an_error_in_words(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(read_checkpoint(GOLDEN / "tiny_wavlm.pt"), path)
+    tensors, metadata = read_safetensors(path)
+    header = json.loads(metadata["cantor"]) | changes
+    save_safetensors(path, tensors, {"cantor": json.dumps(header)})
+    with pytest.raises(CheckpointError, match=r"a\.safetensors"):
+        read_checkpoint(path)
 
 
 @pytest.mark.parametrize("file", ["a.pt", "a.safetensors"])

@@ -138,6 +138,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     content, metadata = _content(path)
     if _HEADER in metadata:
         return _ours(path, content, metadata[_HEADER])
+    if not path.is_dir() and HUGGING_FACE.signature not in _unwrapped(content):
+        return checkpoint_of(path, content)  # a config.json beside it is of something else
     config_json = _json_beside(path, "config.json")
     if path.is_dir() and (what := stranger_by_config(config_json)):
         raise CheckpointError(f"{path} seems to be {what}")
@@ -413,7 +415,7 @@ class _Reader:
         expected: dict[str, tuple[int, ...]] = {}
         try:
             shapes = _shapes(config)
-        except (ValueError, RuntimeError, KeyError) as error:
+        except (TypeError, ValueError, RuntimeError, KeyError) as error:
             raise CheckpointError(f"{self.seems()}, but of impossible shape: {error}") from error
         for name, shape in shapes:
             expected |= _expected(name, shape, tensors)
@@ -461,7 +463,11 @@ def _ours(path: Path, tensors: dict[str, Any], header: str) -> Checkpoint:
             raise CheckpointError(f"{path} holds a {content['kind']}, which is another encoder")
         config = _config_of(content["config"])
         family = content["family"]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        if family not in FAMILIES:
+            raise ValueError(f"no family is called {family!r}")
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} has a header that is not Cantor's ({error!r})") from error
     reader = _Reader(path, OURS, tensors, Stated())
     reader.check(config, tensors, [])
