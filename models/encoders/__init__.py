@@ -46,7 +46,7 @@ def _ssl(
         network = Wav2Vec2(config)
     network.load_state_dict(tensors, assign=True)
     del tensors  # packing frees them layer by layer
-    return SslEncoder(name, network, device, dtype, **({"int8": True} if int8 else {}))
+    return SslEncoder(name, network, device, dtype, int8)
 
 
 # name -> builder(checkpoint, device, **options)
