@@ -76,19 +76,22 @@ class SslEncoder:
         if self.one_by_one:
             return [self._encode_alone(wav) for wav in padded]
 
+        def windowed(num_samples: int) -> bool:
+            return self.config.num_frames(num_samples) > WINDOW_FRAMES
+
         def run(batch: list[int]) -> list[Tensor]:
-            if len(batch) == 1 and self.config.num_frames(lengths[batch[0]]) > WINDOW_FRAMES:
+            if len(batch) == 1 and windowed(lengths[batch[0]]):
                 return [self._encode_alone(padded[batch[0]])]
             return self._encode_batch([padded[i] for i in batch])
 
         # What needs windows goes alone: to the batcher it is as long as a whole batch.
-        limit = WINDOW_FRAMES * self.hop_length + self.config.reach
-        return self.batcher.map([n if n < limit else self.batcher.budget for n in lengths], run)
+        sizes = [self.batcher.budget if windowed(n) else n for n in lengths]
+        return self.batcher.map(sizes, run)
 
     def _encode_batch(self, wavs: list[Tensor]) -> list[Tensor]:
         rows = torch.nn.utils.rnn.pad_sequence([wav.to(self.device) for wav in wavs], True)
         lengths = [len(wav) for wav in wavs]
-        units = self.network(rows.to(self.dtype), lengths).float().cpu()
+        units = self.network(rows, lengths).float().cpu()
         return [row[: self.config.num_frames(n)] for row, n in zip(units, lengths, strict=True)]
 
     def _encode_alone(self, wav: Tensor) -> Tensor:

@@ -123,7 +123,8 @@ class Wav2Vec2Config:
 
 
 class Wav2Vec2(nn.Module):
-    """See the module. Every method takes what lies on the network's own device and dtype.
+    """See the module. Every method takes what lies on the network's own device; waveforms are
+    float32 or, as all else, of the network's own dtype.
 
     masking: where set, changes the projected frames (B, F, H), given how many each clip has, before
     they are told their position (`models.encoders.masking`).
@@ -173,6 +174,7 @@ class Wav2Vec2(nn.Module):
             x = x * (torch.arange(x.shape[1], device=x.device) < lengths[:, None])
         if self.config.normalize_wav:
             x = normalized(x, lengths)
+        x = x.to(self.stem[0].conv.weight.dtype)  # only now: quiet clips are not to be rounded
         x = F.pad(x, (self.config.pad, self.config.pad))[:, None]  # (B, 1, T)
         lengths = lengths + 2 * self.config.pad
         for layer in self.stem:

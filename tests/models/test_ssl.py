@@ -135,6 +135,31 @@ def test_sixty_seconds_are_one_piece_and_more_are_windows() -> None:
     torch.testing.assert_close(minute, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_samples", [960319, 960320, 960399])
+def test_a_clip_of_a_minute_is_the_same_in_a_batch(num_samples: int) -> None:
+    """At the length where windows begin, which the zeros at both ends bring forward."""
+    config = Wav2Vec2Config(stem=STEM, width=48, layers=(LAYER,), pad=40)
+    encoder = SslEncoder("any", network(config))
+    encoder.one_by_one = False
+    wav = song(num_samples)
+    (alone,) = encoder.encode([wav])
+    together, _ = encoder.encode([wav, song(8000)])
+    assert len(alone) == config.num_frames(num_samples)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_half_precision_hears_a_quiet_clip_that_is_normalised(one_by_one: bool) -> None:
+    """Its samples would be rounded to a few steps of float16, were they cast first."""
+    config = Wav2Vec2Config(**SMALL, stem_norm="layer", normalize_wav=True)
+    encoder = SslEncoder("any", network(config), dtype="float16")
+    encoder.one_by_one = one_by_one
+    wavs = [1e-5 * song(16000), song(8000)]
+    exact = SslEncoder("any", network(config)).encode(wavs[:1])[0]
+    error = (encoder.encode(wavs)[0] - exact).norm() / exact.norm()
+    assert error < 0.005
+
+
 def test_half_precision_is_near() -> None:
     exact = SslEncoder("any", network(VARIANTS["base"])).encode([song(48000)])[0]
     near = SslEncoder("any", network(VARIANTS["base"]), dtype="bfloat16").encode([song(48000)])[0]
