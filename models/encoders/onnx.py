@@ -173,8 +173,8 @@ def _refuse_weights_elsewhere(path: Path) -> None:
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        # How protobuf writes external_data {key: "location"}.
-        if data.find(b"\x0a\x08location\x12") >= 0:
+        # How protobuf writes external_data {key: "location"}; its value may stand on either side.
+        if data.find(b"\x0a\x08location") >= 0:
             raise CheckpointError(
                 f"{path} keeps its weights in another file: make it one with "
                 f"onnx.save(onnx.load(IN), OUT)"

@@ -269,6 +269,13 @@ def test_weights_in_another_file_are_refused(graph: Path, tmp_path: Path) -> Non
     assert path.stat().st_size < graph.stat().st_size
     with pytest.raises(CheckpointError, match="keeps its weights in another file"):
         load_onnx("contentvec256l9-onnx", str(path))
+    place = b"\x12\x05w.bin"
+    onnx.save(onnx.load(graph), path, save_as_external_data=True, location="w.bin")
+    turned = path.read_bytes().replace(b"\x0a\x08location" + place, place + b"\x0a\x08location")
+    assert b"\x0a\x08location\x12" not in turned
+    (tmp_path / "turned.onnx").write_bytes(turned)  # the same message, its fields in other order
+    with pytest.raises(CheckpointError, match="keeps its weights in another file"):
+        load_onnx("contentvec256l9-onnx", str(tmp_path / "turned.onnx"))
     onnx.save(onnx.load(path), tmp_path / "one.onnx")  # as the message says
     assert load_onnx("contentvec256l9-onnx", str(tmp_path / "one.onnx")).dim == 48
 
