@@ -5,16 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from models.encoders.encoder import Encoder, checked
+from models.encoders.encoder import DType, Encoder, checked
 from models.encoders.layouts import read_encoder
 from models.encoders.layouts.kinds import NAMES
 from models.encoders.onnx import KINDS, load_onnx
 from models.encoders.spectral import LogMel, Mfcc
-from models.encoders.ssl import DType, SslEncoder
+from models.encoders.ssl import SslEncoder
 from models.encoders.wav2vec2 import Wav2Vec2
 from models.encoders.whisper import load_whisper
 
@@ -67,9 +67,9 @@ def load_encoder(
     options: what its builder takes beyond that. Networks: dtype="float32", "float16" or
     "bfloat16". Those of the wav2vec 2.0 family: int8=True (CPU) and normalize_wav (None: as trained
     voice models expect). log-mel: n_mels=80.
-    Raises ValueError for an unknown name or option, for a checkpoint where there is nothing to
-    load, and for none where there is; CheckpointError (a ValueError) for a file that is not this
-    encoder's.
+    Raises ValueError for an unknown name, option or dtype, for a checkpoint where there is nothing
+    to load, and for none where there is; CheckpointError (a ValueError) for a file that is not
+    this encoder's.
     """
     if name not in ENCODERS:
         raise ValueError(f"encoder {name!r} is unknown; there are {', '.join(sorted(ENCODERS))}")
@@ -78,6 +78,8 @@ def load_encoder(
     for option in options:
         if option not in taken:
             raise ValueError(f"encoder.{option} is set, but {name} has no such option")
+    if (dtype := options.get("dtype", "float32")) not in get_args(DType):
+        raise ValueError(f"encoder.dtype is {dtype!r}; there are {', '.join(get_args(DType))}")
     if torch.device(device).type == "cuda":
         # Convolutions would otherwise round to 10 bits, unasked; matrix products do not.
         torch.backends.cudnn.allow_tf32 = False

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+DType = Literal["float32", "float16", "bfloat16"]  # what a network computes in
 
 
 class Encoder(Protocol):

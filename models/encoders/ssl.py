@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from models.encoders.batching import Batcher, windows
-from models.encoders.encoder import checked
+from models.encoders.encoder import DType, checked
 from models.encoders.int8 import require_int8
 from models.encoders.lean import TiledStem, pack
 from models.encoders.wav2vec2 import Wav2Vec2
-
-DType = Literal["float32", "float16", "bfloat16"]
 
 WINDOW_FRAMES = 3000  # 60 s: what is longer runs in windows
 OVERLAP_FRAMES = 500

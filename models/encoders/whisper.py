@@ -25,7 +25,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,10 @@ from torch.nn import functional as F
 
 from models.checkpoint import CheckpointError, load_foreign, weight_files
 from models.encoders.batching import Batcher, windows
-from models.encoders.encoder import checked
+from models.encoders.encoder import DType, checked
 from models.encoders.layouts import read_checkpoint
 from models.encoders.layouts.kinds import FAMILIES, names_for, stranger
 from models.encoders.lean import PackedLinear, can_pack
-
-DType = Literal["float32", "float16", "bfloat16"]
 
 SAMPLE_RATE = 16000
 HOP_LENGTH = 320

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.checkpoint import CheckpointError
-from models.encoders.encoder import checked
+from models.encoders.encoder import DType, checked
 from models.encoders.heads import Headed, XVectorHead, load_head, standardized
-from models.encoders.ssl import DType, SslEncoder
+from models.encoders.ssl import SslEncoder
 
 
 class XVector:
