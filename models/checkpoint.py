@@ -38,6 +38,8 @@ __all__ = [
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+_CONFIGURATION = ("config.json", "preprocessor_config.json")
+OWN_HEADER = "cantor"  # the entry in safetensors' metadata that says: this file is of our format
 _MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
 
 _OTHER_FILES = (
@@ -150,16 +152,40 @@ def weight_files(path: str | os.PathLike[str]) -> list[Path]:
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """SHA-256 in hex: of a file; of a folder, over its configuration and weight files by name."""
+    """SHA-256 in hex: of a file; of a folder, over its configuration and weight files by name.
+
+    Hugging Face's weights mean what the configuration beside them says: such a file counts together
+    with it, like a folder.
+    """
     path = Path(path)
-    if not path.is_dir():
-        return _file_sha256(path)
-    weights = {p.name for end in ("*.safetensors", "*.bin", "*.index.json") for p in path.glob(end)}
+    folder, weights = path, {path.name}
+    if path.is_dir():
+        ends = ("*.safetensors", "*.bin", "*.index.json")
+        weights = {p.name for end in ends for p in path.glob(end)}
+    else:
+        folder = path.parent
+        if not _has_configuration_beside(path):
+            return _file_sha256(path)
     total = hashlib.sha256()
-    for name in sorted(weights | {"config.json", "preprocessor_config.json"}):
-        if (path / name).is_file():
-            total.update(f"{name} {_file_sha256(path / name)}\n".encode())
+    for name in sorted(weights | set(_CONFIGURATION)):
+        if (folder / name).is_file():
+            total.update(f"{name} {_file_sha256(folder / name)}\n".encode())
     return total.hexdigest()
+
+
+def _has_configuration_beside(path: Path) -> bool:
+    """Whether this may be a weight file of Hugging Face's with its configuration."""
+    if path.suffix not in (".safetensors", ".bin") or not path.is_file():
+        return False
+    if not any((path.parent / name).is_file() for name in _CONFIGURATION):
+        return False
+    if path.suffix == ".bin":
+        return True
+    try:
+        with safe_open(path, "pt") as file:
+            return OWN_HEADER not in (file.metadata() or {})  # ours states its configuration itself
+    except SafetensorError:
+        return False
 
 
 def _file_sha256(path: Path) -> str:

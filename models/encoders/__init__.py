@@ -80,10 +80,20 @@ def load_encoder(
             raise ValueError(f"encoder.{option} is set, but {name} has no such option")
     if (dtype := options.get("dtype", "float32")) not in get_args(DType):
         raise ValueError(f"encoder.dtype is {dtype!r}; there are {', '.join(get_args(DType))}")
+    _require_device(device)
     if torch.device(device).type == "cuda":
         # Convolutions would otherwise round to 10 bits, unasked; matrix products do not.
         torch.backends.cudnn.allow_tf32 = False
     return build(checkpoint, device, **options)
+
+
+def _require_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is unknown; write cpu, cuda or cuda:1") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device}, but torch finds no CUDA device on this machine")
 
 
 def _refuse_checkpoint(name: str, checkpoint: str | None) -> None:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.checkpoint import CheckpointError, load_foreign, weight_files
+from models.checkpoint import OWN_HEADER, CheckpointError, load_foreign, weight_files
 from models.encoders.batching import Batcher, windows
 from models.encoders.encoder import DType, checked
 from models.encoders.layouts import read_checkpoint
@@ -273,8 +273,8 @@ def read_whisper(path: str | Path) -> tuple[WhisperConfig, dict[str, Tensor]]:
         if not isinstance(part, dict):
             raise CheckpointError(f"{file} is no Whisper: it holds a {type(part).__name__}")
         content |= part
-    if "cantor" in metadata:
-        return _ours(path, content, metadata["cantor"])
+    if OWN_HEADER in metadata:
+        return _ours(path, content, metadata[OWN_HEADER])
     if content.keys() >= {"dims", "model_state_dict"}:
         config = _config(path, content["dims"], _DIMS)
         return config, _renamed(path, config, content["model_state_dict"], "encoder.", _OPENAI)
@@ -302,7 +302,7 @@ def _what_else(path: Path, content: Mapping[Any, Any]) -> str:
 
 def header(config: WhisperConfig) -> dict[str, str]:
     """The metadata that make safetensors of `read_whisper`'s tensors a file of ours."""
-    return {"cantor": json.dumps({"kind": "whisper", "config": asdict(config)})}
+    return {OWN_HEADER: json.dumps({"kind": "whisper", "config": asdict(config)})}
 
 
 # What a weight or a part of a layer is called here -> by OpenAI and by Hugging Face.

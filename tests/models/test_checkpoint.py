@@ -415,6 +415,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(load_foreign(path)) == ["w"]
 
 
+def test_sha256_of_a_lone_weight_file_counts_the_configuration_beside_it(tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "model.safetensors", tmp_path / "ours.safetensors"
+    save_safetensors(theirs, {"w": torch.ones(2)}, {"format": "pt"})
+    save_safetensors(ours, {"w": torch.ones(2)}, {"cantor": "{}"})
+    alone = sha256_of(theirs), sha256_of(ours)
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 12}')
+    twelve = sha256_of(theirs), sha256_of(ours)
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 16}')
+    sixteen = sha256_of(theirs), sha256_of(ours)
+    assert len({alone[0], twelve[0], sixteen[0]}) == 3
+    assert alone[1] == twelve[1] == sixteen[1]  # a file of our format says all itself
+
+
 def test_sha256_is_of_the_content_not_of_the_path(tmp_path: Path) -> None:
     for name in ("one", "two"):
         folder = tmp_path / name

@@ -208,6 +208,14 @@ def test_a_wrong_name_for_a_file_is_answered_with_the_right(
     assert file in str(caught.value)
 
 
+@pytest.mark.parametrize("device, words", [("gpu", "write cpu, cuda"), ("cuda", "no CUDA device")])
+def test_a_device_that_is_not_there_is_named(device: str, words: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match=words):
+        load_encoder("mfcc", device=device)
+
+
 # Numbers
 
 

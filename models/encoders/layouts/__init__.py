@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import (
+    OWN_HEADER,
     CheckpointError,
     load_foreign,
     save_safetensors,
@@ -66,7 +67,6 @@ __all__ = [
 _HEAD_DIM = 64  # of every published network
 _WRAPPERS = ("model", "state_dict", "hubert", "model_state_dict", "weight")
 _PREFIXES = ("module.", "hubert.", "wavlm.")
-_HEADER = "cantor"
 _FORMAT = "wav2vec2"
 
 
@@ -136,8 +136,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     content, metadata = _content(path)
-    if _HEADER in metadata:
-        return _ours(path, content, metadata[_HEADER])
+    if OWN_HEADER in metadata:
+        return _ours(path, content, metadata[OWN_HEADER])
     if not path.is_dir() and HUGGING_FACE.signature not in _unwrapped(content):
         return checkpoint_of(path, content)  # a config.json beside it is of something else
     config_json = _json_beside(path, "config.json")
@@ -149,8 +149,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 def is_whisper(path: str | Path) -> bool:
     """Whether a file or folder holds a Whisper, which `models.encoders.whisper` reads."""
     content, metadata = _content(Path(path))
-    if _HEADER in metadata:
-        return '"kind": "whisper"' in metadata[_HEADER]
+    if OWN_HEADER in metadata:
+        return '"kind": "whisper"' in metadata[OWN_HEADER]
     return stranger(_unwrapped(content)) == WHISPER
 
 
@@ -218,7 +218,7 @@ def save_checkpoint(
     config, tensors = checkpoint.take(project=has_projection)
     header = {"kind": _FORMAT, "family": checkpoint.family, "config": dataclasses.asdict(config)}
     save_safetensors(
-        path, {k: t.to(dtype) for k, t in tensors.items()}, {_HEADER: json.dumps(header)}
+        path, {k: t.to(dtype) for k, t in tensors.items()}, {OWN_HEADER: json.dumps(header)}
     )
 
 
