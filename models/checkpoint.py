@@ -29,8 +29,10 @@ from models.unpickler import Opaque, Refused, Storage, pickle_end, plain, unpick
 __all__ = [
     "CheckpointError",
     "Opaque",
+    "json_beside",
     "load_foreign",
     "read_safetensors",
+    "read_weights",
     "save_safetensors",
     "sha256_of",
     "weight_files",
@@ -149,6 +151,39 @@ def weight_files(path: str | os.PathLike[str]) -> list[Path]:
     raise CheckpointError(
         f"{path} holds neither model.safetensors nor pytorch_model.bin: name the checkpoint file"
     )
+
+
+def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the file, or all weight files of the folder, hold; and a safetensors' metadata.
+
+    Raises CheckpointError, as `load_foreign` and `weight_files` do, and where that is no dict.
+    """
+    content: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    for file in weight_files(path):
+        part = load_foreign(file, metadata)
+        if not isinstance(part, dict):
+            raise CheckpointError(f"{file} holds a {type(part).__name__}, not a network's weights")
+        content |= part
+    return content, metadata
+
+
+def json_beside(path: str | os.PathLike[str], name: str) -> dict[str, Any]:
+    """A JSON file of the folder, or of the folder that the file lies in; {} if there is none.
+
+    Raises CheckpointError for what is no JSON object.
+    """
+    path = Path(path)
+    file = (path if path.is_dir() else path.parent) / name
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no settings")
+    return content
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

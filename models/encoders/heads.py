@@ -14,7 +14,6 @@ over layers of a pre-norm network takes its last layer without the final norm. H
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.checkpoint import CheckpointError, load_foreign, weight_files
+from models.checkpoint import CheckpointError, json_beside, read_weights
 from models.encoders.adapter import Adapter
 from models.encoders.layouts import read_checkpoint
 from models.encoders.layouts.names import HUGGING_FACE
@@ -248,11 +247,10 @@ def load_head(path: str | Path, *, normalize_wav: bool | None = None, seed: int 
     """
     path = Path(path)
     backbone, state = read_checkpoint(path).take(normalize_wav=False)
-    config = _json_beside(path, "config.json")
+    config = _required_json(path, "config.json")
     rng = np.random.RandomState(seed)
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(path):
-        tensors |= {k: t for k, t in load_foreign(file).items() if isinstance(t, Tensor)}
+    content, _ = read_weights(path)
+    tensors = {k: t for k, t in content.items() if isinstance(t, Tensor)}
     mark = HUGGING_FACE.signature
     prefix = next((k.removesuffix(mark) for k in tensors if k.endswith(mark)), "")
     outer = {k: t for k, t in tensors.items() if not k.startswith(prefix)}
@@ -275,7 +273,7 @@ def load_head(path: str | Path, *, normalize_wav: bool | None = None, seed: int 
         network.masking = SpecAugment(_masking_of(config), backbone.width, rng)
         network.masking.load_state_dict({"embedding": masked})
     if normalize_wav is None:
-        normalize_wav = bool(_json_beside(path, _PREPROCESSOR).get("do_normalize", True))
+        normalize_wav = bool(_required_json(path, _PREPROCESSOR).get("do_normalize", True))
     return Headed(network, head, normalize_wav).eval()
 
 
@@ -376,16 +374,10 @@ def _check(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], path: Path
             )
 
 
-def _json_beside(path: Path, name: str) -> dict[str, Any]:
-    """A JSON file of the folder that `path` is or lies in."""
-    file = (path if path.is_dir() else path.parent) / name
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+def _required_json(path: Path, name: str) -> dict[str, Any]:
+    content = json_beside(path, name)
+    if not content:
         hint = ", or set normalize_wav" if name == _PREPROCESSOR else ""
-        raise CheckpointError(f"{file} is missing: copy it there{hint}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds no settings")
+        folder = path if path.is_dir() else path.parent
+        raise CheckpointError(f"{folder / name} is missing or empty: copy it there{hint}")
     return content

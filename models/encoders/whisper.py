@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.checkpoint import OWN_HEADER, CheckpointError, load_foreign, weight_files
+from models.checkpoint import OWN_HEADER, CheckpointError, json_beside, read_weights
 from models.encoders.batching import Batcher, windows
 from models.encoders.encoder import DType, checked
 from models.encoders.layouts import read_checkpoint
@@ -266,13 +266,7 @@ def read_whisper(path: str | Path) -> tuple[WhisperConfig, dict[str, Tensor]]:
     another shape, and for what is no Whisper.
     """
     path = Path(path)
-    content: dict[str, Any] = {}  # views of the mapped file: what is not used is not read
-    metadata: dict[str, str] = {}
-    for file in weight_files(path):
-        part = load_foreign(file, metadata)
-        if not isinstance(part, dict):
-            raise CheckpointError(f"{file} is no Whisper: it holds a {type(part).__name__}")
-        content |= part
+    content, metadata = read_weights(path)  # views of the mapped file
     if OWN_HEADER in metadata:
         return _ours(path, content, metadata[OWN_HEADER])
     if content.keys() >= {"dims", "model_state_dict"}:
@@ -341,16 +335,6 @@ _CONFIG_JSON = {
 }
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no settings")
-    return content
-
-
 def _config(path: Path, stated: Any, names: Mapping[str, str]) -> WhisperConfig:
     """Shapes as a file states them. names: our field -> its key there."""
     try:
@@ -366,7 +350,7 @@ def _config(path: Path, stated: Any, names: Mapping[str, str]) -> WhisperConfig:
 def _stated_config(path: Path) -> WhisperConfig | None:
     """Of the config.json in a folder or beside a file; None where there is none of a Whisper."""
     file = (path if path.is_dir() else path.parent) / "config.json"
-    stated = _json(file) if file.is_file() else {}
+    stated = json_beside(path, "config.json")
     if stated.get("model_type") != "whisper":
         return None
     if stated.get("activation_function", "gelu") != "gelu":

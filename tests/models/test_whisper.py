@@ -385,7 +385,7 @@ def test_what_is_no_whisper(golden: Path, tmp_path: Path) -> None:
         read_whisper(save({"ups.0.weight": torch.zeros(1)}, tmp_path / "vocoder.pt"))
     with pytest.raises(CheckpointError, match=r"neither dims and model_state_dict.*has a, b"):
         read_whisper(save({"b": torch.zeros(1), "a": 1}, tmp_path / "none.pt"))
-    with pytest.raises(CheckpointError, match="is no Whisper: it holds a list"):
+    with pytest.raises(CheckpointError, match="holds a list, not a network"):
         read_whisper(save([1, 2], tmp_path / "list.pt"))
     with pytest.raises(CheckpointError, match=r"nowhere\.pt does not exist"):
         read_whisper(tmp_path / "nowhere.pt")

@@ -28,9 +28,9 @@ from torch import Tensor
 from models.checkpoint import (
     OWN_HEADER,
     CheckpointError,
-    load_foreign,
+    json_beside,
+    read_weights,
     save_safetensors,
-    weight_files,
 )
 from models.encoders.layouts import stated
 from models.encoders.layouts.kinds import (
@@ -135,20 +135,20 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Raises CheckpointError, which names the keys and what the file seems to be.
     """
     path = Path(path)
-    content, metadata = _content(path)
+    content, metadata = read_weights(path)
     if OWN_HEADER in metadata:
         return _ours(path, content, metadata[OWN_HEADER])
     if not path.is_dir() and HUGGING_FACE.signature not in _unwrapped(content):
         return checkpoint_of(path, content)  # a config.json beside it is of something else
-    config_json = _json_beside(path, "config.json")
+    config_json = json_beside(path, "config.json")
     if path.is_dir() and (what := stranger_by_config(config_json)):
         raise CheckpointError(f"{path} seems to be {what}")
-    return checkpoint_of(path, content, config_json, _json_beside(path, "preprocessor_config.json"))
+    return checkpoint_of(path, content, config_json, json_beside(path, "preprocessor_config.json"))
 
 
 def is_whisper(path: str | Path) -> bool:
     """Whether a file or folder holds a Whisper, which `models.encoders.whisper` reads."""
-    content, metadata = _content(Path(path))
+    content, metadata = read_weights(path)
     if OWN_HEADER in metadata:
         return '"kind": "whisper"' in metadata[OWN_HEADER]
     return stranger(_unwrapped(content)) == WHISPER
@@ -220,30 +220,6 @@ def save_checkpoint(
     save_safetensors(
         path, {k: t.to(dtype) for k, t in tensors.items()}, {OWN_HEADER: json.dumps(header)}
     )
-
-
-def _content(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the file, or all weight files of the folder, hold; and a safetensors' metadata."""
-    content: dict[str, Any] = {}
-    metadata: dict[str, str] = {}
-    for file in weight_files(path):
-        part = load_foreign(file, metadata)
-        if not isinstance(part, dict):
-            raise CheckpointError(f"{file} holds a {type(part).__name__}, not a network's weights")
-        content |= part
-    return content, metadata
-
-
-def _json_beside(path: Path, name: str) -> dict[str, Any]:
-    """A JSON file of the folder, or of the folder that the file lies in; {} if there is none."""
-    file = (path if path.is_dir() else path.parent) / name
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise CheckpointError(f"{file} is no JSON: {error}") from error
-    return _dict(content)
 
 
 def _dict(value: Any) -> dict[str, Any]:
