@@ -9,6 +9,7 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -48,9 +49,11 @@ from pipeline.rounds import Work, run_tasks
 from pipeline.shards import (
     Footer,
     commit_file,
+    has_xvectors,
     iter_shards,
     read_dataset_info,
     read_footers,
+    units_in_words,
     write_dataset_info,
 )
 from pipeline.weights import Weights, read_weights
@@ -174,7 +177,7 @@ def _make(
             outcome.notices += outcome.work.notices
         outcome.account, environments = _read_back(dataset, tasks)
         outcome.notices += _mixed(environments)
-        if missing:
+        if tasks:  # of a run that did nothing too: one before it may have ended just short of this
             _write_info(dataset, config, settings, tasks, source)
             _write_card(dataset, outcome.account)
         return outcome
@@ -468,19 +471,21 @@ def _write_info(
         "source": None if source is None else source.name,
         "card_sha256": before.get("card_sha256"),
     }
-    write_dataset_info(dataset, info)
+    _update_info(dataset, before, info)
+
+
+def _update_info(dataset: Path, before: dict[str, Any], info: dict[str, Any]) -> None:
+    if json.loads(json.dumps(info)) != before:
+        write_dataset_info(dataset, info)
 
 
 def _write_card(dataset: Path, account: Account) -> None:
     """README.md: a dataset card for the Hugging Face hub. Edited by hand, it is left alone."""
     info = read_dataset_info(dataset)
-    card = dataset / "README.md"
-    if card.exists() and hashlib.sha256(card.read_bytes()).hexdigest() != info.get("card_sha256"):
-        return
     splits = sorted({path.name.rpartition("-")[0] for path in iter_shards(dataset)})
     files = "\n".join(f"  - split: {s}\n    path: data/{s}-*.parquet" for s in splits)
     source = f", on the audio of `{info['source']}`" if info.get("source") else ""
-    vectors = " Each clip has an x-vector." if info["config"]["xvector"]["checkpoint"] else ""
+    vectors = " Each clip has an x-vector." if has_xvectors(info) else ""
     text = f"""---
 license: other
 task_categories: [audio-to-audio]
@@ -497,7 +502,7 @@ configs:
 {len(info["speakers"])} speakers, made with Cantor{source}.
 Audio is mono FLAC at {info["sample_rate"]} Hz,
 f0 by {info["f0_method"]} every {info["hop_length"]} samples, units by
-{", ".join(info["encoders"])}.{vectors}
+{", ".join(units_in_words(info))}.{vectors}
 The settings are in `dataset.json`, the account of every source song in each shard's footer.
 
 ```python
@@ -510,5 +515,10 @@ clips = clips.cast_column("audio", Audio(decode=False))  # FLAC bytes; decoding 
 The licence is that of the songs: state it here before you share this.
 """
     digest = hashlib.sha256(text.encode()).hexdigest()
-    write_dataset_info(dataset, info | {"card_sha256": digest})
-    commit_file(dataset, "README.md", lambda file: file.write(text.encode()))
+    card = dataset / "README.md"
+    there = hashlib.sha256(card.read_bytes()).hexdigest() if card.exists() else None
+    if there not in (None, digest, info["card_sha256"]):
+        return
+    if there != digest:
+        commit_file(dataset, "README.md", lambda file: file.write(text.encode()))
+    _update_info(dataset, info, info | {"card_sha256": digest})

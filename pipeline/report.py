@@ -30,9 +30,11 @@ from pipeline.shards import (
     QUALITY_COLUMNS,
     Footer,
     commit_file,
+    has_xvectors,
     iter_shards,
     read_dataset_info,
     read_footers,
+    units_in_words,
 )
 from stages.types import Array
 
@@ -450,10 +452,11 @@ media-src data:; style-src 'unsafe-inline'" />
 
 
 def _lead(info: dict[str, Any]) -> str:
-    encoders = ", ".join(map(str, info["encoders"])) or "no encoder"
+    encoders = ", ".join(units_in_words(info))
+    vectors = "; an x-vector for each clip" if has_xvectors(info) else ""
     return (
         f"Singing clips at {info['sample_rate']} Hz; f0 by {_text(info['f0_method'])} every "
-        f"{info['hop_length']} samples; units by {_text(encoders)}."
+        f"{info['hop_length']} samples; units by {_text(encoders)}{vectors}."
     )
 
 

@@ -262,6 +262,21 @@ def read_dataset_info(dataset: Path) -> dict[str, Any]:
     return info
 
 
+def units_in_words(info: dict[str, Any]) -> list[str]:
+    """The encoders that dataset.json names, and which of them gave ids: ["mfcc (ids)"]."""
+    words = []
+    for number, name in enumerate(info["encoders"]):
+        section = f"encoders.{name}" if number else "encoder"
+        ids = f"{section}.codebook_sha256" in info["settings"]
+        words.append(f"{name} (ids)" if ids else str(name))
+    return words
+
+
+def has_xvectors(info: dict[str, Any]) -> bool:
+    """Whether dataset.json says that clips have x-vectors."""
+    return "xvector.checkpoint_sha256" in info["settings"]
+
+
 def iter_shards(dataset: Path) -> list[Path]:
     """Committed shards, in order of their names."""
     return sorted((dataset / "data").glob("*.parquet"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 from pathlib import Path
@@ -80,6 +81,27 @@ def test_a_finished_run_does_nothing(corpus: Path, tmp_path: Path, run_extract: 
     before = {path: path.stat().st_mtime_ns for path in iter_shards(tmp_path / "d")}
     assert run_extract(corpus, tmp_path / "d").work.tasks_run == 0
     assert {path: path.stat().st_mtime_ns for path in iter_shards(tmp_path / "d")} == before
+
+
+def test_what_describes_a_dataset_is_completed_by_a_later_run(
+    corpus: Path, tmp_path: Path, run_extract: Extract
+) -> None:
+    dataset = tmp_path / "d"
+    run_extract(corpus, dataset)
+    info, card = dataset / "dataset.json", dataset / "README.md"
+    whole = info.read_bytes(), card.read_bytes()
+    begun = json.loads(whole[0]) | {"speakers": [], "card_sha256": None}
+    info.write_text(json.dumps(begun))  # as a kill behind the last commit leaves it
+    card.unlink()
+    run_extract(corpus, dataset)
+    assert (info.read_bytes(), card.read_bytes()) == whole
+    info.write_text(json.dumps(begun))  # and one behind the card
+    before = card.stat().st_mtime_ns
+    run_extract(corpus, dataset)
+    assert info.read_bytes() == whole[0] and card.stat().st_mtime_ns == before
+    card.write_text("mine")
+    run_extract(corpus, dataset)
+    assert card.read_text() == "mine"
 
 
 def test_other_settings_are_refused_by_key(
