@@ -30,7 +30,7 @@ import pipeline
 import stages
 from pipeline.config import ExtractConfig
 from pipeline.errors import SongBug, StorageFault, UserError
-from pipeline.halves import Job
+from pipeline.halves import Job, TakenOver
 from pipeline.plan import Task
 from pipeline.progress import Board
 from pipeline.shards import storage_fault
@@ -177,18 +177,21 @@ def plan_pools(
     config: ExtractConfig,
     weights: Mapping[str, Weights] | None = None,
     threads: int | None = None,
+    taken_over: TakenOver | None = None,
 ) -> Pools:
     """Pool sizes for the resources of the living nodes ({"CPU", "GPU", "memory" in bytes}).
 
     threads: that the shards so far were made with; kept where the settings leave them open, so
-    that the rest has the same bits, unless no such worker fits.
+    that the rest has the same bits, unless no such worker fits. taken_over: columns that nobody
+    has to compute.
     Raises: UserError with the numbers when not even one worker fits.
     """
     workers = config.workers
     memory = math.ceil(worker_memory_gb(tasks) * 2**30)
     units_memory = memory + math.ceil(models_gb(weights or {}) * 2**30)
     most = min(len(tasks), workers.max_workers or len(tasks))
-    if _wants_gpus(config, nodes):
+    gpus_wanted = _wants_gpus(config, nodes, taken_over)
+    if gpus_wanted:
         cpus = workers.cpus_per_worker or 1.0
         cpu, gpu = _share_gpus(nodes, cpus, workers.gpus_per_worker, memory, units_memory, most)
         if cpu and gpu:
@@ -202,7 +205,7 @@ def plan_pools(
     have = "; ".join(
         f"{node.get('CPU', 0):g} CPUs and {node.get('memory', 0) / 2**30:.1f} GB" for node in nodes
     )
-    with_gpus = f" (and {workers.gpus_per_worker:g} GPUs)" if _wants_gpus(config, nodes) else ""
+    with_gpus = f" (and {workers.gpus_per_worker:g} GPUs)" if gpus_wanted else ""
     models = f", its models take {models_gb(weights):.1f} GB" if weights else ""
     raise UserError(
         f"no worker fits: each needs {cpus:g} CPUs{with_gpus} and {units_memory / 2**30:.1f} GB "
@@ -212,13 +215,20 @@ def plan_pools(
     )
 
 
-def _wants_gpus(config: ExtractConfig, nodes: list[dict[str, float]]) -> bool:
+def _wants_gpus(
+    config: ExtractConfig, nodes: list[dict[str, float]], taken_over: TakenOver | None
+) -> bool:
     """The cluster has GPUs, and a model may use them.
 
     Raises: UserError when it has none and one must.
     """
-    devices = {f"{section}.device": e.device for section, e in config.all_encoders.items()}
-    if config.xvector.checkpoint is not None:
+    taken = {identity.name for identity in taken_over.units} if taken_over else set()
+    devices = {
+        f"{section}.device": encoder.device
+        for section, encoder in config.all_encoders.items()
+        if encoder.name not in taken
+    }
+    if config.xvector.checkpoint is not None and not (taken_over and taken_over.xvector):
         devices["xvector.device"] = config.xvector.device
     per_worker = config.workers.gpus_per_worker
     if any(node.get("GPU", 0) >= per_worker for node in nodes):

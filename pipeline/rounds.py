@@ -136,7 +136,7 @@ def ray_session(address: str | None, job: Job, missing: dict[int, Task]) -> Iter
 
     with dag.connected(address, job.config):
         nodes = [node["Resources"] for node in dag.living_nodes()]
-        pools = dag.plan_pools(nodes, missing, job.config, job.weights, job.threads)
+        pools = dag.plan_pools(nodes, missing, job.config, job.weights, job.threads, job.taken_over)
         job = replace(job, threads=pools.threads)
         dag.check_nodes(job.dataset, job.corpus, job.weights.values())
         dag.require_loadable(job, pools)

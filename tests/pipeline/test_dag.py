@@ -14,9 +14,10 @@ import pytest
 from pipeline.config import load_config
 from pipeline.dag import check_nodes, plan_pools
 from pipeline.errors import StorageFault, UserError
+from pipeline.halves import TakenOver
 from pipeline.plan import PlannedSong, Task
 from pipeline.rounds import Session, Work, run_rounds
-from pipeline.shards import iter_shards
+from pipeline.shards import EncoderIdentity, XvectorIdentity, iter_shards
 from pipeline.weights import Weights
 from pipeline.workers import COMMITTED, REFUSED, STORAGE, TaskResult
 from tests.pipeline.conftest import Extract, shard_hashes
@@ -100,6 +101,19 @@ def test_gpus_serve_where_any_encoder_may_use_one() -> None:
         plan_pools([node(8)], tasks(9), must)
     two = plan_pools([node(2, gpus=2)], tasks(9), load_config())
     assert (two.cpu, two.gpu) == (1, 1)  # songs need a CPU too
+
+
+def test_units_that_are_taken_over_ask_for_no_gpu() -> None:
+    config = load_config(None, ["encoder.device=cuda"])
+    mfcc = EncoderIdentity("mfcc", 39, "float16", 50.0, None)
+    over = TakenOver(Path("d"), "", f0=False, units=(mfcc,), xvector=None)
+    assert plan_pools([node(8)], tasks(9), config, taken_over=over).gpu == 0
+    assert plan_pools([node(8, gpus=1)], tasks(9), config, taken_over=over).gpu == 0
+    vectors = load_config(None, ["xvector.checkpoint=x", "xvector.device=cuda"])
+    with pytest.raises(UserError, match=r"xvector\.device is cuda"):
+        plan_pools([node(8)], tasks(9), vectors, taken_over=over)
+    over = replace(over, xvector=XvectorIdentity(12, ""))
+    assert plan_pools([node(8)], tasks(9), vectors, taken_over=over).gpu == 0
 
 
 @pytest.mark.parametrize(
