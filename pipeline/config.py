@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -145,6 +146,7 @@ def load_config(
         for name in [name for name, s in given.get("encoders", {}).items() if s is None]:
             del given["encoders"][name]
             before.get("encoders", {}).pop(name, None)
+        _make_paths_absolute(given)
         merged = OmegaConf.merge(OmegaConf.structured(ExtractConfig), before, given)
         for key, value in _flat(OmegaConf.to_container(merged)).items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -157,6 +159,14 @@ def load_config(
         raise UserError(str(error)) from error
     assert isinstance(config, ExtractConfig)
     return config
+
+
+def _make_paths_absolute(sections: dict[str, Any]) -> None:
+    """In place: workers of a cluster, and a later `--from`, start in other folders."""
+    for section in [*sections.values(), *sections.get("encoders", {}).values()]:
+        for key in ("checkpoint", "codebook"):
+            if isinstance(section.get(key), str):
+                section[key] = str(Path(os.path.expanduser(section[key])).absolute())
 
 
 def check_encoders(
@@ -222,10 +232,15 @@ def load_codebook_of(
     """
     if encoder.codebook is None:
         return None
-    from models.encoders.codebook import load_codebook
+    from models.encoders.codebook import load_codebooks
 
-    with naming(section):
-        codebook = load_codebook(encoder.codebook)
+    with naming(f"{section}.codebook"):
+        codebook, *others = load_codebooks(encoder.codebook)
+    if others:
+        raise UserError(
+            f"{section}.codebook: {encoder.codebook} has a codebook for each of {1 + len(others)} "
+            "speakers, and ids are to mean the same for all; make one without --per-speaker"
+        )
     if codebook.encoder != encoder.name:
         raise UserError(
             f"{section}.codebook: {encoder.codebook} is of {codebook.encoder}, not of "

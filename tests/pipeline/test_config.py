@@ -97,12 +97,12 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_further_encoders_are_named_by_their_section(tmp_path: Path) -> None:
-    words = ["encoders.whisper-ppg.checkpoint=medium.pt", "encoders.log-mel={}"]
+    words = ["encoders.whisper-ppg.checkpoint=/medium.pt", "encoders.log-mel={}"]
     config = load_config(None, [*words, "encoders.log-mel.normalize=song"])
     assert list(config.all_encoders) == ["encoder", "encoders.log-mel", "encoders.whisper-ppg"]
     assert [e.name for e in config.all_encoders.values()] == ["mfcc", "log-mel", "whisper-ppg"]
     assert config.all_encoders["encoders.log-mel"].normalize == "song"
-    assert config.weight_paths == {"encoders.whisper-ppg.checkpoint": "medium.pt"}
+    assert config.weight_paths == {"encoders.whisper-ppg.checkpoint": "/medium.pt"}
     (tmp_path / "x.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "x.yaml") == config
     assert list(load_config(tmp_path / "x.yaml", ["encoders.log-mel=null"]).encoders) == [
@@ -138,6 +138,19 @@ def test_settings_over_those_of_another_run() -> None:
     other = load_config(None, ["encoder.name=mfcc"], base)
     assert (other.encoder.name, other.encoder.normalize) == ("mfcc", "none")
     assert base["encoder"]["name"] == "log-mel"
+
+
+def test_paths_of_weights_hold_in_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    given = ["encoder.checkpoint=a.pt", "encoders.log-mel.codebook=~/b", "xvector.checkpoint=/c"]
+    assert load_config(None, given).weight_paths == {
+        "encoder.checkpoint": str(tmp_path / "a.pt"),
+        "encoders.log-mel.codebook": str(tmp_path / "home" / "b"),
+        "xvector.checkpoint": "/c",
+    }
 
 
 def test_reading_settings_does_not_import_torch() -> None:

@@ -19,6 +19,7 @@ from models.encoders.codebook import Codebook, save_codebooks
 from pipeline.config import load_config
 from pipeline.errors import UserError
 from pipeline.halves import Job
+from pipeline.report import write_report
 from pipeline.shards import Footer, XvectorIdentity, iter_shards, read_footer, shard_writer
 from pipeline.verify import verify
 from pipeline.weights import read_weights, require_unchanged
@@ -96,7 +97,7 @@ def test_a_checkpoint_is_known_by_its_content(
         (["encoders.wavlm-large.checkpoint=HERE/hubert.pt"], r"hubert\.pt is a HuBERT"),
         (["encoder.int8=true"], r"^encoder.int8 is set, but mfcc has no such option"),
         (["encoders.log-mel.dtype=float16"], r"^encoders.log-mel.dtype is set, but log-mel has no"),
-        (["encoder.codebook=HERE/hubert.pt"], r"^encoder: .*hubert\.pt"),
+        (["encoder.codebook=HERE/hubert.pt"], r"^encoder\.codebook: .*hubert\.pt"),
         (["encoder.codebook=HERE/none"], r"^encoder.codebook: there is no file or folder .*none"),
         (["encoders.mel={}"], r"^encoders.mel: encoder 'mel' is unknown .did you mean 'log-mel'"),
     ],
@@ -181,6 +182,8 @@ def test_a_codebook_stores_the_ids_of_the_units(
     assert verify(tmp_path / "ids").problems == []
     (identity,) = read_footer(iter_shards(tmp_path / "ids")[0]).encoders
     assert (identity.dim, identity.dtype, identity.codebook_size) == (1, "int16", 12)
+    assert "mfcc (ids)." in (tmp_path / "ids" / "README.md").read_text()
+    assert "units by mfcc (ids)." in write_report(tmp_path / "ids").read_text()
     assert identity.codebook_sha256 == sha256_of(codebook)
     centres = load_centres(codebook)
     agree = total = 0
@@ -218,6 +221,15 @@ def test_a_codebook_of_other_units_is_refused(
             small_corpus, tmp_path / "d", [f"encoder.codebook={tmp_path / 'other.safetensors'}"]
         )
     assert not (tmp_path / "d").exists()
+
+
+def test_codebooks_of_single_speakers_are_refused(
+    small_corpus: Path, tmp_path: Path, run_extract: Extract
+) -> None:
+    each = [Codebook("mfcc", None, torch.zeros(3, 39), speaker) for speaker in ("ann", "bob")]
+    save_codebooks(tmp_path / "each", each)
+    with pytest.raises(UserError, match=r"^encoder\.codebook: .*make one without --per-speaker"):
+        run_extract(small_corpus, tmp_path / "d", [f"encoder.codebook={tmp_path / 'each'}"])
 
 
 def test_verify_finds_ids_beyond_the_codebook(
@@ -277,6 +289,8 @@ def test_each_clip_gets_an_xvector_where_a_checkpoint_is_set(
 
     outcome = run_extract(small_corpus, tmp_path / "d", [f"xvector.checkpoint={xvector_folder}"])
     assert outcome.account.problems == [] and verify(tmp_path / "d").problems == []
+    assert "mfcc. Each clip has an x-vector." in (tmp_path / "d" / "README.md").read_text()
+    assert "mfcc; an x-vector for each clip." in write_report(tmp_path / "d").read_text()
     footer = read_footer(iter_shards(tmp_path / "d")[0])
     assert footer.xvector == XvectorIdentity(12, sha256_of(xvector_folder))
     assert Footer.from_json(footer.to_json()) == footer
