@@ -26,7 +26,7 @@ from typing import IO, Any, BinaryIO
 from urllib.parse import urljoin, urlsplit
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from pipeline.bar import show_bar
 from pipeline.errors import StorageFault, UserError
@@ -81,6 +81,8 @@ def fetch_encoder(name: str, options: FetchOptions, console: Console) -> Path:
     several = len(checkpoint.files) > 1
     if several and (options.url is not None or options.sha256 is not None):
         raise UserError(f"{name} is a folder of several files; --url and --sha256 are for one")
+    if options.to.exists() and not options.to.is_dir():
+        raise UserError(f"--to is {options.to}, a file; name a folder")
     folder = options.to / name if several else options.to
     for file in checkpoint.files:
         _fetch(replace(file, url=options.url or file.url), folder, options, console)
@@ -470,7 +472,15 @@ def _sync_folder(folder: Path) -> None:
 
 def show_checkpoints(console: Console) -> None:
     """The table: what can be fetched, how large it is, whether its SHA-256 is known."""
-    table = Table("name", "file", "MB", "SHA-256", "encoders", box=None, pad_edge=False)
+    table = Table(
+        Column("name", no_wrap=True),  # it has to be typed, so it is never cut
+        Column("file", overflow="fold"),
+        "MB",
+        "SHA-256",
+        "encoders",
+        box=None,
+        pad_edge=False,
+    )
     for name, known in CHECKPOINTS.items():
         for file in known.files:
             table.add_row(

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from models.encoders import ENCODERS
 from pipeline.errors import StorageFault, UserError
-from pipeline.fetch import FetchOptions, _Redirects, fetch_encoder
+from pipeline.fetch import FetchOptions, _Redirects, fetch_encoder, show_checkpoints
 from pipeline.known_checkpoints import CHECKPOINTS, Checkpoint, RemoteFile
 from tests.pipeline.test_cli import cantor
 
@@ -484,6 +484,13 @@ def test_every_encoder_with_weights_can_be_fetched() -> None:
 def test_the_command(server: Server, tmp_path: Path) -> None:
     listed = cantor("fetch-encoder", "--list")
     assert "whisper-ppg-large" in listed and "--accept-first" in listed
+    narrow = io.StringIO()
+    show_checkpoints(Console(file=narrow, width=80))
+    names = {line.split(" ")[0] for line in narrow.getvalue().splitlines()}
+    assert names >= set(CHECKPOINTS)
+    assert "a file; name a folder" in cantor(
+        "fetch-encoder", "hubertsoft", "--to", Path(__file__), status=2
+    )
     assert "did you mean 'hubertsoft'" in cantor("fetch-encoder", "hubersoft", status=2)
     assert "any of these: contentvec," in cantor("fetch-encoder", "contentvec768l12", status=2)
     options = ("--to", tmp_path, "--url", address(server), "--sha256", SHA256)
