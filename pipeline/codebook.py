@@ -13,7 +13,9 @@ from models.encoders.codebook import MAX_CLUSTERS, Codebook, save_codebooks
 from models.encoders.kmeans import KMeans, spread_out
 from pipeline.bar import show_bar
 from pipeline.errors import UserError
+from pipeline.reextract import read_source
 from pipeline.units_reader import UnitFrames, find_units
+from stages.units import EncoderSettings
 
 _BATCH = 8192  # frames; below about 16 a centre, k-means by batches is noisy
 _MOST_SPREAD = 2048  # clusters; k-means++ takes time with their number times the sample
@@ -134,12 +136,25 @@ def fit(units: UnitFrames, options: CodebookOptions, device: str, console: Conso
                 kmeans.finish_lloyd()
     encoder = units.encoder
     return Fit(
-        Codebook(encoder.name, encoder.checkpoint_sha256, kmeans.centroids, units.speaker),
+        Codebook(
+            encoder.name,
+            encoder.checkpoint_sha256,
+            kmeans.centroids,
+            units.speaker,
+            _settings(units).meaning(),
+        ),
         frames=units.total,
         used=int((kmeans.counts > 0).sum()),
         inertia=kmeans.inertia / units.total,
         variance=float(sample.double().var(0, correction=0).sum()),
     )
+
+
+def _settings(units: UnitFrames) -> EncoderSettings:
+    """With which the dataset's units were made."""
+    encoders = read_source(units.dataset).config.all_encoders.values()
+    by_name = {encoder.name: encoder for encoder in encoders}
+    return by_name[units.encoder.name]
 
 
 def _device(name: str) -> str:

@@ -251,6 +251,15 @@ def load_codebook_of(
             f"{section}.codebook: {encoder.codebook} is of {encoder.name} with another "
             f"checkpoint than {encoder.checkpoint}; their units do not share centres"
         )
+    if codebook.settings != encoder.meaning():
+        made, asked = (
+            ", ".join(f"{key}={value}" for key, value in settings.items()) or "the defaults"
+            for settings in (codebook.settings, encoder.meaning())
+        )
+        raise UserError(
+            f"{section}.codebook: {encoder.codebook} is of units made with {made}, and these are "
+            f"made with {asked}; they do not share centres"
+        )
     return codebook
 
 

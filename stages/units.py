@@ -42,6 +42,12 @@ class EncoderSettings:
     normalize: Literal["none", "song"] = "none"
     codebook: str | None = None
 
+    def meaning(self) -> dict[str, Any]:
+        """Of what makes units that other centres are near to: all that is not the default."""
+        named = {"normalize": self.normalize, "normalize_wav": self.normalize_wav}
+        defaults = EncoderSettings()
+        return {key: value for key, value in named.items() if value != getattr(defaults, key)}
+
     def options(self) -> dict[str, Any]:
         """What `load_encoder` is told beyond checkpoint and device: all that is not the default."""
         options: dict[str, Any] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ class Codebook:
     centroids: float32 (K, D), 1 <= K <= 32767, finite.
     checkpoint_sha256: of the encoder whose units these are centres of; None where it has no file.
     speaker: whose units they were made of; None for all speakers of a dataset.
+    settings: of the encoder, where they are not the defaults and give units of another meaning.
     """
 
     encoder: str
     checkpoint_sha256: str | None
     centroids: Tensor
     speaker: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         centroids = self.centroids
@@ -116,7 +118,8 @@ def save_codebooks(
     as the seed; anything that JSON can hold. The same content gives the same bytes.
     """
     first = codebooks[0]
-    if any((c.encoder, c.dim) != (first.encoder, first.dim) for c in codebooks):
+    of = (first.encoder, first.dim, first.settings)
+    if any((c.encoder, c.dim, c.settings) != of for c in codebooks):
         raise ValueError("a file holds the codebooks of one encoder")
     speakers = [c.speaker for c in codebooks]
     if len(set(speakers)) != len(speakers):
@@ -124,6 +127,7 @@ def save_codebooks(
     header = {
         "encoder": first.encoder,
         "checkpoint_sha256": first.checkpoint_sha256,
+        "settings": first.settings,
         "speakers": speakers,
         "notes": notes or {},
     }
@@ -141,7 +145,11 @@ def load_codebooks(path: str | Path) -> list[Codebook]:
         header = json.loads(metadata[_FORMAT])
         return [
             Codebook(
-                header["encoder"], header["checkpoint_sha256"], tensors[f"centroids.{i}"], speaker
+                header["encoder"],
+                header["checkpoint_sha256"],
+                tensors[f"centroids.{i}"],
+                speaker,
+                header["settings"],
             )
             for i, speaker in enumerate(header["speakers"])
         ]

@@ -14,6 +14,7 @@ from models.encoders.codebook import load_codebook, load_codebooks
 from pipeline.codebook import CodebookOptions, Fit, make_codebook
 from pipeline.errors import UserError
 from pipeline.units_reader import find_units
+from pipeline.verify import verify
 from tests.pipeline.test_cli import cantor
 
 
@@ -93,3 +94,15 @@ def test_the_command(dataset: Path, tmp_path: Path) -> None:
     assert "12 of 12 ids used" in output and "variance explained" in output
     assert len(load_codebook(tmp_path / "c.safetensors").centroids) == 12
     assert "no units of 'x'" in cantor("codebook", dataset, "c", "--encoder", "x", status=2)
+
+
+def test_units_made_otherwise_do_not_share_centres(dataset: Path, tmp_path: Path) -> None:
+    song, codes = tmp_path / "song", tmp_path / "codes"
+    cantor("extract", "--from", dataset, song, "encoder.normalize=song", "--local")
+    make(song, codes, clusters=12, epochs=1)
+    assert load_codebook(codes).settings == {"normalize": "song"}
+    ids = (tmp_path / "ids", f"encoder.codebook={codes}", "--local")
+    said = cantor("extract", "--from", dataset, *ids, status=2)
+    assert "made with normalize=song, and these are made with the defaults" in said
+    cantor("extract", "--from", song, *ids)
+    assert verify(tmp_path / "ids").problems == []
