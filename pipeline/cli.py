@@ -130,7 +130,7 @@ def extract(
             outcome = run(Path(corpus), Path(dataset), resolved, options, console)
         else:
             outcome = reextract(source, Path(dataset), resolved, options, console)
-    except KeyboardInterrupt as error:  # the parser would say "Aborted." and no more
+    except KeyboardInterrupt as error:  # the parser would end without a word
         raise Interrupted from error
     if dry_run:
         return

@@ -235,7 +235,9 @@ def _wants_gpus(
         return any(device != "cpu" for device in devices.values())
     for key, device in devices.items():
         if device == "cuda":
-            raise UserError(f"{key} is cuda, and no node of the cluster offers a GPU")
+            raise UserError(
+                f"{key} is cuda, and no node of the cluster offers a GPU; set {key} to auto or cpu"
+            )
     return False
 
 
