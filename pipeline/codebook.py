@@ -13,6 +13,7 @@ from models.encoders.codebook import MAX_CLUSTERS, Codebook, save_codebooks
 from models.encoders.kmeans import KMeans, spread_out
 from pipeline.bar import show_bar
 from pipeline.errors import UserError
+from pipeline.outputs import choose_device, require_safetensors
 from pipeline.reextract import read_source
 from pipeline.units_reader import UnitFrames, find_units
 from stages.units import EncoderSettings
@@ -76,11 +77,8 @@ def make_codebook(
     The same seed, dataset and options give the same file on the same kind of machine.
     Raises: UserError when there is nothing to cluster, or less than `clusters` frames.
     """
-    device = _device(options.device)
-    if out.is_dir():
-        raise UserError(
-            f"{out} is a folder; name the file to write, such as {out / 'codebook.safetensors'}"
-        )
+    device = choose_device(options.device)
+    require_safetensors(out)
     units = find_units(dataset, options.encoder, options.split)
     if options.per_speaker:
         parts = [units.of(speaker) for speaker in units.speakers]
@@ -155,13 +153,6 @@ def _settings(units: UnitFrames) -> EncoderSettings:
     encoders = read_source(units.dataset).config.all_encoders.values()
     by_name = {encoder.name: encoder for encoder in encoders}
     return by_name[units.encoder.name]
-
-
-def _device(name: str) -> str:
-    there = torch.cuda.is_available()
-    if name == "cuda" and not there:
-        raise UserError("--device is cuda, but torch finds no CUDA device; use auto or cpu")
-    return "cuda" if there and name != "cpu" else "cpu"
 
 
 def _refuse_few(parts: list[UnitFrames], options: CodebookOptions) -> None:

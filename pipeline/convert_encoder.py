@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +11,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from models.checkpoint import CheckpointError, save_safetensors, sha256_of
+from models.checkpoint import json_beside, read_weights, save_safetensors, sha256_of
 from models.encoders.layouts import Checkpoint, is_whisper, read_checkpoint, save_checkpoint
 from models.encoders.layouts.kinds import FAMILIES, names_for
+from models.encoders.onnx import describe_onnx, is_onnx
 from models.encoders.whisper import WhisperConfig, header, read_whisper
 from pipeline.errors import UserError
+from pipeline.outputs import require_safetensors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -27,9 +31,14 @@ class Description:
 
 def describe(path: Path) -> Description:
     """Kind, shapes, dtype, size and hash of a checkpoint. Raises UserError for what is none."""
+    if is_onnx(path):
+        with _user_errors():
+            return Description((*describe_onnx(path), ("sha256", sha256_of(path))))
     found = _read(path)
     if isinstance(found, Checkpoint):
         lines = _lines_of_network(found)
+        if "WavLMForXVector" in json_beside(path, "config.json").get("architectures", ()):
+            lines.append(("head", "x-vectors, for xvector.checkpoint and purity"))
     else:
         config, tensors = found
         lines = [
@@ -38,6 +47,7 @@ def describe(path: Path) -> Description:
             ("layers", f"{config.layers}, of {config.heads} heads"),
             ("width", f"{config.width}, feed-forward {config.feed_forward}"),
             ("units", f"{config.width} numbers, 50 frames a second"),
+            ("dtype", _dtypes(_stored(path))),
             ("parameters", f"{sum(tensor.numel() for tensor in tensors.values()):,}"),
         ]
     return Description((*lines, ("sha256", sha256_of(path))))
@@ -48,7 +58,6 @@ def _lines_of_network(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     heads = sorted({layer.heads for layer in config.layers})
     inner = sorted({layer.feed_forward for layer in config.layers})
     norm = "before attention and feed-forward" if config.pre_norm else "after them"
-    dtypes = {str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values()}
     units = f"{config.width} numbers"
     if config.project_dim is not None:
         units += f", {config.project_dim} through the final projection"
@@ -61,7 +70,7 @@ def _lines_of_network(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("convolutions", f"{len(config.stem)} of {_span(sorted({c for c, _, _ in config.stem}))}"),
         ("units", f"{units}, {16000 / config.hop_length:g} frames a second"),
         ("waveform", "is normalised" if config.normalize_wav else "is taken as it is"),
-        ("dtype", ", ".join(sorted(dtypes))),
+        ("dtype", _dtypes(checkpoint.tensors.values())),
         ("parameters", f"{checkpoint.num_parameters:,}"),
     ]
 
@@ -73,7 +82,8 @@ def convert(source: Path, out: Path, dtype: str = "float32") -> None:
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}; it must be {' or '.join(DTYPES)}")
-    if out.is_dir() or not out.parent.is_dir():
+    require_safetensors(out)
+    if not out.parent.is_dir():
         raise UserError(f"{out} must be a file in a folder that exists")
     if out.exists() and source.exists() and out.samefile(source):
         raise UserError(f"{out} is the checkpoint itself; name another file to write")
@@ -93,10 +103,27 @@ def show(console: Console, description: Description) -> None:
 
 
 def _read(path: Path) -> Checkpoint | tuple[WhisperConfig, dict[str, Tensor]]:
-    try:
+    with _user_errors():
         return read_whisper(path) if is_whisper(path) else read_checkpoint(path)
-    except CheckpointError as error:
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # CheckpointError, or onnxruntime is missing
         raise UserError(str(error)) from error
+
+
+def _stored(path: Path) -> list[Tensor]:
+    """The tensors of a file of Whisper's as they lie in it."""
+    content, _ = read_weights(path)
+    tensors = content.get("model_state_dict", content)
+    return [tensor for tensor in tensors.values() if isinstance(tensor, Tensor)]
+
+
+def _dtypes(tensors: Iterable[Tensor]) -> str:
+    return ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
 
 
 def _span(numbers: list[int]) -> str:

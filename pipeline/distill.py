@@ -14,7 +14,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +38,8 @@ from models.encoders.layouts.names import OURS
 from models.encoders.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from pipeline.bar import show_bar
 from pipeline.errors import UserError
+from pipeline.extract import lock
+from pipeline.outputs import choose_device, require_safetensors
 from pipeline.shards import Footer, iter_shards, read_dataset_info, read_footers
 from stages.flac import decode_flac
 from stages.pcm import dequantise
@@ -117,9 +119,21 @@ def distill(dataset: Path, out: Path, options: DistillOptions, console: Console)
     threads. The same call goes on with a run that was stopped.
     Raises: UserError.
     """
-    device = _device(options.device)
-    if out.suffix != ".safetensors":
-        raise UserError(f"{out} must end in .safetensors, the format that is written")
+    device = choose_device(options.device)
+    require_safetensors(out)
+    with ExitStack() as held:
+        return _distill(dataset, out, options, device, console, held)
+
+
+def _distill(
+    dataset: Path,
+    out: Path,
+    options: DistillOptions,
+    device: str,
+    console: Console,
+    held: ExitStack,
+) -> DistillOutcome:
+    """held: gets the lock of the run's folder, once nothing is wrong with the options."""
     if out.exists():
         raise UserError(f"{out} is there already; remove it or name another file")
     training = options.training
@@ -135,6 +149,7 @@ def distill(dataset: Path, out: Path, options: DistillOptions, console: Console)
         except ValueError as error:
             raise UserError(str(error)) from error
         run = _Run(Path(f"{out}.run"))
+        held.enter_context(lock(run.folder))
         phase, reached = run.begin(_settings(dataset, options, clips))
         if phase == "prune":
             if reached:
@@ -453,13 +468,6 @@ def _outcome(teacher: Wav2Vec2, student: Wav2Vec2, losses: list[float]) -> Disti
         last_loss=float(np.mean(losses[-some:])),
         config=student.config,
     )
-
-
-def _device(device: str) -> str:
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
-        raise UserError("--device is cuda, but torch finds no CUDA device; use auto or cpu")
-    return "cuda" if there and device != "cpu" else "cpu"
 
 
 @contextmanager

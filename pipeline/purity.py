@@ -21,6 +21,7 @@ from soundfile import LibsndfileError
 
 from pipeline.bar import show_bar
 from pipeline.errors import UserError
+from pipeline.outputs import choose_device
 from pipeline.shards import (
     XVECTOR_COLUMN,
     Footer,
@@ -144,18 +145,11 @@ def _stored(rows: pa.Table, footer: Footer) -> NDArray[np.float32]:
 
 
 def _embedder(checkpoint: Path, device: str, settings: dict[str, Any]) -> tuple[Embed, str]:
-    import torch  # slow to import, and vectors that are stored need none of it
-
     from models.checkpoint import sha256_of
     from models.encoders.xvector import load_xvector
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device is '{device}'; it is auto, cpu or cuda")
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
-        raise UserError("--device is cuda, but torch finds no CUDA device; use auto or cpu")
     try:
-        model = load_xvector(checkpoint, "cuda" if there and device != "cpu" else "cpu")
+        model = load_xvector(checkpoint, choose_device(device))
         sha256 = sha256_of(checkpoint)
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -377,7 +377,6 @@ def _check(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], path: Path
 def _required_json(path: Path, name: str) -> dict[str, Any]:
     content = json_beside(path, name)
     if not content:
-        hint = ", or set normalize_wav" if name == _PREPROCESSOR else ""
         folder = path if path.is_dir() else path.parent
-        raise CheckpointError(f"{folder / name} is missing or empty: copy it there{hint}")
+        raise CheckpointError(f"{folder / name} is missing or empty: copy it there")
     return content

@@ -112,6 +112,32 @@ def load_onnx(name: str, checkpoint: str | None, device: str = "cpu") -> OnnxEnc
     return OnnxEncoder(name, KINDS[name], session, _width(path, name, session))
 
 
+def is_onnx(path: Path) -> bool:
+    """Whether a file starts as an ONNX graph does."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(1) == b"\x08"
+
+
+def describe_onnx(path: Path) -> list[tuple[str, str]]:
+    """Label and value of what a graph says of itself, and the encoders it can be.
+
+    Raises CheckpointError for a graph that is no encoder, ValueError where onnxruntime is missing.
+    """
+    session = _session(path, torch.device("cpu"))
+    _check_ends(path, session)
+    (entry,), end = session.get_inputs(), session.get_outputs()[0]
+    _, dim, names = _trial(path, session)
+    return [
+        ("kind", "an ONNX graph of an encoder"),
+        ("encoder.name", " or ".join(names) or "none"),
+        ("input", f"{entry.name}: {entry.type} {list(entry.shape)}"),
+        ("output", f"{end.name}: {end.type} {list(end.shape)}"),
+        ("units", f"{dim} numbers"),
+    ]
+
+
 def _session(path: Path, device: torch.device) -> Any:
     try:
         import onnxruntime
@@ -204,14 +230,16 @@ def _check_ends(path: Path, session: Any) -> None:
         )
 
 
-def _width(path: Path, name: str, session: Any) -> int:
-    """D, by a trial that also shows whether the graph is what `name` says.
+_TRIAL_SAMPLES = 960  # the two ways to pad differ here
+
+
+def _trial(path: Path, session: Any) -> tuple[int, int, list[str]]:
+    """Frames of the trial, D, and the names whose padding and width a graph has, by a trial.
 
     A width that no name has is taken under any: students and tests are narrower.
     """
-    num_samples = 960  # the two ways to pad differ here
     try:
-        units = _run(session, torch.zeros(num_samples))
+        units = _run(session, torch.zeros(_TRIAL_SAMPLES))
     except _faults() as error:
         raise CheckpointError(f"{path} cannot run on a waveform ({_first_line(error)})") from error
     shape = list(units.shape)
@@ -221,15 +249,24 @@ def _width(path: Path, name: str, session: Any) -> int:
         )
     _, frames, dim = shape
     widths = {kind.dim for kind in KINDS.values()}
-    fits = [
-        other
-        for other, kind in KINDS.items()
-        if frames == kind.num_frames(num_samples) and (dim == kind.dim or dim not in widths)
-    ]
+    return (
+        frames,
+        dim,
+        [
+            name
+            for name, kind in KINDS.items()
+            if frames == kind.num_frames(_TRIAL_SAMPLES) and (dim == kind.dim or dim not in widths)
+        ],
+    )
+
+
+def _width(path: Path, name: str, session: Any) -> int:
+    """D. Raises CheckpointError where the graph is not what `name` says."""
+    frames, dim, fits = _trial(path, session)
     if name not in fits:
         hint = f"its name is {' or '.join(fits)}" if fits else "no encoder here does that"
         raise CheckpointError(
-            f"{path} is not {name}: of {num_samples} samples it makes {frames} frames of width "
+            f"{path} is not {name}: of {_TRIAL_SAMPLES} samples it makes {frames} frames of width "
             f"{dim}; {hint}"
         )
     return dim

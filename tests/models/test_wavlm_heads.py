@@ -306,9 +306,7 @@ def test_a_folder_with_other_parameters_is_refused(
 def test_normalisation_must_be_known(golden: Path, tmp_path: Path) -> None:
     saved(peer_model(golden, "WavLMForXVector"), tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"preprocessor_config\.json is missing.*normalize_wav"
-    ):
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json is missing"):
         load_head(tmp_path)
     assert load_head(tmp_path, normalize_wav=True).normalize_wav
 

@@ -38,19 +38,21 @@ def test_it_fits_about_as_well_as_scikit_learn_on_all_frames(dataset: Path, tmp_
 
 def test_the_seed_makes_the_file(dataset: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        make(dataset, tmp_path / name, clusters=20, seed=seed, epochs=1)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert (tmp_path / "a").read_bytes() != (tmp_path / "c").read_bytes()
+        make(dataset, tmp_path / f"{name}.safetensors", clusters=20, seed=seed, epochs=1)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert (tmp_path / "a.safetensors").read_bytes() != (tmp_path / "c.safetensors").read_bytes()
 
 
 def test_one_for_each_speaker(dataset: Path, tmp_path: Path) -> None:
-    fits = make(dataset, tmp_path / "new" / "all", clusters=15, per_speaker=True, epochs=1)
-    codebooks = load_codebooks(tmp_path / "new" / "all")
+    fits = make(
+        dataset, tmp_path / "new" / "all.safetensors", clusters=15, per_speaker=True, epochs=1
+    )
+    codebooks = load_codebooks(tmp_path / "new" / "all.safetensors")
     assert [c.speaker for c in codebooks] == find_units(dataset).speakers
     assert sum(fit.frames for fit in fits) == find_units(dataset).total
     speaker = codebooks[1].speaker
-    make(dataset, tmp_path / "one", clusters=15, speaker=speaker, epochs=1)
-    one = load_codebook(tmp_path / "one")
+    make(dataset, tmp_path / "one.safetensors", clusters=15, speaker=speaker, epochs=1)
+    one = load_codebook(tmp_path / "one.safetensors")
     assert one.speaker == speaker and torch.equal(one.centroids, codebooks[1].centroids)
 
 
@@ -58,17 +60,17 @@ def test_more_clusters_than_the_careful_start_takes(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.codebook._MOST_SPREAD", 10)
-    (fit,) = make(dataset, tmp_path / "c", clusters=40)
-    (careful,) = make(dataset, tmp_path / "d", clusters=10, epochs=0)
+    (fit,) = make(dataset, tmp_path / "c.safetensors", clusters=40)
+    (careful,) = make(dataset, tmp_path / "d.safetensors", clusters=10, epochs=0)
     assert fit.used > 35 and fit.inertia < careful.inertia
 
 
 def test_what_cannot_be_clustered_is_said(dataset: Path, tmp_path: Path) -> None:
     total = find_units(dataset).total
     with pytest.raises(UserError, match=f"{total} frames, too few for 32000 .* --clusters {total}"):
-        make(dataset, tmp_path / "c", clusters=32000)
+        make(dataset, tmp_path / "c.safetensors", clusters=32000)
     with pytest.raises(UserError, match=r"frames of speaker '.*', too few"):
-        make(dataset, tmp_path / "c", clusters=total // 2, per_speaker=True)
+        make(dataset, tmp_path / "c.safetensors", clusters=total // 2, per_speaker=True)
     with pytest.raises(UserError, match="name the file to write"):
         make(dataset, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -93,11 +95,12 @@ def test_the_command(dataset: Path, tmp_path: Path) -> None:
     output = cantor("codebook", dataset, tmp_path / "c.safetensors", "--clusters", 12)
     assert "12 of 12 ids used" in output and "variance explained" in output
     assert len(load_codebook(tmp_path / "c.safetensors").centroids) == 12
-    assert "no units of 'x'" in cantor("codebook", dataset, "c", "--encoder", "x", status=2)
+    words = ("codebook", dataset, "c.safetensors", "--encoder", "x")
+    assert "no units of 'x'" in cantor(*words, status=2)
 
 
 def test_units_made_otherwise_do_not_share_centres(dataset: Path, tmp_path: Path) -> None:
-    song, codes = tmp_path / "song", tmp_path / "codes"
+    song, codes = tmp_path / "song", tmp_path / "codes.safetensors"
     cantor("extract", "--from", dataset, song, "encoder.normalize=song", "--local")
     make(song, codes, clusters=12, epochs=1)
     assert load_codebook(codes).settings == {"normalize": "song"}

@@ -78,15 +78,46 @@ def test_the_same_network_is_described_the_same(encoders: Path, tmp_path: Path) 
     assert {key for key in first if first[key] != second[key]} == {"file", "sha256"}
 
 
+def test_a_file_is_not_written_over_itself(encoders: Path, tmp_path: Path) -> None:
+    ours = tmp_path / "a.safetensors"
+    convert(encoders / "tiny_wavlm.pt", ours)
+    before = ours.read_bytes()
+    with pytest.raises(UserError, match="the checkpoint itself"):
+        convert(ours, ours)
+    assert ours.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "file, expected",
+    [
+        ("vec-tiny-layer-3.onnx", {"kind": "ONNX", "encoder.name": "contentvec768l12-onnx"}),
+        ("tiny_whisper.pt", {"kind": "Whisper", "dtype": "float32"}),
+        ("tiny_hubert_base_fp16.pt", {"kind": "HuBERT", "dtype": "float16"}),
+    ],
+)
+def test_what_a_file_is(encoders: Path, file: str, expected: dict[str, str]) -> None:
+    lines = dict(describe(encoders / file).lines)
+    for label, words in expected.items():
+        assert words in lines[label]
+    assert len(lines["sha256"]) == 64
+
+
+def test_a_graph_that_is_no_encoder_is_not_described_as_one(tmp_path: Path) -> None:
+    broken = tmp_path / "half.onnx"
+    broken.write_bytes(b"\x08\x09 and then nothing that is a graph")
+    with pytest.raises(UserError, match="no ONNX graph"):
+        describe(broken)
+
+
 def test_what_cannot_be_is_said_in_a_sentence(encoders: Path, tmp_path: Path) -> None:
     source, out = encoders / "tiny_wavlm.pt", tmp_path / "a.safetensors"
     for call, words in (
         (lambda: convert(encoders / "vec-tiny-layer-3.onnx", out), "ONNX"),
         (lambda: convert(tmp_path / "none.pt", out), "does not exist"),
         (lambda: convert(source, out, "int4"), "float32 or float16"),
-        (lambda: convert(source, tmp_path), "folder that exists"),
+        (lambda: convert(source, tmp_path), "is a folder"),
         (lambda: convert(source, tmp_path / "no" / "a.safetensors"), "folder that exists"),
-        (lambda: convert(source, source), "the checkpoint itself"),
+        (lambda: convert(source, source), "must end in .safetensors"),
         (lambda: run(source), "--print"),
     ):
         with pytest.raises(UserError, match=words):

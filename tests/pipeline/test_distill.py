@@ -22,6 +22,7 @@ from models.encoders import load_encoder
 from models.encoders.distill import DistillConfig
 from pipeline.distill import Clips, DistillOptions, DistillOutcome, distill
 from pipeline.errors import UserError
+from pipeline.extract import lock
 from tests.conftest import ROOT
 
 TRAINING = DistillConfig(
@@ -106,7 +107,7 @@ def test_log_tells_of_every_step(student: tuple[Path, DistillOutcome]) -> None:
     assert lines[99]["target_sparsity"] == 0.3
     assert lines[99]["sparsity"] == pytest.approx(0.3, abs=0.02)
     left = {path.name for path in folder.iterdir()}
-    assert left == {"settings.json", "log.jsonl", "pruned.safetensors"}
+    assert left == {".lock", "settings.json", "log.jsonl", "pruned.safetensors"}
 
 
 def test_killed_run_goes_on_to_the_same_student(
@@ -213,6 +214,8 @@ def test_what_cannot_be_is_refused(
     with pytest.raises(UserError, match="is not a dataset"):
         run(tmp_path, out, options)
     assert list(tmp_path.iterdir()) == []
+    with lock(Path(f"{out}.run")), pytest.raises(UserError, match="is in use by process"):
+        run(dataset, out, options)
     out.touch()
     with pytest.raises(UserError, match="is there already"):
         run(dataset, out, options)
