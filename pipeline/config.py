@@ -178,7 +178,7 @@ def check_encoders(
     taken_over: sections of those whose units another dataset has.
     Raises: UserError.
     """
-    from models.encoders import ENCODERS, load_encoder  # torch takes seconds to import
+    from models.encoders import ENCODERS, check_encoder  # torch takes seconds to import
 
     for section, encoder in config.all_encoders.items():
         if section in taken_over:
@@ -189,7 +189,7 @@ def check_encoders(
                 f"{key}: encoder '{encoder.name}' is unknown{_suggest(encoder.name, ENCODERS)}"
             )
         with naming(section):
-            load_encoder(encoder.name, encoder.checkpoint, "cpu", **encoder.options())
+            check_encoder(encoder.name, encoder.checkpoint, **encoder.options())
         if local:
             _require_cuda(section, encoder.device)
     if config.xvector.checkpoint is not None and "xvector" not in taken_over:

@@ -10,7 +10,8 @@ from typing import Any, get_args
 import torch
 
 from models.encoders.encoder import DType, Encoder, checked
-from models.encoders.layouts import read_encoder
+from models.encoders.int8 import require_int8
+from models.encoders.layouts import check_fit, read_encoder
 from models.encoders.layouts.kinds import NAMES
 from models.encoders.onnx import KINDS, load_onnx
 from models.encoders.spectral import LogMel, Mfcc
@@ -18,7 +19,7 @@ from models.encoders.ssl import SslEncoder
 from models.encoders.wav2vec2 import Wav2Vec2
 from models.encoders.whisper import load_whisper
 
-__all__ = ["ENCODERS", "Encoder", "checked", "load_encoder"]
+__all__ = ["ENCODERS", "Encoder", "check_encoder", "checked", "load_encoder"]
 
 
 def _mfcc(checkpoint: str | None, device: str) -> Encoder:
@@ -71,20 +72,37 @@ def load_encoder(
     to load, and for none where there is; CheckpointError (a ValueError) for a file that is not
     this encoder's.
     """
+    _require_options(name, options)
+    _require_device(device)
+    if torch.device(device).type == "cuda":
+        # Convolutions would otherwise round to 10 bits, unasked; matrix products do not.
+        torch.backends.cudnn.allow_tf32 = False
+    return ENCODERS[name](checkpoint, device, **options)
+
+
+def check_encoder(name: str, checkpoint: str | None = None, **options: Any) -> None:
+    """Raises what `load_encoder` would on a CPU.
+
+    Reads no weights where the shapes in the file tell all: in the wav2vec 2.0 family.
+    """
+    if name not in NAMES or checkpoint is None:
+        load_encoder(name, checkpoint, **options)
+        return
+    _require_options(name, options)
+    check_fit(name, checkpoint)
+    if options.get("int8"):
+        require_int8(torch.device("cpu"), getattr(torch, options.get("dtype", "float32")))
+
+
+def _require_options(name: str, options: dict[str, Any]) -> None:
     if name not in ENCODERS:
         raise ValueError(f"encoder {name!r} is unknown; there are {', '.join(sorted(ENCODERS))}")
-    build = ENCODERS[name]
-    taken = inspect.signature(build).parameters
+    taken = inspect.signature(ENCODERS[name]).parameters
     for option in options:
         if option not in taken:
             raise ValueError(f"encoder.{option} is set, but {name} has no such option")
     if (dtype := options.get("dtype", "float32")) not in get_args(DType):
         raise ValueError(f"encoder.dtype is {dtype!r}; there are {', '.join(get_args(DType))}")
-    _require_device(device)
-    if torch.device(device).type == "cuda":
-        # Convolutions would otherwise round to 10 bits, unasked; matrix products do not.
-        torch.backends.cudnn.allow_tf32 = False
-    return build(checkpoint, device, **options)
 
 
 def _require_device(device: str) -> None:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.encoders import ENCODERS, Encoder, load_encoder
+from models.checkpoint import load_foreign
+from models.encoders import ENCODERS, Encoder, check_encoder, load_encoder
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "encoders"
 
@@ -177,6 +178,25 @@ def test_an_encoder_with_weights_asks_for_them(name: str) -> None:
         load_encoder(name)
 
 
+def test_what_can_be_loaded_passes_the_check() -> None:
+    for name, file in CHECKPOINTS.items():
+        check_encoder(name, str(GOLDEN / file))
+    check_encoder("mfcc")
+
+
+def test_the_check_asks_for_what_loading_needs(tmp_path: Path) -> None:
+    content = load_foreign(GOLDEN / "tiny_hubert_base.pt")
+    content["model"] = {k: t for k, t in content["model"].items() if "final_proj" not in k}
+    path = str(tmp_path / "cut.pt")
+    torch.save({"cfg": content["cfg"], "model": content["model"]}, path)
+    for ask in (load_encoder, check_encoder):
+        ask("contentvec768l9", path)
+        with pytest.raises(ValueError, match="no final projection"):
+            ask("contentvec256l9", path)
+    with pytest.raises(ValueError, match=r"int8 works with encoder\.dtype=float32"):
+        check_encoder("contentvec768l9", path, int8=True, dtype="bfloat16")
+
+
 def test_an_option_that_an_encoder_lacks_is_named() -> None:
     with pytest.raises(ValueError, match=r"encoder\.int8 is set, but mfcc has no such option"):
         load_encoder("mfcc", int8=True)
@@ -203,9 +223,10 @@ def test_a_dtype_that_is_none_is_named(name: str) -> None:
 def test_a_wrong_name_for_a_file_is_answered_with_the_right(
     name: str, file: str, right: str
 ) -> None:
-    with pytest.raises(ValueError, match=right) as caught:
-        load_encoder(name, str(GOLDEN / file))
-    assert file in str(caught.value)
+    for ask in (load_encoder, check_encoder):
+        with pytest.raises(ValueError, match=right) as caught:
+            ask(name, str(GOLDEN / file))
+        assert file in str(caught.value)
 
 
 @pytest.mark.parametrize("device, words", [("gpu", "write cpu, cuda"), ("cuda", "no CUDA device")])

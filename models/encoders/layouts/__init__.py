@@ -57,6 +57,7 @@ from models.encoders.wav2vec2 import LayerShape, RelativeBias, Wav2Vec2, Wav2Vec
 
 __all__ = [
     "Checkpoint",
+    "check_fit",
     "checkpoint_of",
     "is_whisper",
     "read_checkpoint",
@@ -97,8 +98,17 @@ class Checkpoint:
     ) -> tuple[Wav2Vec2Config, dict[str, Tensor]]:
         """Shapes and float32 state dict of the network up to a layer; the rest is not read.
 
-        Copies, except for float32 tensors of our own format: those stay views of the mapped file,
-        so that loading costs nothing until they are used. They may be written to.
+        Arguments as of `shaped`. Copies, except for float32 tensors of our own format: those stay
+        views of the mapped file, so that loading costs nothing until they are used. They may be
+        written to.
+        """
+        config = self.shaped(layers, project=project, normalize_wav=normalize_wav)
+        return config, {name: self._tensor(name, shape) for name, shape in _shapes(config)}
+
+    def shaped(
+        self, layers: int | None = None, *, project: bool = False, normalize_wav: bool | None = None
+    ) -> Wav2Vec2Config:
+        """Shapes of the network up to a layer.
 
         layers: units leave after so many of them, or after the last if there are fewer, without the
         final norm; None: after all and the norm. project: through the final projection.
@@ -108,14 +118,13 @@ class Checkpoint:
         """
         if project and self.config.project_dim is None:
             raise CheckpointError(f"{self.path} has no final projection (final_proj)")
-        config = replace(
+        return replace(
             self.config,
             layers=self.config.layers[:layers],
             final_norm=self.config.final_norm and layers is None,
             project_dim=self.config.project_dim if project else None,
             normalize_wav=self.config.normalize_wav if normalize_wav is None else normalize_wav,
         )
-        return config, {name: self._tensor(name, shape) for name, shape in _shapes(config)}
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         copy = self.layout is not OURS
@@ -191,6 +200,20 @@ def read_encoder(
     normalize_wav: None: the name's default. Raises CheckpointError; for another encoder's file it
     says which names are right.
     """
+    checkpoint, how = _chosen(name, path, normalize_wav)
+    return checkpoint.take(**how)
+
+
+def check_fit(name: str, path: str | Path) -> None:
+    """Raises what `read_encoder` would, and reads no weights for it."""
+    checkpoint, how = _chosen(name, path, None)
+    checkpoint.shaped(**how)
+
+
+def _chosen(
+    name: str, path: str | Path, normalize_wav: bool | None
+) -> tuple[Checkpoint, dict[str, Any]]:
+    """The checkpoint, and what `name` takes of it."""
     checkpoint = read_checkpoint(path)
     wanted, width = NAMES[name], checkpoint.config.width
     if not fits(wanted, checkpoint.family, width):
@@ -207,7 +230,8 @@ def read_encoder(
     if normalize_wav is None:
         normalize_wav = wanted.normalize_wav
     project = dim is not None if wanted.project is None else wanted.project
-    return checkpoint.take(wanted.layers, project=project, normalize_wav=normalize_wav)
+    how = {"layers": wanted.layers, "project": project, "normalize_wav": normalize_wav}
+    return checkpoint, how
 
 
 def save_checkpoint(
