@@ -31,8 +31,8 @@ __all__ = [
     "Opaque",
     "json_beside",
     "load_foreign",
+    "load_weights",
     "read_safetensors",
-    "read_weights",
     "save_safetensors",
     "sha256_of",
     "weight_files",
@@ -153,7 +153,7 @@ def weight_files(path: str | os.PathLike[str]) -> list[Path]:
     )
 
 
-def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
+def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """What the file, or all weight files of the folder, hold; and a safetensors' metadata.
 
     Raises CheckpointError, as `load_foreign` and `weight_files` do, and where that is no dict.

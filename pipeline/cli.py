@@ -40,6 +40,13 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
+def _use_all_threads() -> None:
+    """For torch, where a command is one process that computes alone."""
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
 @app.callback()
 def _root() -> None:
     """Turns singing corpora into training data, on Ray, exactly once."""
@@ -221,7 +228,6 @@ def codebook(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Cluster the units of DATASET by k-means, for `encoder.codebook` and cluster models."""
-    import torch
 
     from pipeline.codebook import CodebookOptions, make_codebook, show_fits
 
@@ -235,7 +241,7 @@ def codebook(
         seed=seed,
         device=device,
     )
-    torch.set_num_threads(len(os.sched_getaffinity(0)))  # one process, and it computes alone
+    _use_all_threads()
     console = _console()
     show_fits(console, make_codebook(dataset, out, options, console), out)
 
@@ -285,9 +291,7 @@ def purity(
     from pipeline.purity import measure_purity, show_purity
 
     if checkpoint is not None:
-        import torch
-
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # one process, and it computes alone
+        _use_all_threads()
     console = _console()
     show_purity(console, measure_purity(dataset, console, checkpoint, device), dataset)
 
@@ -360,12 +364,11 @@ def distill(
     The student is used as encoder.name=dphubert encoder.checkpoint=OUT.safetensors. Run the same
     command again to go on after a stop; what it reached is in the folder OUT.safetensors.run.
     """
-    import torch
 
     from pipeline.distill import DistillOptions, numbers, show_outcome, training_config
     from pipeline.distill import distill as run
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))  # one process, and it computes alone
+    _use_all_threads()
     training = training_config(
         sparsity=sparsity,
         steps=steps,

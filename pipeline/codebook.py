@@ -49,8 +49,6 @@ class CodebookOptions:
             raise UserError(f"--epochs is {self.epochs}; it must be 0 or more")
         if self.seed < 0:
             raise UserError(f"--seed is {self.seed}; it must be 0 or more")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"--device is '{self.device}'; it is auto, cpu or cuda")
         if self.per_speaker and self.speaker is not None:
             raise UserError("give --speaker or --per-speaker, not both")
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from models.checkpoint import json_beside, read_weights, save_safetensors, sha256_of
+from models.checkpoint import json_beside, load_weights, save_safetensors, sha256_of
 from models.encoders.layouts import Checkpoint, is_whisper, read_checkpoint, save_checkpoint
 from models.encoders.layouts.kinds import FAMILIES, names_for
 from models.encoders.onnx import describe_onnx, is_onnx
@@ -117,7 +117,7 @@ def _user_errors() -> Iterator[None]:
 
 def _stored(path: Path) -> list[Tensor]:
     """The tensors of a file of Whisper's as they lie in it."""
-    content, _ = read_weights(path)
+    content, _ = load_weights(path)
     tensors = content.get("model_state_dict", content)
     return [tensor for tensor in tensors.values() if isinstance(tensor, Tensor)]
 

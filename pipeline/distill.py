@@ -40,10 +40,11 @@ from pipeline.bar import show_bar
 from pipeline.errors import UserError
 from pipeline.extract import lock
 from pipeline.outputs import choose_device, require_safetensors
+from pipeline.reextract import read_source
 from pipeline.shards import Footer, iter_shards, read_dataset_info, read_footers
 from stages.flac import decode_flac
 from stages.pcm import dequantise
-from stages.resample import ResampleConfig, resample
+from stages.resample import resample
 from stages.types import Array
 
 _RATE = 16000  # of every network of the family
@@ -80,8 +81,6 @@ class DistillOptions:
             raise UserError(f"--crop-seconds is {self.crop_s:g}; it must lie in 0.1 to 60")
         if self.seed < 0:
             raise UserError(f"--seed is {self.seed}; it must be 0 or more")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"--device is '{self.device}'; it is auto, cpu or cuda")
 
 
 @dataclass(frozen=True)
@@ -239,14 +238,7 @@ class Clips:
         """Reads how long every clip is. Raises UserError when none can be used."""
         self.options = options
         self.info = read_dataset_info(dataset)
-        settings = self.info["settings"]
-        self.resampling = ResampleConfig(
-            **{
-                k.removeprefix("resample."): v
-                for k, v in settings.items()
-                if k.startswith("resample.")
-            }
-        )
+        self.resampling = read_source(dataset).config.resample
         shortest = config.reach - 2 * config.pad
         self.groups: list[tuple[Path, int, Footer]] = []
         rows: list[NDArray[np.int64]] = []  # of each group: which are long enough

@@ -32,7 +32,6 @@ from pipeline.shards import (
 )
 from stages.flac import decode_flac
 from stages.pcm import dequantise
-from stages.resample import ResampleConfig
 from stages.xvector import embed_clips
 
 SIDECAR = "purity.parquet"
@@ -95,7 +94,7 @@ def measure_purity(
         raise UserError(f"{dataset} has no shards yet; run `extract` first")
     if checkpoint is not None:
         column = "audio"
-        embed, sha256 = _embedder(checkpoint, device, info["settings"])
+        embed, sha256 = _embedder(dataset, checkpoint, device)
     elif all(footer.xvector is not None for _, footer in footers):
         column, embed = XVECTOR_COLUMN, _stored
         sha256 = footers[0][1].xvector.checkpoint_sha256 if footers[0][1].xvector else ""
@@ -144,19 +143,17 @@ def _stored(rows: pa.Table, footer: Footer) -> NDArray[np.float32]:
     return np.asarray(flat, np.float32).reshape(len(rows), footer.xvector.dim)
 
 
-def _embedder(checkpoint: Path, device: str, settings: dict[str, Any]) -> tuple[Embed, str]:
+def _embedder(dataset: Path, checkpoint: Path, device: str) -> tuple[Embed, str]:
     from models.checkpoint import sha256_of
     from models.encoders.xvector import load_xvector
+    from pipeline.reextract import read_source
 
     try:
         model = load_xvector(checkpoint, choose_device(device))
         sha256 = sha256_of(checkpoint)
     except ValueError as error:
         raise UserError(str(error)) from error
-    section = "resample."
-    resampling = ResampleConfig(
-        **{k.removeprefix(section): v for k, v in settings.items() if k.startswith(section)}
-    )
+    resampling = read_source(dataset).config.resample
 
     def embed(rows: pa.Table, footer: Footer) -> NDArray[np.float32]:
         wavs = [

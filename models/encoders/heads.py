@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.checkpoint import CheckpointError, json_beside, read_weights
+from models.checkpoint import CheckpointError, json_beside, load_weights
 from models.encoders.adapter import Adapter
 from models.encoders.layouts import read_checkpoint
 from models.encoders.layouts.names import HUGGING_FACE
@@ -249,7 +249,7 @@ def load_head(path: str | Path, *, normalize_wav: bool | None = None, seed: int 
     backbone, state = read_checkpoint(path).take(normalize_wav=False)
     config = _required_json(path, "config.json")
     rng = np.random.RandomState(seed)
-    content, _ = read_weights(path)
+    content, _ = load_weights(path)
     tensors = {k: t for k, t in content.items() if isinstance(t, Tensor)}
     mark = HUGGING_FACE.signature
     prefix = next((k.removesuffix(mark) for k in tensors if k.endswith(mark)), "")

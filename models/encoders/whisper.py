@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.checkpoint import OWN_HEADER, CheckpointError, json_beside, read_weights
+from models.checkpoint import OWN_HEADER, CheckpointError, json_beside, load_weights
 from models.encoders.batching import Batcher, windows
 from models.encoders.encoder import DType, checked
 from models.encoders.layouts import read_checkpoint
@@ -266,7 +266,7 @@ def read_whisper(path: str | Path) -> tuple[WhisperConfig, dict[str, Tensor]]:
     another shape, and for what is no Whisper.
     """
     path = Path(path)
-    content, metadata = read_weights(path)  # views of the mapped file
+    content, metadata = load_weights(path)  # views of the mapped file
     if OWN_HEADER in metadata:
         return _ours(path, content, metadata[OWN_HEADER])
     if content.keys() >= {"dims", "model_state_dict"}:

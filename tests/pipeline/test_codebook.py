@@ -82,7 +82,6 @@ def test_what_cannot_be_clustered_is_said(dataset: Path, tmp_path: Path) -> None
         ({"clusters": 40000}, "16 bits"),
         ({"epochs": -1}, "--epochs"),
         ({"seed": -1}, "--seed"),
-        ({"device": "tpu"}, "auto, cpu or cuda"),
         ({"speaker": "ann", "per_speaker": True}, "not both"),
     ],
 )

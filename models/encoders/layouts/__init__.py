@@ -29,7 +29,7 @@ from models.checkpoint import (
     OWN_HEADER,
     CheckpointError,
     json_beside,
-    read_weights,
+    load_weights,
     save_safetensors,
 )
 from models.encoders.layouts import stated
@@ -144,7 +144,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Raises CheckpointError, which names the keys and what the file seems to be.
     """
     path = Path(path)
-    content, metadata = read_weights(path)
+    content, metadata = load_weights(path)
     if OWN_HEADER in metadata:
         return _ours(path, content, metadata[OWN_HEADER])
     if not path.is_dir() and HUGGING_FACE.signature not in _unwrapped(content):
@@ -157,7 +157,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 def is_whisper(path: str | Path) -> bool:
     """Whether a file or folder holds a Whisper, which `models.encoders.whisper` reads."""
-    content, metadata = read_weights(path)
+    content, metadata = load_weights(path)
     if OWN_HEADER in metadata:
         return '"kind": "whisper"' in metadata[OWN_HEADER]
     return stranger(_unwrapped(content)) == WHISPER
