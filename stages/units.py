@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from stages.groups import in_groups
 from stages.resample import ResampleConfig, resample
 from stages.types import Array
 
@@ -16,9 +17,6 @@ if TYPE_CHECKING:  # torch is slow to import, and settings are read without it
     from torch import Tensor
 
     from models.encoders import Encoder
-
-
-_GROUP_S = 600.0  # of audio handed to the encoder at a time; it batches within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,16 +97,12 @@ def groups_of_wavs(
     """
     import torch
 
-    wavs: list[Tensor] = []
-    for clip in clips:
-        wav = resample(clip, sample_rate, target_rate, resample_cfg)
+    resampled = (resample(clip, sample_rate, target_rate, resample_cfg) for clip in clips)
+    for group in in_groups(resampled, target_rate):
         # A clip of two samples may resample to none.
-        wavs.append(torch.tensor(wav if len(wav) else np.zeros(1), dtype=torch.float32))
-        if sum(map(len, wavs)) > _GROUP_S * target_rate:  # bounds what a long song holds
-            yield wavs
-            wavs = []
-    if wavs:
-        yield wavs
+        yield [
+            torch.tensor(wav if len(wav) else np.zeros(1), dtype=torch.float32) for wav in group
+        ]
 
 
 def _normalize(

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.checkpoint import CheckpointError
-from models.encoders.batching import Window, windows
+from models.batching import Window, windows
 from models.encoders.encoder import checked
 
 SAMPLE_RATE = 16000

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.encoders.batching import Batcher, windows
+from models.batching import Batcher, windows
 from models.encoders.encoder import DType, checked
 from models.encoders.int8 import require_int8
 from models.encoders.lean import TiledStem, pack

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.checkpoint import OWN_HEADER, CheckpointError, json_beside, load_weights
-from models.encoders.batching import Batcher, windows
+from models.batching import Batcher, windows
 from models.encoders.encoder import DType, checked
 from models.encoders.layouts import read_checkpoint
 from models.encoders.layouts.kinds import FAMILIES, names_for, stranger

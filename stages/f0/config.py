@@ -5,37 +5,66 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from stages.f0.post import PostConfig
+
+_NETWORKS = ("crepe", "crepe-tiny", "fcpe", "rmvpe")
+_PEERS = ("praat", "dio", "harvest", "crepe", "fcpe", "rmvpe")  # what so-vits-svc has too
+
 
 @dataclass(frozen=True, kw_only=True)
-class F0Config:
-    """How the pitch of a clip is estimated.
+class F0Config(PostConfig):
+    """How the pitch of a clip is estimated, and what is done to it afterwards.
 
     f0_min, f0_max: searched range in Hz; what an estimator finds outside it counts as unvoiced.
 
     voicing_threshold: 0 to 1, higher means fewer voiced frames; None is the method's own default.
-      praat: strength (autocorrelation) that a voiced candidate must reach in Praat's path; 0.6.
+      praat, praat-cc: strength (correlation) that a voiced candidate must reach in Praat's path.
       dio, harvest: correlation of two periods around the frame with themselves one period later;
         WORLD has no such measure, and None keeps every frame that WORLD calls voiced.
       pyin: probability that the frame is voiced; None leaves the decision to the hidden Markov
         model, whose path does not follow that probability (0.1 is already strict).
+      crepe, crepe-tiny: the network's activation on the path that it takes.
+      fcpe, rmvpe: the network's largest activation of the frame.
+      ensemble: every method of `ensemble` keeps its own default; None is the only choice.
+
+    device: of the networks; "auto" is CUDA where there is any.
+
+    checkpoint: file of weights of rmvpe, alone or in an ensemble; the other networks' weights come
+      with their packages.
+
+    ensemble: the methods whose contours the method "ensemble" combines.
+
+    crepe_hop_ms: crepe and crepe-tiny look at the clip this often; None: at every frame.
 
     align: "sample" puts frame i at sample i * hop_length for every method. "peer" gives the numbers
       of so-vits-svc before it fills unvoiced frames (`stages.f0.peer`): its Praat contour is about
       0.8 hop late, its WORLD contours drift by one hop over a clip.
-
-    device, checkpoint: for estimators with weights; the methods here have none.
     """
 
-    method: Literal["praat", "dio", "harvest", "pyin"] = "praat"
+    method: Literal[
+        "praat",
+        "praat-cc",
+        "dio",
+        "harvest",
+        "pyin",
+        "crepe",
+        "crepe-tiny",
+        "fcpe",
+        "rmvpe",
+        "ensemble",
+    ] = "praat"
     hop_length: int = 512
     f0_min: float = 50.0
     f0_max: float = 1100.0
     voicing_threshold: float | None = None
-    device: str = "cpu"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint: str | None = None
+    ensemble: tuple[str, ...] = ("praat", "dio", "fcpe")
+    crepe_hop_ms: float | None = None
     align: Literal["sample", "peer"] = "sample"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.hop_length < 1:
             raise ValueError(f"f0.hop_length must be at least 1 sample, not {self.hop_length}")
         if not 0 < self.f0_min < self.f0_max:
@@ -47,7 +76,52 @@ class F0Config:
             raise ValueError(
                 f"f0.voicing_threshold must lie between 0 and 1, not {self.voicing_threshold}"
             )
-        if self.checkpoint is not None:
-            raise ValueError(f"f0.checkpoint must be empty: {self.method} has no weights")
-        if self.align == "peer" and self.method == "pyin":
-            raise ValueError("f0.align=peer exists for praat, dio and harvest; so-vits has no pyin")
+        object.__setattr__(self, "ensemble", tuple(self.ensemble))
+        self._check_ensemble()
+        if self.checkpoint is not None and "rmvpe" not in self.members:
+            raise ValueError(f"f0.checkpoint must be empty: {self.method} reads no file of weights")
+        if self.checkpoint is None and "rmvpe" in self.members:
+            raise ValueError(
+                "f0.checkpoint must name a file of RMVPE's weights (rmvpe.pt or rmvpe.onnx); none "
+                "comes with this program"
+            )
+        if self.crepe_hop_ms is not None:
+            if not 1 <= self.crepe_hop_ms <= 1000:
+                raise ValueError(
+                    f"f0.crepe_hop_ms must lie between 1 and 1000 ms, not {self.crepe_hop_ms}"
+                )
+            if not {"crepe", "crepe-tiny"} & set(self.members):
+                raise ValueError(f"f0.crepe_hop_ms must be empty: {self.method} is not crepe")
+        if self.align == "peer" and self.method not in _PEERS:
+            names = ", ".join(_PEERS)
+            raise ValueError(f"f0.align=peer exists for {names}; so-vits has no {self.method}")
+
+    def _check_ensemble(self) -> None:
+        if self.method != "ensemble":
+            return
+        known = [name for name in _method_names() if name != "ensemble"]
+        for name in self.ensemble:
+            if name not in known:
+                raise ValueError(f"f0.ensemble names '{name}'; it may name {', '.join(known)}")
+        if len(self.ensemble) < 2 or len(set(self.ensemble)) < len(self.ensemble):
+            raise ValueError(
+                f"f0.ensemble must name two methods or more, each once, not {list(self.ensemble)}"
+            )
+        if self.voicing_threshold is not None:
+            raise ValueError("f0.voicing_threshold must be empty: an ensemble has a vote in place")
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The methods that run."""
+        return self.ensemble if self.method == "ensemble" else (self.method,)
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Those of them that are networks, which a GPU makes quicker."""
+        return tuple(name for name in self.members if name in _NETWORKS)
+
+
+def _method_names() -> tuple[str, ...]:
+    from typing import get_args, get_type_hints
+
+    return get_args(get_type_hints(F0Config)["method"])

@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from stages.f0.config import F0Config
+from stages.f0.crepe import crepe, crepe_tiny
+from stages.f0.ensemble import combine
+from stages.f0.fcpe import fcpe
 from stages.f0.peer import PEERS
-from stages.f0.praat import praat
+from stages.f0.post import refine
+from stages.f0.praat import praat, praat_cc
 from stages.f0.pyin import pyin
+from stages.f0.rmvpe import rmvpe
 from stages.f0.world import dio, harvest
 from stages.frames import Track, num_frames, resize_contour
+from stages.groups import in_groups
 from stages.types import Array
 
-METHODS: dict[str, Callable[[Array, int, F0Config], Track]] = {
-    "praat": praat,
-    "dio": dio,
-    "harvest": harvest,
-    "pyin": pyin,
+Method = Callable[[Sequence[Array], int, F0Config], Iterable[Track]]
+
+
+def clip_by_clip(estimator: Callable[[Array, int, F0Config], Track]) -> Method:
+    """A method that has nothing to gain from several clips at once."""
+
+    def method(wavs: Sequence[Array], sample_rate: int, cfg: F0Config) -> Iterator[Track]:
+        return (estimator(wav, sample_rate, cfg) for wav in wavs)
+
+    return method
+
+
+METHODS: dict[str, Method] = {
+    "praat": clip_by_clip(praat),
+    "praat-cc": clip_by_clip(praat_cc),
+    "dio": clip_by_clip(dio),
+    "harvest": clip_by_clip(harvest),
+    "pyin": clip_by_clip(pyin),
+    "crepe": crepe,
+    "crepe-tiny": crepe_tiny,
+    "fcpe": fcpe,
+    "rmvpe": rmvpe,
 }
-"""Each estimator answers on its own clock: f0 in Hz (0 = unvoiced) and the sample that each value
-belongs to, ascending; both (N,), N of its choosing, 0 when the clip is too short for it. It meets
-finite, non-silent clips of one sample and more."""
+"""Each method answers for every clip, in order and on its own clock: f0 in Hz (0 = unvoiced) and
+the sample that each value belongs to, ascending; both (N,), N of its choosing, 0 when the clip is
+too short for it. It meets finite, non-silent clips of one sample and more, about ten minutes at a
+time; networks make batches of them. What it says of a clip does not depend on the others."""
 
 
 def estimate_f0(wav: Array, sample_rate: int, cfg: F0Config, n_frames: int | None = None) -> Array:
@@ -31,24 +55,63 @@ def estimate_f0(wav: Array, sample_rate: int, cfg: F0Config, n_frames: int | Non
     wav: (T,) float32. n_frames: F, None for T // hop_length; frames beyond the clip are unvoiced.
     Silence is unvoiced, and so is a pitch of which the clip does not hold two periods.
 
-    Raises ValueError for samples that are not finite, a clip that is not (T,), and a range that the
-    sample rate cannot carry.
+    Raises ValueError for samples that are not finite, a clip that is not (T,), a range that the
+    sample rate cannot carry, and weights that cannot be read.
     """
-    if wav.ndim != 1:
-        raise ValueError(f"f0 needs a mono clip (T,), not {wav.shape}")
-    if not np.isfinite(wav).all():
-        raise ValueError("f0 needs finite samples; this clip has NaN or infinite ones")
+    counts = None if n_frames is None else [n_frames]
+    return next(estimate_clips([wav], sample_rate, cfg, counts))
+
+
+def estimate_clips(
+    wavs: Iterable[Array], sample_rate: int, cfg: F0Config, n_frames: Sequence[int] | None = None
+) -> Iterator[Array]:
+    """`estimate_f0` of many clips, in order; networks take them in batches."""
     if cfg.f0_max >= sample_rate / 2:
         raise ValueError(
             f"f0.f0_max ({cfg.f0_max} Hz) must be below half the sample rate ({sample_rate} Hz)"
         )
-    if n_frames is None:
-        n_frames = num_frames(len(wav), cfg.hop_length)
-    if n_frames == 0 or not wav.any():
-        return np.zeros(n_frames, dtype=np.float32)
+    counts = None if n_frames is None else iter(n_frames)
+    for group in in_groups(map(_checked, wavs), sample_rate):
+        frames = [num_frames(len(wav), cfg.hop_length) for wav in group]
+        if counts is not None:
+            frames = [next(counts) for _ in group]
+        heard = [i for i, wav in enumerate(group) if frames[i] and wav.any()]
+        contours = [np.zeros(count, dtype=np.float32) for count in frames]
+        found = _contours([group[i] for i in heard], sample_rate, cfg, [frames[i] for i in heard])
+        for i, f0 in zip(heard, found, strict=True):
+            contours[i] = f0
+        for wav, f0 in zip(group, contours, strict=True):
+            yield refine(f0, wav, sample_rate, cfg.hop_length, cfg)
+
+
+def _contours(
+    wavs: Sequence[Array], sample_rate: int, cfg: F0Config, n_frames: Sequence[int]
+) -> Iterable[Array]:
+    """Contours on the frame clock before any step of `PostConfig`."""
     if cfg.align == "peer":
-        return PEERS[cfg.method](wav, sample_rate, cfg, n_frames).astype(np.float32)
-    f0, positions = METHODS[cfg.method](wav, sample_rate, cfg)
-    lowest = max(cfg.f0_min, 2 * sample_rate / len(wav))
-    in_range = (f0 >= lowest) & (f0 <= cfg.f0_max)
-    return resize_contour(np.where(in_range, f0, 0.0), positions, n_frames, cfg.hop_length)
+        return (
+            PEERS[cfg.method](wav, sample_rate, cfg, frames).astype(np.float32)
+            for wav, frames in zip(wavs, n_frames, strict=True)
+        )
+    members = [_on_frames(name, wavs, sample_rate, cfg, n_frames) for name in cfg.members]
+    if cfg.method != "ensemble":
+        return members[0]
+    return (combine(np.stack(tracks)) for tracks in zip(*members, strict=True))
+
+
+def _on_frames(
+    method: str, wavs: Sequence[Array], sample_rate: int, cfg: F0Config, n_frames: Sequence[int]
+) -> Iterator[Array]:
+    tracks = METHODS[method](wavs, sample_rate, cfg)
+    for wav, (f0, positions), frames in zip(wavs, tracks, n_frames, strict=True):
+        lowest = max(cfg.f0_min, 2 * sample_rate / len(wav))
+        in_range = (f0 >= lowest) & (f0 <= cfg.f0_max)
+        yield resize_contour(np.where(in_range, f0, 0.0), positions, frames, cfg.hop_length)
+
+
+def _checked(wav: Array) -> Array:
+    if wav.ndim != 1:
+        raise ValueError(f"f0 needs a mono clip (T,), not {wav.shape}")
+    if not np.isfinite(wav).all():
+        raise ValueError("f0 needs finite samples; this clip has NaN or infinite ones")
+    return wav

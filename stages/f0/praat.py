@@ -54,3 +54,8 @@ def praat_track(wav: Array | NDArray[np.float64], sample_rate: int, cfg: F0Confi
         voicing_threshold=voicing,
     )
     return pitch.selected_array["frequency"], pitch.xs()
+
+
+def praat_cc(wav: Array, sample_rate: int, cfg: F0Config) -> Track:
+    """The same by Praat's cross-correlation."""
+    raise NotImplementedError

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.encoders.batching import Batcher, plan_batches, windows
+from models.batching import Batcher, plan_batches, windows
 
 LENGTHS = st.lists(st.integers(1, 500), max_size=40)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.encoders.batching import windows
+from models.batching import windows
 from models.encoders.ssl import OVERLAP_FRAMES, WINDOW_FRAMES, SslEncoder
 from models.encoders.wav2vec2 import LayerShape, RelativeBias, Wav2Vec2, Wav2Vec2Config
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.checkpoint import CheckpointError, save_safetensors
-from models.encoders.batching import Batcher
+from models.batching import Batcher
 from models.encoders.whisper import (
     WINDOW_SAMPLES,
     WhisperEncoder,

@@ -1,0 +1,1 @@
+"""Networks that estimate f0 from 16 kHz audio."""
