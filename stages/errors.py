@@ -38,6 +38,9 @@ class Reason(StrEnum):
     VOICED_RATIO = "voiced_ratio"
     SNR = "snr"
     BANDWIDTH = "bandwidth"
+    OCTAVE_JUMPS = "octave_jumps"
+    SECOND_VOICE = "second_voice"
+    PITCH_RANGE = "pitch_range"
 
 
 class BadInput(Exception):

@@ -1,13 +1,16 @@
-"""What a clip is worth: clipping, silence, voicing, noise, bandwidth, and limits on them.
+"""What a clip is worth: clipping, silence, noise, bandwidth, and limits on every measure of clips.
 
-Every measure but the voiced ratio ignores the level of the clip, since songs change level before
-clips exist: a recording that clipped at full scale and was then turned down still counts.
+Every measure ignores the level of the clip, since songs change level before clips exist: a
+recording that clipped at full scale and was then turned down still counts. What the pitch tells of
+a clip is in `stages.pitch_quality`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,22 +41,51 @@ _ENERGY_SHARE = 0.99
 
 @dataclass(frozen=True, kw_only=True)
 class QualityConfig:
-    """Limits beyond which a clip is left out; None keeps all. `Quality` says what is measured."""
+    """Limits beyond which a clip is left out; None keeps all.
+
+    `Quality` and `stages.pitch_quality.PitchQuality` say what is measured. min_pitch_hz limits
+    f0_low_hz and max_pitch_hz f0_high_hz; max_pitch_range_semitones is from the one to the other.
+    """
 
     max_clipping_ratio: float | None = None
     max_silence_ratio: float | None = None
-    min_voiced_ratio: float | None = None
     min_snr_db: float | None = None
     min_bandwidth_hz: float | None = None
+    min_voiced_ratio: float | None = None
+    max_octave_jump_rate: float | None = None
+    max_second_voice: float | None = None
+    min_pitch_hz: float | None = None
+    max_pitch_hz: float | None = None
+    max_pitch_range_semitones: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_clipping_ratio", "max_silence_ratio", "min_voiced_ratio"):
+        for name in (
+            "max_clipping_ratio",
+            "max_silence_ratio",
+            "min_voiced_ratio",
+            "max_second_voice",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"quality.{name} must lie between 0 and 1, not {value}")
-        if self.min_bandwidth_hz is not None and not self.min_bandwidth_hz >= 0:
+        for name in (
+            "min_bandwidth_hz",
+            "max_octave_jump_rate",
+            "min_pitch_hz",
+            "max_pitch_hz",
+            "max_pitch_range_semitones",
+        ):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"quality.{name} must not be negative, not {value}")
+        if (
+            self.min_pitch_hz is not None
+            and self.max_pitch_hz is not None
+            and not self.min_pitch_hz < self.max_pitch_hz
+        ):
             raise ValueError(
-                f"quality.min_bandwidth_hz must not be negative, not {self.min_bandwidth_hz}"
+                f"quality.min_pitch_hz ({self.min_pitch_hz}) must lie below "
+                f"quality.max_pitch_hz ({self.max_pitch_hz})"
             )
 
 
@@ -64,7 +96,6 @@ class Quality:
     clipping_ratio: share of samples on flat tops: four or more neighbours nearly equal, near the
       clip's own highest (or lowest) value, with steep flanks, and more than one at that height.
     silence_ratio: share of 20 ms frames more than 40 dB below the loudest one, or below -70 dBFS.
-    voiced_ratio: share of f0 frames that are voiced; 0 where there are none.
     snr_db: energy above the noise over energy of the noise, -20 to 100 dB; 0 for digital silence.
       The noise of each band of 1 kHz is taken from the tenth of its time-frequency points that
       holds least, as if it were white in the band, so neither pauses nor steady tones mislead it;
@@ -74,44 +105,46 @@ class Quality:
 
     clipping_ratio: float
     silence_ratio: float
-    voiced_ratio: float
     snr_db: float
     bandwidth_hz: float
 
 
-def measure_quality(wav: Array, sample_rate: int, f0: Array) -> Quality:
-    """Measures of a clip (T,) of finite samples, T > 0, whose pitch is `f0` (F,), 0 = unvoiced."""
+def measure_quality(wav: Array, sample_rate: int) -> Quality:
+    """Measures of a clip (T,) of finite samples, T > 0."""
     power = _power_spectra(wav, sample_rate)
     return Quality(
         clipping_ratio=(_flat_samples(wav) + _flat_samples(-wav)) / len(wav),
         silence_ratio=_silence_ratio(wav, sample_rate),
-        voiced_ratio=voiced_ratio(f0),
         snr_db=_snr_db(power, sample_rate),
         bandwidth_hz=_bandwidth_hz(power, sample_rate),
     )
 
 
-def voiced_ratio(f0: Array) -> float:
-    """Share of frames (F,) that are voiced; 0 where there are none."""
-    return float(np.mean(f0 > 0)) if len(f0) else 0.0
+class Limit(NamedTuple):
+    """What a measure may be; None sets no limit."""
+
+    value: float
+    reason: Reason
+    least: float | None = None
+    most: float | None = None
 
 
 def unwanted(quality: Quality, cfg: QualityConfig) -> Reason | None:
     """Why a clip of this quality is left out; None where it is kept."""
-    limits = (
-        (cfg.max_clipping_ratio, -quality.clipping_ratio, Reason.CLIPPING),
-        (cfg.max_silence_ratio, -quality.silence_ratio, Reason.SILENCE_RATIO),
+    return first_beyond(
+        [
+            Limit(quality.clipping_ratio, Reason.CLIPPING, most=cfg.max_clipping_ratio),
+            Limit(quality.silence_ratio, Reason.SILENCE_RATIO, most=cfg.max_silence_ratio),
+            Limit(quality.snr_db, Reason.SNR, least=cfg.min_snr_db),
+            Limit(quality.bandwidth_hz, Reason.BANDWIDTH, least=cfg.min_bandwidth_hz),
+        ]
     )
-    for most, value, reason in limits:
-        if most is not None and value < -most:
-            return reason
-    least = (
-        (cfg.min_voiced_ratio, quality.voiced_ratio, Reason.VOICED_RATIO),
-        (cfg.min_snr_db, quality.snr_db, Reason.SNR),
-        (cfg.min_bandwidth_hz, quality.bandwidth_hz, Reason.BANDWIDTH),
-    )
-    for limit, value, reason in least:
-        if limit is not None and value < limit:
+
+
+def first_beyond(limits: Iterable[Limit]) -> Reason | None:
+    """The reason of the first measure that lies beyond its limits; None where none does."""
+    for value, reason, least, most in limits:
+        if (least is not None and value < least) or (most is not None and value > most):
             return reason
     return None
 

@@ -1,0 +1,99 @@
+"""What the pitch tells of a clip: voicing, octave jumps, range, and whether a second voice sounds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from stages.errors import Reason
+from stages.quality import Limit, QualityConfig, first_beyond
+from stages.types import Array
+
+_JUMP_SEMITONES = 10.0  # no voice glides as far from one frame to the next
+_RANGE_PERCENTILES = (5, 95)
+
+
+@dataclass(frozen=True)
+class PitchQuality:
+    """Measures of one clip and its contour; all finite, all 0 where no frame is voiced.
+
+    voiced_ratio: share of f0 frames that are voiced.
+    octave_jump_rate: jumps per second of voiced frames: ten semitones or more, up or down, from one
+      frame to the next or spread over two steps, with no unvoiced frame between. A singer's leap of
+      an octave within a run counts once, a stretch in the wrong octave twice.
+    second_voice: 0 to 1, how strong a harmonic series sounds beside the one that f0 names.
+    f0_low_hz, f0_high_hz: 5th and 95th percentile of the voiced frames.
+    """
+
+    voiced_ratio: float
+    octave_jump_rate: float
+    second_voice: float
+    f0_low_hz: float
+    f0_high_hz: float
+
+    @property
+    def range_semitones(self) -> float:
+        """From the low to the high end; 0 where no frame is voiced."""
+        if self.f0_low_hz == 0:
+            return 0.0
+        return 12 * math.log2(self.f0_high_hz / self.f0_low_hz)
+
+
+def measure_pitch(wav: Array, sample_rate: int, f0: Array, hop_length: int) -> PitchQuality:
+    """Measures of a clip (T,) of finite samples whose frame i of `f0` (F,) is at i * hop_length.
+
+    f0: Hz, 0 = unvoiced.
+    """
+    voiced = f0[f0 > 0]
+    if len(voiced) == 0:
+        return PitchQuality(0.0, 0.0, 0.0, 0.0, 0.0)
+    low, high = np.percentile(voiced, _RANGE_PERCENTILES)
+    voiced_s = len(voiced) * hop_length / sample_rate
+    return PitchQuality(
+        voiced_ratio=voiced_ratio(f0),
+        octave_jump_rate=octave_jumps(f0) / voiced_s,
+        second_voice=0.0,
+        f0_low_hz=float(low),
+        f0_high_hz=float(high),
+    )
+
+
+def unwanted_pitch(quality: PitchQuality, cfg: QualityConfig) -> Reason | None:
+    """Why a clip of this pitch is left out; None where it is kept.
+
+    A clip without a voiced frame has no pitch: only `min_voiced_ratio` leaves it out.
+    """
+    voicing = Limit(quality.voiced_ratio, Reason.VOICED_RATIO, least=cfg.min_voiced_ratio)
+    if quality.voiced_ratio == 0:
+        return first_beyond([voicing])
+    return first_beyond(
+        [
+            voicing,
+            Limit(quality.octave_jump_rate, Reason.OCTAVE_JUMPS, most=cfg.max_octave_jump_rate),
+            Limit(quality.second_voice, Reason.SECOND_VOICE, most=cfg.max_second_voice),
+            Limit(quality.f0_low_hz, Reason.PITCH_RANGE, least=cfg.min_pitch_hz),
+            Limit(quality.f0_high_hz, Reason.PITCH_RANGE, most=cfg.max_pitch_hz),
+            Limit(quality.range_semitones, Reason.PITCH_RANGE, most=cfg.max_pitch_range_semitones),
+        ]
+    )
+
+
+def voiced_ratio(f0: Array) -> float:
+    """Share of frames (F,) that are voiced; 0 where there are none."""
+    return float(np.mean(f0 > 0)) if len(f0) else 0.0
+
+
+def octave_jumps(f0: Array) -> int:
+    """How often neighbouring voiced frames of a contour (F,) lie ten semitones or more apart.
+
+    A jump that resizing spread over two steps counts once.
+    """
+    semitones = np.full(len(f0), np.nan)
+    semitones[f0 > 0] = 12 * np.log2(f0[f0 > 0].astype(np.float64))
+    step = np.abs(np.diff(semitones))  # NaN beside an unvoiced frame, and no comparison holds
+    sharp = step >= _JUMP_SEMITONES
+    spread = np.abs(semitones[2:] - semitones[:-2]) >= _JUMP_SEMITONES
+    spread &= (step[1:] < _JUMP_SEMITONES) & (step[:-1] < _JUMP_SEMITONES)
+    return int(np.count_nonzero(sharp)) + int(np.count_nonzero(spread))
