@@ -6,8 +6,11 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from models.f0.rmvpe import RmvpeConfig, key_shapes
 
 GOLDEN = Path(__file__).parent / "golden" / "encoders"
 
@@ -47,4 +50,27 @@ def write_hubert_base(path: Path) -> Path:
     half = {name: tensor.half() for name, tensor in weights("manifest_hubert_base.json").items()}
     cfg = {"model": model | {"_name": "hubert"}, "task": {"normalize": False}}
     torch.save({"args": None, "cfg": cfg, "model": half}, path)
+    return path
+
+
+TINY_RMVPE = RmvpeConfig(channels=2, blocks=2, inter_layers=2, hidden=6)
+
+
+def rmvpe_weights(config: RmvpeConfig) -> dict[str, Tensor]:
+    """State dict of an RMVPE by the rule of its reference vectors (tests/golden/rmvpe)."""
+    rule = fill().fill
+    state: dict[str, Tensor] = {}
+    for name, shape in key_shapes(config).items():
+        if name.endswith("num_batches_tracked"):
+            state[name] = torch.tensor(0)
+        elif name.endswith("running_var"):  # the same draw around 1: a variance is not negative
+            state[name] = torch.from_numpy(np.abs(np.float32(1) + rule(name, shape)))
+        else:
+            state[name] = torch.from_numpy(rule(name, shape))
+    return state
+
+
+def write_rmvpe(path: Path, config: RmvpeConfig = TINY_RMVPE) -> Path:
+    """A file as the community passes rmvpe.pt around."""
+    torch.save({"model": rmvpe_weights(config)}, path)
     return path

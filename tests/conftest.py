@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoints import write_rmvpe
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -23,3 +25,9 @@ def real_audio() -> Path:
 def golden() -> Path:
     """Folder of reference vectors."""
     return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def tiny_rmvpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """rmvpe.pt of a network of the published shape with few channels and made-up weights."""
+    return write_rmvpe(tmp_path_factory.mktemp("rmvpe") / "rmvpe.pt")
