@@ -1,9 +1,8 @@
 """How the network runs fast where nothing is trained: packed matrix products, a stem in tiles.
 
 Two things cost time on a CPU beyond the arithmetic. Matrix products run in oneDNN's own kernels
-with weights laid out for them once, GELU fused in (PyTorch's `linear` calls MKL, which leaves half
-of some processors unused); attention in the same ones. And the stem's activations, 6.5 MB for each
-second, fall out of the cache: it runs in tiles that stay in it, each convolution as one matrix
+(`models.lean`), GELU fused in; attention in the same ones. And the stem's activations, 6.5 MB for
+each second, fall out of the cache: it runs in tiles that stay in it, each convolution as one matrix
 product.
 
 Tiles also bound the memory of a song of any length, on every device. They are exact: GroupNorm's
@@ -29,33 +28,10 @@ from models.encoders.wav2vec2 import (
     Wav2Vec2Config,
     normalized,
 )
+from models.lean import PackedLinear, can_pack
 
 _TILE_FRAMES = {"cpu": 64, "cuda": 3000}
 _BLOCK_ROWS = 1 << 18
-
-
-def can_pack(weight: Tensor) -> bool:
-    """oneDNN can take this weight, and this build of PyTorch has it."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
-
-
-class PackedLinear(nn.Module):
-    """`nn.Linear` for inference on a CPU, and GELU after it if asked for. Exact GELU (erf)."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> None:
-        super().__init__()
-        self.weight = weight.detach().to_mkldnn()
-        self.bias = None if bias is None else bias.detach().contiguous()
-        self.post = ("gelu", [], "none") if gelu else ("none", [], "")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., n_in) -> (..., n_out)"""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.post)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.encoders.lean import PackedLinear, PackedPosition, TiledStem, attend, pack
+from models.encoders.lean import PackedPosition, TiledStem, attend, pack
 from models.encoders.wav2vec2 import (
     LayerShape,
     PositionConvolution,
@@ -19,6 +19,7 @@ from models.encoders.wav2vec2 import (
     Wav2Vec2,
     Wav2Vec2Config,
 )
+from models.lean import PackedLinear
 from tests.models.test_ssl import VARIANTS, network, song
 
 TILE_FRAMES = 4
