@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.f0.config import F0Config
+from stages.f0.pitch import resize2d_f0
 from stages.f0.praat import praat_track
 from stages.f0.world import world_track
 from stages.types import Array
@@ -28,7 +29,7 @@ def praat_as_peer(
 def dio_as_peer(wav: Array, sample_rate: int, cfg: F0Config, n_frames: int) -> NDArray[np.float64]:
     """DIO rounded to 0.1 Hz, its n + 1 frames squeezed into n."""
     f0, _ = world_track("dio", wav, sample_rate, cfg)
-    return squeeze(np.round(f0, 1), n_frames)
+    return resize2d_f0(np.round(f0, 1), n_frames)
 
 
 def harvest_as_peer(
@@ -36,7 +37,7 @@ def harvest_as_peer(
 ) -> NDArray[np.float64]:
     """Harvest, its n + 1 frames squeezed into n."""
     f0, _ = world_track("harvest", wav, sample_rate, cfg)
-    return squeeze(f0, n_frames)
+    return resize2d_f0(f0, n_frames)
 
 
 PEERS: dict[str, Callable[[Array, int, F0Config, int], NDArray[np.float64]]] = {
@@ -51,13 +52,6 @@ def pad_centred(f0: NDArray[np.float64], n_frames: int) -> NDArray[np.float64]:
     missing = max(0, n_frames - len(f0))
     before = (missing + 1) // 2
     return np.pad(f0, (before, missing - before))[:n_frames]
-
-
-def squeeze(f0: NDArray[np.float64], n_frames: int) -> NDArray[np.float64]:
-    """Linear resizing in which unvoiced (NaN) neighbours win: each voiced run loses its edge."""
-    at = np.arange(n_frames) * len(f0) / n_frames
-    gaps = np.where(f0 < 0.001, np.nan, f0)
-    return np.nan_to_num(np.interp(at, np.arange(len(f0)), gaps))
 
 
 def fill_unvoiced(

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from stages.f0 import METHODS, F0Config, estimate_f0
-from stages.f0.peer import PEERS, fill_unvoiced, squeeze
+from stages.f0.peer import PEERS, fill_unvoiced
+from stages.f0.pitch import resize2d_f0
 from stages.f0.praat import praat_track
 from stages.f0.world import periodicity, world_track
 from stages.types import Array
@@ -386,8 +387,8 @@ def test_seed_003_on_silence(reference: dict[str, NDArray[np.float64]]) -> None:
 
 
 @pytest.mark.parametrize("n_frames", [5, 10, 13, 20])
-def test_squeeze(n_frames: int, reference: dict[str, NDArray[np.float64]]) -> None:
-    out = squeeze(reference["seed003/resize2d/in"], n_frames)
+def test_resize2d_f0(n_frames: int, reference: dict[str, NDArray[np.float64]]) -> None:
+    out = resize2d_f0(reference["seed003/resize2d/in"], n_frames)
     np.testing.assert_array_equal(out, reference[f"seed003/resize2d/out{n_frames}"])
 
 
