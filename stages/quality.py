@@ -59,15 +59,13 @@ class QualityConfig:
     max_pitch_range_semitones: float | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_clipping_ratio",
-            "max_silence_ratio",
-            "min_voiced_ratio",
-            "max_second_voice",
-        ):
+        shares = ("max_clipping_ratio", "max_silence_ratio", "min_voiced_ratio", "max_second_voice")
+        for name in shares:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"quality.{name} must lie between 0 and 1, not {value}")
+        if self.min_snr_db is not None and not math.isfinite(self.min_snr_db):
+            raise ValueError(f"quality.min_snr_db must be a number of dB, not {self.min_snr_db}")
         for name in (
             "min_bandwidth_hz",
             "max_octave_jump_rate",
