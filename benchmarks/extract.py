@@ -229,6 +229,7 @@ def _bare_song(config: ExtractConfig, out: Path) -> Callable[[Path, Costs], tupl
 
     from models.encoders import load_encoder
     from stages.loudness import peaks
+    from stages.pitch_quality import measure_pitch
     from stages.quality import measure_quality
     from stages.slice import kept_spans, slice_silence
 
@@ -268,7 +269,8 @@ def _bare_song(config: ExtractConfig, out: Path) -> Callable[[Path, Costs], tupl
             with costs.of(f"f0 {config.f0.method}"):
                 f0 = estimate(clip)
             with costs.of("quality columns (ours)"):
-                measure_quality(clip, rate, np.asarray(f0, np.float32))
+                measure_quality(clip, rate)
+                measure_pitch(clip, rate, np.asarray(f0, np.float32), config.f0.hop_length)
             with costs.of("soxr.resample VHQ to the encoder"):
                 low = soxr.resample(clip, rate, encoder.sample_rate, quality="VHQ")
             with costs.of(f"encoder {config.encoder.name}"):
@@ -341,7 +343,8 @@ class CpuClock(StageClock):
 
 def measure_stages(corpus: Path, config: ExtractConfig, dataset: Path) -> Measured:
     """What workers do, task by task in this process, without Ray: the same shards, in `dataset`."""
-    from pipeline.halves import CpuHalf, Job, UnitsHalf
+    from pipeline.halves import CpuHalf, UnitsHalf
+    from pipeline.job import Job
 
     tiny = make_tiny_corpus(dataset / "warm-up" / "corpus", 1)
     for root, folder in ((tiny, dataset / "warm-up"), (corpus, dataset)):

@@ -22,13 +22,14 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline.errors import UserError
 from pipeline.weights import Weights, read_weights
 from stages.chain import ChainConfig
+from stages.f0 import check_networks
 from stages.units import EncoderConfig, EncoderSettings
 from stages.xvector import XvectorConfig
 
 if TYPE_CHECKING:  # torch is slow to import
     from models.encoders.codebook import Codebook
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # Keys that change where and how fast a run works, not what it writes. The SHA-256 of a file of
 # weights counts in place of its path.
@@ -41,8 +42,6 @@ _NOT_IN_FINGERPRINT = {
     "xvector.checkpoint",
 }
 _NOT_OF_AN_ENCODER = {"device", "dtype", "checkpoint", "codebook"}
-# They count only where they are set, so that datasets from before them resume.
-_LATER_OF_AN_ENCODER: dict[str, Any] = {"int8": False, "normalize_wav": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,15 +168,20 @@ def _make_paths_absolute(sections: dict[str, Any]) -> None:
                 section[key] = str(Path(os.path.expanduser(section[key])).absolute())
 
 
-def check_encoders(
+def check_models(
     config: ExtractConfig, local: bool, taken_over: Collection[str] = frozenset()
 ) -> None:
-    """Refuse encoders that cannot be built, before anything is written. Imports torch.
+    """Refuse models that cannot be built, before anything is written. Imports torch.
 
-    local: the encoders will run in this process, so a CUDA device must be here if one is set.
-    taken_over: sections of those whose units another dataset has.
+    local: they will run in this process, so a CUDA device must be here if one is set.
+    taken_over: sections of those whose columns another dataset has.
     Raises: UserError.
     """
+    if config.f0.networks and "f0" not in taken_over:
+        with naming("f0"):
+            check_networks(config.f0)
+        if local:
+            _require_cuda("f0", config.f0.device)
     from models.encoders import ENCODERS, check_encoder  # torch takes seconds to import
 
     for section, encoder in config.all_encoders.items():
@@ -286,8 +290,8 @@ def _flat(sections: Any) -> dict[str, Any]:
         for name, value in values.items():
             if section == "encoders":
                 flat |= {f"{section}.{name}.{key}": each for key, each in value.items()}
-            else:
-                flat[f"{section}.{name}"] = value
+            else:  # a list, where there is one, as JSON gives it back
+                flat[f"{section}.{name}"] = list(value) if isinstance(value, tuple) else value
     return flat
 
 
@@ -312,15 +316,13 @@ def fingerprinted(
 
 def counted(config: ExtractConfig) -> dict[str, Any]:
     """What changes the output, by key, without the contents of files."""
-    return {key: value for key, value in flatten(config).items() if _counts(key, value)}
+    return {key: value for key, value in flatten(config).items() if _counts(key)}
 
 
-def _counts(key: str, value: Any) -> bool:
+def _counts(key: str) -> bool:
     section, _, rest = key.partition(".")
     if section in ("encoder", "encoders"):
-        name = rest.rpartition(".")[2]
-        later = name in _LATER_OF_AN_ENCODER and value == _LATER_OF_AN_ENCODER[name]
-        return name not in _NOT_OF_AN_ENCODER and not later
+        return rest.rpartition(".")[2] not in _NOT_OF_AN_ENCODER
     return section not in ("plan", "workers") and key not in _NOT_IN_FINGERPRINT
 
 

@@ -30,7 +30,7 @@ import pipeline
 import stages
 from pipeline.config import ExtractConfig
 from pipeline.errors import SongBug, StorageFault, UserError
-from pipeline.halves import Job, TakenOver
+from pipeline.job import Job, TakenOver
 from pipeline.plan import Task
 from pipeline.progress import Board
 from pipeline.shards import storage_fault
@@ -164,11 +164,14 @@ def _believable_minutes(task: Task) -> float:
     return sum(min(song.duration_s, 60.0 + song.size / 1000) for song in task.songs) / 60
 
 
-def models_gb(weights: Mapping[str, Weights]) -> float:
-    """What the models add to a worker that makes units and x-vectors."""
-    keys = [key for key in weights if key.endswith(".checkpoint") and not key.startswith("f0.")]
-    sizes = [weights[key].size for key in keys]
-    return sum(_GB_PER_CHECKPOINT_GB * size / 2**30 + _BATCH_GB for size in sizes)
+def models_gb(weights: Mapping[str, Weights], bundled: int = 0) -> float:
+    """What the models add to a worker that makes pitch, units and x-vectors.
+
+    bundled: networks of f0 whose small weights come with their packages.
+    """
+    sizes = [weights[key].size for key in weights if key.endswith(".checkpoint")]
+    models = sum(_GB_PER_CHECKPOINT_GB * size / 2**30 + _BATCH_GB for size in sizes)
+    return models + bundled * _BATCH_GB
 
 
 def plan_pools(
@@ -188,7 +191,10 @@ def plan_pools(
     """
     workers = config.workers
     memory = math.ceil(worker_memory_gb(tasks) * 2**30)
-    units_memory = memory + math.ceil(models_gb(weights or {}) * 2**30)
+    makes_f0 = taken_over is None or not taken_over.f0
+    bundled = len(set(config.f0.networks) - {"rmvpe"}) if makes_f0 else 0
+    models_size = models_gb(weights or {}, bundled)
+    units_memory = memory + math.ceil(models_size * 2**30)
     most = min(len(tasks), workers.max_workers or len(tasks))
     gpus_wanted = _wants_gpus(config, nodes, taken_over)
     if gpus_wanted:
@@ -206,7 +212,7 @@ def plan_pools(
         f"{node.get('CPU', 0):g} CPUs and {node.get('memory', 0) / 2**30:.1f} GB" for node in nodes
     )
     with_gpus = f" (and {workers.gpus_per_worker:g} GPUs)" if gpus_wanted else ""
-    models = f", its models take {models_gb(weights):.1f} GB" if weights else ""
+    models = f", its models take {models_size:.1f} GB" if models_size else ""
     raise UserError(
         f"no worker fits: each needs {cpus:g} CPUs{with_gpus} and {units_memory / 2**30:.1f} GB "
         f"(task {longest.index} holds {_believable_minutes(longest):.0f} minutes of audio{models})"
@@ -230,6 +236,8 @@ def _wants_gpus(
     }
     if config.xvector.checkpoint is not None and not (taken_over and taken_over.xvector):
         devices["xvector.device"] = config.xvector.device
+    if config.f0.networks and not (taken_over and taken_over.f0):
+        devices["f0.device"] = config.f0.device
     per_worker = config.workers.gpus_per_worker
     if any(node.get("GPU", 0) >= per_worker for node in nodes):
         return any(device != "cpu" for device in devices.values())
@@ -425,7 +433,7 @@ def require_loadable(job: Job, pools: Pools) -> None:
 
     Raises: UserError when the worker dies of it, or cannot load them.
     """
-    if not job.weights:
+    if not job.weights and not (job.makes_f0 and job.config.f0.networks):
         return
     gpus = job.config.workers.gpus_per_worker if pools.gpu else 0
     memory = pools.gpu_memory or pools.memory
@@ -434,6 +442,7 @@ def require_loadable(job: Job, pools: Pools) -> None:
     )(load_models)
     if _dies(load, job):
         files = ", ".join(sorted({file.path for file in job.weights.values()}))
+        files = files or "the networks of f0"
         raise UserError(
             f"a worker process dies while it loads {files}; is there enough memory? "
             f"{memory / 2**30:.1f} GB were set aside for it"

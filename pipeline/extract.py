@@ -27,13 +27,13 @@ from pipeline.config import (
     SCHEMA_VERSION,
     ExtractConfig,
     check_codebooks,
-    check_encoders,
+    check_models,
     fingerprint,
     fingerprinted,
 )
 from pipeline.corpus import Corpus, Source, list_corpus
 from pipeline.errors import UserError
-from pipeline.halves import Job, TakenOver
+from pipeline.job import Job, TakenOver
 from pipeline.ledger import Account, take_account
 from pipeline.plan import (
     PlannedSong,
@@ -96,7 +96,7 @@ def extract(
     Raises: UserError (settings, corpus, cluster), StorageFault, SongBug; all leave what was
     committed intact, and the same command goes on from there.
     """
-    check_encoders(config, options.local)
+    check_models(config, options.local)
     weights = read_weights(config.weight_paths)
     check_codebooks(config, weights)
     settings = fingerprinted(config, weights)
@@ -118,7 +118,7 @@ def reextract(
     if source.resolve() == dataset.resolve():
         raise UserError(f"{dataset} cannot be made from itself; name a new folder")
     reading = compare(read_source(source), config)
-    check_encoders(config, options.local, reading.taken)
+    check_models(config, options.local, reading.taken)
     check_codebooks(config, reading.weights, reading.taken)
     shards = FromDataset(reading)
     return _make(
@@ -378,7 +378,7 @@ def plan_songs(
 
     A header that cannot be read gives 0 s: the song is planned, and quarantined when it is decoded.
     """
-    from pipeline.halves import Scratch
+    from pipeline.clips import Scratch
     from stages.decode import Decoder
 
     scratch = Scratch(config.workers.scratch)

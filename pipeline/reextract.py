@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.changes import Asked
+from pipeline.clips import damaged_source, origin_of
 from pipeline.config import (
     ExtractConfig,
     counted,
@@ -19,7 +20,7 @@ from pipeline.config import (
     load_config,
 )
 from pipeline.errors import UserError
-from pipeline.halves import TakenOver, damaged_source, origin_of
+from pipeline.job import TakenOver
 from pipeline.plan import Task, load_plan
 from pipeline.shards import Footer, iter_shards, read_dataset_info, read_footers
 from pipeline.weights import Weights, read_weights

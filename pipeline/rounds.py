@@ -17,7 +17,7 @@ from rich.console import Console
 
 from pipeline.changes import some
 from pipeline.errors import SongBug, StorageFault, UserError
-from pipeline.halves import Job
+from pipeline.job import Job
 from pipeline.plan import Task
 from pipeline.progress import Board, ProgressDisplay, Snapshot
 from pipeline.workers import BUG, COMMITTED, REFUSED, STORAGE, TaskResult

@@ -9,7 +9,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,13 +19,16 @@ import pyarrow.parquet as pq
 from pipeline.errors import StorageFault, UserError
 from pipeline.ledger import SongEntry
 from stages.pcm import Subtype
+from stages.pitch_quality import PitchQuality
+from stages.quality import Quality
 
 ROW_GROUP_CLIPS = 32
 XVECTOR_COLUMN = "xvector"
-QUALITY_COLUMNS = ("clipping_ratio", "silence_ratio", "voiced_ratio", "snr_db", "bandwidth_hz")
+AUDIO_COLUMNS = tuple(field.name for field in fields(Quality))
+PITCH_COLUMNS = tuple(field.name for field in fields(PitchQuality))
+QUALITY_COLUMNS = AUDIO_COLUMNS + PITCH_COLUMNS
 
-# Columns that the CPU half of a task fills; units follow. (name, arrow type)
-_BEFORE_UNITS: list[tuple[str, pa.DataType]] = [
+_IDENTITY: list[tuple[str, pa.DataType]] = [
     ("clip_id", pa.string()),
     ("song_id", pa.string()),
     ("speaker", pa.string()),
@@ -36,15 +39,16 @@ _BEFORE_UNITS: list[tuple[str, pa.DataType]] = [
     ("audio", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
     ("sample_rate", pa.int32()),
     ("num_samples", pa.int64()),
-    ("f0", pa.list_(pa.float32())),
 ]
-_AFTER_UNITS: list[tuple[str, pa.DataType]] = [
-    ("loudness_lufs", pa.float32()),
-    ("gain_db", pa.float32()),
-    ("peak_db", pa.float32()),
-    *((name, pa.float32()) for name in QUALITY_COLUMNS),
-]
-CLIP_SCHEMA = pa.schema(_BEFORE_UNITS + _AFTER_UNITS)
+_F0 = [("f0", pa.list_(pa.float32()))]
+_MEASURES = [(name, pa.float32()) for name in ("loudness_lufs", "gain_db", "peak_db")]
+_OF_AUDIO = [(name, pa.float32()) for name in AUDIO_COLUMNS]
+_OF_PITCH = [(name, pa.float32()) for name in PITCH_COLUMNS]
+
+# What a clip has before its pitch is known, and what the pitch adds; units come between f0 and the
+# measures.
+AUDIO_SCHEMA = pa.schema(_IDENTITY + _MEASURES + _OF_AUDIO)
+PITCH_SCHEMA = pa.schema(_F0 + _OF_PITCH)
 
 
 @dataclass(frozen=True)
@@ -148,12 +152,12 @@ def shard_schema(
     xvector: XvectorIdentity | None = None,
 ) -> pa.Schema:
     """Arrow schema of a shard, with the Hugging Face features in its metadata."""
-    fields = list(_BEFORE_UNITS)
+    columns = [*_IDENTITY, *_F0]
     for encoder in encoders:
-        fields += [(encoder.column, pa.binary()), (encoder.frames_column, pa.int32())]
+        columns += [(encoder.column, pa.binary()), (encoder.frames_column, pa.int32())]
     if xvector is not None:
-        fields.append((XVECTOR_COLUMN, pa.list_(pa.float32())))
-    schema = pa.schema(fields + _AFTER_UNITS)
+        columns.append((XVECTOR_COLUMN, pa.list_(pa.float32())))
+    schema = pa.schema(columns + _MEASURES + _OF_AUDIO + _OF_PITCH)
     features = {field.name: _hf_feature(field.type, sample_rate) for field in schema}
     return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 

@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import UserError
-from pipeline.halves import CpuHalf, Heartbeat, Job, ShardHalf, UnitsHalf, open_first_half
+from pipeline.halves import CpuHalf, UnitsHalf
+from pipeline.job import Heartbeat, Job
 from pipeline.ledger import SongEntry
 from pipeline.shards import (
     is_disk_full,
@@ -46,8 +47,8 @@ class PrepareTask:
         self.heartbeat = heartbeat
 
     @functools.cached_property
-    def cpu(self) -> CpuHalf | ShardHalf:
-        return open_first_half(self.job, self.heartbeat)
+    def cpu(self) -> CpuHalf:
+        return CpuHalf(self.job, self.heartbeat)
 
     def __call__(self, row: pa.Table) -> pa.Table:
         task, crashed = _unpack_row(row)
@@ -106,10 +107,10 @@ class FinishTask:
 
 def probe_song(job: Job, task: int, song_id: str) -> None:
     """One song through both halves, nothing written: does it kill the process?"""
-    cpu, clock = open_first_half(job, lambda *_: None), StageClock()
+    cpu, clock = CpuHalf(job, lambda *_: None), StageClock()
     try:
-        clips, _ = cpu.prepare(task, (), clock, only=song_id)
-        UnitsHalf(job).encode(clips, clock)
+        clips, ledger = cpu.prepare(task, (), clock, only=song_id)
+        UnitsHalf(job).complete(clips, ledger, clock)
     finally:
         cpu.close()
 

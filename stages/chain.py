@@ -1,22 +1,22 @@
 """One song through all the stages: extraction, re-extraction and conversion call this.
 
-    decode + resample -> slice -> loudness -> quantise -> FLAC, f0, quality   (units: stages.units)
+    decode + resample -> slice -> loudness -> quantise -> FLAC, quality
 
-f0, units and quality read the quantised samples, so extraction, re-extraction from shards and
-conversion agree exactly.
+f0 (`stages.f0`), units (`stages.units`) and quality read the quantised samples, so extraction,
+re-extraction from shards and conversion agree exactly.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from stages.decode import DecodeConfig, Decoder, Header
 from stages.errors import Dropped, Reason
-from stages.f0 import F0Config, estimate_f0
+from stages.f0.config import F0Config
 from stages.flac import encode_flac
 from stages.loudness import LoudnessConfig, LoudnessReading, apply_gain, measure
 from stages.pcm import Subtype, dequantise, quantise
@@ -59,7 +59,6 @@ class Clip:
 
     span: Span
     flac: bytes  # the T samples, gain applied, as integers of `audio.subtype`
-    f0: Array  # (F,) Hz at hop_length, 0 = unvoiced
     reading: LoudnessReading
     quality: Quality
 
@@ -96,15 +95,19 @@ class PreparedSong:
 
     def why_empty(self) -> tuple[Reason, str]:
         """The main reason, and words for it, why a readable song gave no clip."""
-        whole = f"{self.duration_s:.2f} s"
-        others = [drop for drop in self.dropped if drop.reason is not Reason.SILENCE]
-        if not self.dropped:
-            return Reason.TOO_SHORT, f"the song holds {self.num_samples} samples"
-        if not others:
-            return Reason.SILENT, f"all {whole} lie below the silence threshold"
-        main = max(others, key=lambda drop: (drop.seconds, drop.reason))
-        parts = ", ".join(f"{drop.reason} {drop.seconds:.2f} s" for drop in self.dropped)
-        return main.reason, f"nothing of its {whole} is kept ({parts})"
+        return why_empty(self.dropped, self.duration_s)
+
+
+def why_empty(dropped: Sequence[Dropped], duration_s: float) -> tuple[Reason, str]:
+    """The main reason, and words for it, why a song of which this was left out has no clip."""
+    others = [drop for drop in dropped if drop.reason is not Reason.SILENCE]
+    if not dropped:
+        return Reason.TOO_SHORT, "the song holds no sample"
+    if not others:
+        return Reason.SILENT, f"all {duration_s:.2f} s lie below the silence threshold"
+    main = max(others, key=lambda drop: (drop.seconds, drop.reason))
+    parts = ", ".join(f"{drop.reason} {drop.seconds:.2f} s" for drop in dropped)
+    return main.reason, f"nothing of its {duration_s:.2f} s is kept ({parts})"
 
 
 def prepare_song(
@@ -152,11 +155,9 @@ def _prepare_clip(
     wav = dequantise(samples, cfg.audio.subtype)
     with clock.stage("flac"):
         flac = encode_flac(samples, rate, cfg.audio.subtype)
-    with clock.stage("f0"):
-        f0 = estimate_f0(wav, rate, cfg.f0)
     with clock.stage("quality"):
-        quality = measure_quality(wav, rate, f0)
-    return Clip(span, flac, f0, reading, quality)
+        quality = measure_quality(wav, rate)
+    return Clip(span, flac, reading, quality)
 
 
 def _tally(left_out: list[tuple[Span, Reason]], sample_rate: int) -> list[Dropped]:

@@ -49,6 +49,19 @@ too short for it. It meets finite, non-silent clips of one sample and more, abou
 time; networks make batches of them. What it says of a clip does not depend on the others."""
 
 
+def check_networks(cfg: F0Config) -> None:
+    """Refuse networks whose weights are not there or are none of theirs; reads names and shapes.
+
+    Raises ValueError.
+    """
+
+
+def load_networks(cfg: F0Config) -> None:
+    """Load what `cfg` asks for; this process keeps it. Raises ValueError when it cannot be."""
+    for name in cfg.networks:
+        METHODS[name]([], 16000, cfg)
+
+
 def estimate_f0(wav: Array, sample_rate: int, cfg: F0Config, n_frames: int | None = None) -> Array:
     """The pitch of a clip at its samples 0, hop, 2 * hop, ...: float32 (F,) in Hz, 0 = unvoiced.
 

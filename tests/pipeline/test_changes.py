@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import soundfile as sf
 
+from pipeline.clips import Scratch
 from pipeline.errors import StorageFault
-from pipeline.halves import Scratch
 from pipeline.plan import Task, append_plan, load_plan
 from pipeline.shards import iter_shards
 from pipeline.verify import verify

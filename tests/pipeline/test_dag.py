@@ -14,7 +14,7 @@ import pytest
 from pipeline.config import load_config
 from pipeline.dag import check_nodes, plan_pools
 from pipeline.errors import StorageFault, UserError
-from pipeline.halves import TakenOver
+from pipeline.job import TakenOver
 from pipeline.plan import PlannedSong, Task
 from pipeline.rounds import Session, Work, run_rounds
 from pipeline.shards import EncoderIdentity, XvectorIdentity, iter_shards

@@ -18,7 +18,7 @@ from models.checkpoint import sha256_of
 from models.encoders.codebook import Codebook, save_codebooks
 from pipeline.config import load_config
 from pipeline.errors import UserError
-from pipeline.halves import Job
+from pipeline.job import Job
 from pipeline.report import write_report
 from pipeline.shards import Footer, XvectorIdentity, iter_shards, read_footer, shard_writer
 from pipeline.verify import verify

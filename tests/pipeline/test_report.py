@@ -59,7 +59,7 @@ def write_dataset(folder: Path, tasks: list[list[Song]], settings: dict = SETTIN
     write_dataset_info(
         folder,
         {
-            "schema_version": 1,
+            "schema_version": 2,
             "fingerprint": fingerprint(settings),
             "settings": settings,
             "encoders": ["mfcc"],

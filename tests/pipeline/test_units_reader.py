@@ -148,7 +148,7 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path: Path) -> None:
     frames, dim = 500, 39
     rng = np.random.default_rng(0)
     meta = {
-        "schema_version": 1,
+        "schema_version": 2,
         "fingerprint": "f",
         "task": 0,
         "task_id": "t",

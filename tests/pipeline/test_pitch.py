@@ -1,0 +1,98 @@
+"""Pitch in the shards: what is stored, what it leaves out, and that the ledger balances."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config import load_config
+from pipeline.shards import iter_shards, read_footer
+from pipeline.verify import verify
+from stages.errors import Reason
+from stages.f0 import estimate_f0
+from stages.flac import decode_flac
+from stages.pcm import dequantise
+from stages.pitch_quality import measure_pitch
+from tests.pipeline.conftest import FAST, Extract
+
+
+def rows_of(dataset: Path) -> list[dict[str, object]]:
+    return pa.concat_tables([pq.read_table(path) for path in iter_shards(dataset)]).to_pylist()
+
+
+def test_pitch_is_measured_on_the_samples_that_are_stored(dataset: Path) -> None:
+    cfg = load_config(None, FAST).f0
+    rows = rows_of(dataset)
+    assert rows
+    for row in rows:
+        wav = dequantise(decode_flac(row["audio"]["bytes"], "PCM_16"), "PCM_16")
+        f0 = estimate_f0(wav, row["sample_rate"], cfg)
+        assert np.array_equal(f0, np.asarray(row["f0"], np.float32))
+        measured = measure_pitch(wav, row["sample_rate"], f0, cfg.hop_length)
+        assert row["f0_low_hz"] == pytest.approx(measured.f0_low_hz, rel=1e-6)
+        assert row["voiced_ratio"] == pytest.approx(measured.voiced_ratio, rel=1e-6)
+
+
+def test_clips_beyond_a_limit_go_and_the_ledger_balances(
+    corpus: Path, tmp_path: Path, run_extract: Extract
+) -> None:
+    whole, limited = tmp_path / "whole", tmp_path / "limited"
+    run_extract(corpus, whole)
+    limit = float(np.median([row["f0_low_hz"] for row in rows_of(whole)]))
+    outcome = run_extract(corpus, limited, [f"quality.min_pitch_hz={limit}"])
+    assert outcome.account.problems == [] and verify(limited).problems == []
+    kept = {(row["song_id"], row["start"]) for row in rows_of(limited)}
+    wanted = {(row["song_id"], row["start"]) for row in rows_of(whole) if row["f0_low_hz"] >= limit}
+    assert kept == wanted and kept
+    entries = outcome.account.entries.values()
+    empty = [entry for entry in entries if entry.reason == Reason.PITCH_RANGE]
+    assert empty and all(e.status == "filtered" and "pitch_range" in e.detail for e in empty)
+    assert outcome.account.dropped_s()[Reason.PITCH_RANGE] > 0
+
+
+def test_what_is_left_of_a_song_is_numbered_anew(
+    writable_corpus: Path, tmp_path: Path, run_extract: Extract
+) -> None:
+    import soundfile as sf
+
+    from tests.songs import tune
+
+    shutil.rmtree(writable_corpus)
+    (writable_corpus / "ann").mkdir(parents=True)
+    low, high = tune(2.5, pitch_hz=110), tune(2.5, pitch_hz=330)
+    sf.write(writable_corpus / "ann" / "a.wav", np.concatenate([low, high, low, high]), 44100)
+    outcome = run_extract(writable_corpus, tmp_path / "d", ["quality.min_pitch_hz=200"])
+    assert outcome.account.problems == [] and verify(tmp_path / "d").problems == []
+    rows = rows_of(tmp_path / "d")
+    assert len(rows) > 1 and all(row["f0_low_hz"] > 300 for row in rows)
+    assert [row["clip_index"] for row in rows] == list(range(len(rows)))
+    assert {row["clip_count"] for row in rows} == {len(rows)}
+    assert [row["clip_id"] for row in rows] == [f"ann/a.wav#{i:06d}" for i in range(len(rows))]
+    assert [row["audio"]["path"] for row in rows] == [f"{row['clip_id']}.flac" for row in rows]
+    (entry,) = outcome.account.entries.values()
+    assert entry.status == "kept" and entry.clips == len(rows)
+
+
+def test_filled_contours_still_tell_how_much_was_voiced(
+    corpus: Path, tmp_path: Path, run_extract: Extract
+) -> None:
+    run_extract(corpus, tmp_path / "d", ["f0.interpolate=true"])
+    rows = rows_of(tmp_path / "d")
+    assert all(min(row["f0"]) > 0 for row in rows)
+    assert any(row["voiced_ratio"] < 1 for row in rows)
+
+
+def test_networks_run_where_units_are_made(
+    corpus: Path, tmp_path: Path, run_extract: Extract
+) -> None:
+    outcome = run_extract(corpus, tmp_path / "d", ["f0.method=fcpe", "quality.min_pitch_hz=150"])
+    assert outcome.account.problems == [] and verify(tmp_path / "d").problems == []
+    for path in iter_shards(tmp_path / "d"):
+        footer = read_footer(path)
+        assert footer.f0_method == "fcpe" and "torchfcpe" in footer.environment
+    assert outcome.account.reasons("filtered")[Reason.PITCH_RANGE] > 0
