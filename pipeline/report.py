@@ -621,7 +621,9 @@ def _clips(clips: list[_Clip]) -> str:
         seconds = len(clip.wav) / clip.sample_rate
         facts = [
             f"{seconds:.1f} s",
-            f"{clip.row['voiced_ratio']:.0%} voiced",
+            f"{clip.row['voiced_ratio']:.0%} voiced, "
+            f"{clip.row['f0_low_hz']:.0f} to {clip.row['f0_high_hz']:.0f} Hz",
+            f"second voice {clip.row['second_voice']:.2f}",
             f"SNR {clip.row['snr_db']:.0f} dB",
             f"99 % of energy below {clip.row['bandwidth_hz'] / 1000:.1f} kHz",
             f"gain {clip.row['gain_db']:+.1f} dB",

@@ -118,9 +118,13 @@ def rows_of(song: Song) -> list[dict]:
                 "peak_db": -3.0,
                 "clipping_ratio": 0.0,
                 "silence_ratio": 0.0,
-                "voiced_ratio": 1.0,
                 "snr_db": 40.0,
                 "bandwidth_hz": 4000.0,
+                "voiced_ratio": 1.0,
+                "octave_jump_rate": 0.0,
+                "second_voice": 0.0,
+                "f0_low_hz": hz,
+                "f0_high_hz": hz,
             }
         )
     return rows
