@@ -14,8 +14,9 @@ from torch import Tensor
 from models.checkpoint import json_beside, load_weights, save_safetensors, sha256_of
 from models.encoders.layouts import Checkpoint, is_whisper, read_checkpoint, save_checkpoint
 from models.encoders.layouts.kinds import FAMILIES, names_for
-from models.encoders.onnx import describe_onnx, is_onnx
+from models.encoders.onnx import describe_onnx
 from models.encoders.whisper import WhisperConfig, header, read_whisper
+from models.onnx_session import is_onnx
 from pipeline.errors import UserError
 from pipeline.outputs import require_safetensors
 

@@ -18,7 +18,6 @@ Axes: T samples, F frames, D width.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +28,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.checkpoint import CheckpointError
 from models.batching import Window, windows
+from models.checkpoint import CheckpointError
 from models.encoders.encoder import checked
+from models.onnx_session import (
+    first_line,
+    graph_faults,
+    open_session,
+    refuse_weights_elsewhere,
+)
 
 SAMPLE_RATE = 16000
 HOP_LENGTH = 320
@@ -106,18 +111,14 @@ def load_onnx(name: str, checkpoint: str | None, device: str = "cpu") -> OnnxEnc
     if checkpoint is None:
         raise ValueError(f"encoder.checkpoint is empty: {name} needs an .onnx file")
     path = Path(checkpoint)
-    _refuse_weights_elsewhere(path)
+    refuse_weights_elsewhere(path)
     session = _session(path, torch.device(device))
     _check_ends(path, session)
     return OnnxEncoder(name, KINDS[name], session, _width(path, name, session))
 
 
-def is_onnx(path: Path) -> bool:
-    """Whether a file starts as an ONNX graph does."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(1) == b"\x08"
+def _session(path: Path, device: torch.device) -> Any:
+    return open_session(path, device, "the encoders named *-onnx need", "encoder.device")
 
 
 def describe_onnx(path: Path) -> list[tuple[str, str]]:
@@ -136,75 +137,6 @@ def describe_onnx(path: Path) -> list[tuple[str, str]]:
         ("output", f"{end.name}: {end.type} {list(end.shape)}"),
         ("units", f"{dim} numbers"),
     ]
-
-
-def _session(path: Path, device: torch.device) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ValueError(
-            "the encoders named *-onnx need onnxruntime: install cantor[onnx], or onnxruntime-gpu"
-        ) from error
-    provider: Any = "CPUExecutionProvider"
-    if device.type == "cuda":
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise ValueError(
-                "this onnxruntime has no CUDA: install onnxruntime-gpu, or set encoder.device=cpu"
-            )
-        # The default search tries every algorithm again for each new length of clip.
-        search = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
-        provider = ("CUDAExecutionProvider", {"device_id": str(device.index or 0)} | search)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.enable_mem_pattern = False  # a plan for each length of clip would be kept
-    options.log_severity_level = 4  # errors are raised; the terminal need not have them as well
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
-    except _faults() as error:
-        raise CheckpointError(
-            f"{path} is no ONNX graph that onnxruntime can run ({_first_line(error)})"
-        ) from error
-    if device.type == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-        raise ValueError(
-            "onnxruntime could not start CUDA: its CUDA and cuDNN libraries are missing or are of "
-            "another version"
-        )
-    session.disable_fallback()
-    return session
-
-
-def _faults() -> tuple[type[Exception], ...]:
-    """What onnxruntime raises about a graph or its input; nothing of it has a common base."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as errors
-
-    return (
-        errors.Fail,
-        errors.InvalidArgument,
-        errors.InvalidGraph,
-        errors.InvalidProtobuf,
-        errors.NotImplemented,
-        errors.RuntimeException,
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0].rpartition(" : ")[2]  # code and category go
-
-
-def _refuse_weights_elsewhere(path: Path) -> None:
-    """Weights in other files would not be in the file's SHA-256, by which a dataset knows it."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}")
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"{path} is empty")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        # How protobuf writes external_data {key: "location"}; its value may stand on either side.
-        if data.find(b"\x0a\x08location") >= 0:
-            raise CheckpointError(
-                f"{path} keeps its weights in another file: make it one with "
-                f"onnx.save(onnx.load(IN), OUT)"
-            )
 
 
 def _check_ends(path: Path, session: Any) -> None:
@@ -240,8 +172,8 @@ def _trial(path: Path, session: Any) -> tuple[int, int, list[str]]:
     """
     try:
         units = _run(session, torch.zeros(_TRIAL_SAMPLES))
-    except _faults() as error:
-        raise CheckpointError(f"{path} cannot run on a waveform ({_first_line(error)})") from error
+    except graph_faults() as error:
+        raise CheckpointError(f"{path} cannot run on a waveform ({first_line(error)})") from error
     shape = list(units.shape)
     if len(shape) != 3 or shape[0] != 1 or units.dtype != np.float32:
         raise CheckpointError(
