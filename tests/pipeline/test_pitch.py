@@ -9,16 +9,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import soundfile as sf
 
 from pipeline.config import load_config
+from pipeline.job import Job
+from pipeline.plan import load_plan
 from pipeline.shards import iter_shards, read_footer
 from pipeline.verify import verify
+from pipeline.workers import COMMITTED, FinishTask, PrepareTask, read_result, task_row
 from stages.errors import Reason
-from stages.f0 import estimate_f0
+from stages.f0 import METHODS, estimate_f0
 from stages.flac import decode_flac
 from stages.pcm import dequantise
 from stages.pitch_quality import measure_pitch
-from tests.pipeline.conftest import FAST, Extract
+from tests.pipeline.conftest import FAST, Extract, shard_hashes
+from tests.songs import tune
 
 
 def rows_of(dataset: Path) -> list[dict[str, object]]:
@@ -58,10 +63,6 @@ def test_clips_beyond_a_limit_go_and_the_ledger_balances(
 def test_what_is_left_of_a_song_is_numbered_anew(
     writable_corpus: Path, tmp_path: Path, run_extract: Extract
 ) -> None:
-    import soundfile as sf
-
-    from tests.songs import tune
-
     shutil.rmtree(writable_corpus)
     (writable_corpus / "ann").mkdir(parents=True)
     low, high = tune(2.5, pitch_hz=110), tune(2.5, pitch_hz=330)
@@ -96,3 +97,55 @@ def test_networks_run_where_units_are_made(
         footer = read_footer(path)
         assert footer.f0_method == "fcpe" and "torchfcpe" in footer.environment
     assert outcome.account.reasons("filtered")[Reason.PITCH_RANGE] > 0
+
+
+@pytest.fixture(scope="module")
+def singing(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of one song: five seconds of real singing."""
+    folder = tmp_path_factory.mktemp("singing")
+    with np.load(golden / "preprocessing" / "f0.npz") as reference:
+        wav = reference["in/vocadito_3to8s"]
+    (folder / "ann").mkdir()
+    sf.write(folder / "ann" / "song.wav", wav, 44100)
+    return folder
+
+
+@pytest.mark.parametrize("method", [*METHODS, "ensemble"])
+def test_every_method_on_real_singing(
+    method: str, singing: Path, tmp_path: Path, tiny_rmvpe: Path, run_extract: Extract
+) -> None:
+    settings = [f"f0.method={method}"]
+    if method == "rmvpe":
+        settings.append(f"f0.checkpoint={tiny_rmvpe}")
+    if method == "crepe":
+        settings.append("f0.crepe_hop_ms=50")
+    outcome = run_extract(singing, tmp_path / "d", settings)
+    assert outcome.account.problems == [] and verify(tmp_path / "d").problems == []
+    rows = rows_of(tmp_path / "d")
+    assert rows and {read_footer(path).f0_method for path in iter_shards(tmp_path / "d")} == {
+        method
+    }
+    for row in rows:
+        assert len(row["f0"]) == row["num_samples"] // 512
+    if method != "rmvpe":  # its weights are made up
+        f0 = np.concatenate([row["f0"] for row in rows])
+        assert np.mean(f0 > 0) > 0.5 and 120 < np.median(f0[f0 > 0]) < 180
+
+
+def test_a_gpu_operator_finds_the_pitch_as_one_operator_does(
+    singing: Path, tmp_path: Path, run_extract: Extract
+) -> None:
+    settings = ["f0.method=ensemble", "f0.ensemble=[praat,fcpe]", "quality.min_voiced_ratio=0.2"]
+    run_extract(singing, tmp_path / "d", settings)
+    before = shard_hashes(tmp_path / "d")
+    config = load_config(None, [*FAST[:1], *FAST[2:], *settings])
+    fingerprint = read_footer(iter_shards(tmp_path / "d")[0]).fingerprint
+    job = Job(tmp_path / "d", singing, config, fingerprint, {})
+    first, second = PrepareTask(job, lambda *_: None), FinishTask(job)
+    for path in iter_shards(tmp_path / "d"):
+        path.unlink()
+    for index in load_plan(tmp_path / "d"):
+        row = pa.Table.from_pylist([task_row(index)])
+        assert read_result(second(first(row))).status == COMMITTED
+    first.close()
+    assert shard_hashes(tmp_path / "d") == before
