@@ -7,26 +7,35 @@ from numpy.typing import NDArray
 
 from stages.types import Array
 
-_OCTAVE_APART_CENTS = 600.0  # from here on the nearer octave is another one
+_ONE_OCTAVE = 0.5  # octaves: values that are nearer than this are meant as the same pitch
 
 
 def combine(contours: NDArray[np.float32]) -> Array:
     """One contour (F,) of those of M methods (M, F), all in Hz, 0 = unvoiced.
 
-    A frame is voiced where at least half of the methods say so. Its octave is the one that most of
-    them are nearest to, where they disagree by half an octave or more; the median of those in that
-    octave, in log f0, is the pitch.
+    A frame is voiced where at least half of the methods say so. Each of these has the votes of all
+    within half an octave of it, itself included; the pitch is the median, in log f0, of those that
+    vote for the one with most. Where methods further apart have equally many, the nearest to the
+    neighbouring frames wins: to the straight line, in log f0, between those that had no such tie;
+    where every frame has one, the method that comes first.
     """
     voiced = contours > 0
-    log = np.log2(np.where(voiced, contours, 1.0).astype(np.float64))
-    distance = np.abs(log[:, None] - log[None, :])  # (M, M, F)
-    near = (distance < _OCTAVE_APART_CENTS / 1200) & voiced[:, None] & voiced[None, :]
-    votes = near.sum(axis=1)  # (M, F): how many agree with each method, itself among them
-    # Of equal votes the one nearest to the median of all: one of them, never between two octaves.
-    spread = np.where(voiced[:, None] & voiced[None, :], distance, 0.0).sum(axis=1)
-    best = np.lexsort((spread, -votes), axis=0)[0]  # (F,)
-    frames = np.arange(contours.shape[1])
-    chosen = near[best, :, frames].T  # (M, F): those in the octave that won
-    pitch = np.nanmedian(np.where(chosen, log, np.nan), axis=0, keepdims=False)
-    keep = 2 * voiced.sum(axis=0) >= len(contours)
-    return np.where(keep & chosen.any(axis=0), np.exp2(pitch), 0.0).astype(np.float32)
+    pitch = np.zeros(contours.shape[1], dtype=np.float32)
+    keep = np.flatnonzero(voiced.any(axis=0) & (2 * voiced.sum(axis=0) >= len(contours)))
+    if len(keep) == 0:
+        return pitch
+    log = np.full((len(contours), len(keep)), np.nan)
+    np.log2(contours[:, keep], out=log, where=voiced[:, keep], dtype=np.float64)
+    near = np.abs(log[:, None] - log[None, :]) < _ONE_OCTAVE  # (M, M, F); never of unvoiced ones
+    votes = near.sum(axis=1)  # (M, F)
+    leaders = np.where(votes == votes.max(axis=0), log, np.nan)
+    agreed = np.nanmax(leaders, axis=0) - np.nanmin(leaders, axis=0) < _ONE_OCTAVE
+    line = np.nanmedian(leaders, axis=0)
+    if agreed.any():
+        line = np.interp(keep, keep[agreed], line[agreed])
+    else:
+        line = log[np.isfinite(leaders).argmax(axis=0), np.arange(len(keep))]
+    winner = np.nanargmin(np.abs(leaders - line), axis=0)
+    voters = near[winner, :, np.arange(len(keep))].T
+    pitch[keep] = np.exp2(np.nanmedian(np.where(voters, log, np.nan), axis=0))
+    return pitch

@@ -1,12 +1,14 @@
-"""Praat's autocorrelation method, through parselmouth.
+"""Praat's autocorrelation and cross-correlation methods, through parselmouth.
 
 P. Boersma, "Accurate short-term analysis of the fundamental frequency and the harmonics-to-noise
-ratio of a sampled sound", IFA Proceedings 17, 1993.
+ratio of a sampled sound", IFA Proceedings 17, 1993 (autocorrelation). The other one correlates a
+period of sound with what follows it, without a window.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,47 +17,80 @@ from stages.f0.config import F0Config
 from stages.frames import Track
 from stages.types import Array
 
+Correlation = Literal["ac", "cc"]
+
 _DEFAULT_VOICING = 0.6  # Praat's own default is 0.45; singing voice conversion uses 0.6
-_PERIODS_IN_WINDOW = 3  # of f0_min
+_PERIODS = {"ac": 3, "cc": 2}  # of f0_min that a frame sees
 
 
 def praat(wav: Array, sample_rate: int, cfg: F0Config) -> Track:
-    """f0 in Hz and the samples that its values belong to.
-
-    Praat centres its frames in the sound and keeps half a window away from both ends. Zeros around
-    the clip move its frames onto the samples 0, hop, 2 * hop, ... and let them reach the ends.
-    Against hand annotation that beats interpolation between Praat's own frames.
-    """
-    hop = cfg.hop_length
-    half_window = _PERIODS_IN_WINDOW / cfg.f0_min / 2 * sample_rate
-    # Praat fits as many frames as it can; a quarter hop keeps that count from hanging on rounding.
-    front = math.ceil(half_window + hop / 4)
-    frames = max(0, math.ceil((len(wav) - front) / hop)) + 1
-    padded = np.zeros(2 * front + (frames - 1) * hop, dtype=np.float64)
-    padded[front : front + len(wav)] = wav
-    f0, times = praat_track(padded, sample_rate, cfg)
-    return f0, times * sample_rate - front
-
-
-def praat_track(wav: Array | NDArray[np.float64], sample_rate: int, cfg: F0Config) -> Track:
-    """What Praat returns for the sound as it is; times in seconds.
-
-    Empty where the sound is shorter than the window (three periods of f0_min).
-    """
-    import parselmouth
-
-    if len(wav) / sample_rate < _PERIODS_IN_WINDOW / cfg.f0_min:
-        return np.zeros(0), np.zeros(0)
-    voicing = _DEFAULT_VOICING if cfg.voicing_threshold is None else cfg.voicing_threshold
-    pitch = parselmouth.Sound(wav, sample_rate).to_pitch_ac(
-        time_step=cfg.hop_length / sample_rate,
-        pitch_floor=cfg.f0_min,
-        pitch_ceiling=cfg.f0_max,
-        voicing_threshold=voicing,
-    )
-    return pitch.selected_array["frequency"], pitch.xs()
+    """f0 in Hz and the samples that its values belong to."""
+    return _on_samples("ac", wav, sample_rate, cfg)
 
 
 def praat_cc(wav: Array, sample_rate: int, cfg: F0Config) -> Track:
-    """The same by Praat's cross-correlation."""
-    raise NotImplementedError
+    """The same by cross-correlation: closer to a quick change, about twenty times slower."""
+    return _on_samples("cc", wav, sample_rate, cfg)
+
+
+def _on_samples(correlation: Correlation, wav: Array, sample_rate: int, cfg: F0Config) -> Track:
+    """Praat centres its frames in the sound and keeps half of what a frame sees away from both
+    ends. Zeros around the clip move its frames onto the samples 0, hop, 2 * hop, ... and let them
+    reach the ends. Against hand annotation that beats interpolation between Praat's own frames.
+    """
+    hop = cfg.hop_length
+    margin = _PERIODS[correlation] / cfg.f0_min / 2 * sample_rate
+    # Praat fits as many frames as it can; a quarter hop keeps that count from hanging on rounding.
+    first = math.ceil(margin + hop / 4)  # sample of the first frame
+    late = int(sample_rate / cfg.f0_min / 2) if correlation == "cc" else 0
+    early = math.ceil(late / hop)  # frames before the clip
+    begin = first + early * hop - late
+    frames = early + math.ceil(len(wav) / hop) + 1
+    padded = np.zeros(2 * first + (frames - 1) * hop, dtype=np.float64)
+    padded[begin : begin + len(wav)] = wav
+    f0, times = praat_track(padded, sample_rate, cfg, correlation)
+    positions = times * sample_rate - begin
+    if correlation == "cc":
+        positions = _middles(f0, positions - late, sample_rate)
+    return f0, positions
+
+
+def _middles(
+    f0: NDArray[np.float64], positions: NDArray[np.float64], sample_rate: int
+) -> NDArray[np.float64]:
+    """Where the values of cross-correlation belong: half a period of f0 after the middle of the
+    sound that is compared with what follows one period later."""
+    voiced = np.flatnonzero(f0)
+    if len(voiced) == 0:
+        return positions
+    half_period = np.interp(np.arange(len(f0)), voiced, sample_rate / f0[voiced] / 2)
+    # An octave's jump upwards may be earlier than the value before it; it waits its turn.
+    ascending: NDArray[np.float64] = np.maximum.accumulate(positions + half_period)
+    return ascending + 1e-6 * np.arange(len(f0))
+
+
+def praat_track(
+    wav: Array | NDArray[np.float64],
+    sample_rate: int,
+    cfg: F0Config,
+    correlation: Correlation = "ac",
+) -> Track:
+    """What Praat returns for the sound as it is; times in seconds.
+
+    Empty where the sound is shorter than what a frame sees.
+    """
+    import parselmouth
+
+    if len(wav) / sample_rate < _PERIODS[correlation] / cfg.f0_min:
+        return np.zeros(0), np.zeros(0)
+    sound = parselmouth.Sound(wav, sample_rate)
+    estimator = sound.to_pitch_ac if correlation == "ac" else sound.to_pitch_cc
+    pitch = estimator(
+        time_step=cfg.hop_length / sample_rate,
+        pitch_floor=cfg.f0_min,
+        pitch_ceiling=cfg.f0_max,
+        voicing_threshold=(
+            _DEFAULT_VOICING if cfg.voicing_threshold is None else cfg.voicing_threshold
+        ),
+    )
+    return pitch.selected_array["frequency"], pitch.xs()
