@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 KILLS ?= 20
 MINUTES ?= 10
 
-.PHONY: setup demo test soak lint bench bench-encode clean
+.PHONY: setup demo test soak lint bench bench-encode bench-f0 clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,9 @@ bench: setup
 
 bench-encode: setup
 	$(BIN)/python benchmarks/encode.py
+
+bench-f0: setup
+	$(BIN)/python benchmarks/f0.py --page docs/f0.md
 
 clean:
 	rm -rf demo bench-out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

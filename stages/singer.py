@@ -26,6 +26,7 @@ _HIGHEST_HARMONIC_HZ = 10_000.0
 _PEAK = 0.5
 _FLOOR_DB = -76.0  # noise of the room, RMS
 _VOICED_ABOVE = 0.05  # voicing gain (0 to 1) from which on a frame counts as voiced
+_GROWLS_HZ = 0.9  # how often a growl swells
 _BLOCK_FRAMES = 256
 
 # F1 to F3 in Hz of a man's vowels (Peterson & Barney 1952), and of two voiced consonants.
@@ -62,6 +63,8 @@ class Voice:
     formant_scale: 1 is a man's vocal tract, larger a shorter one.
     ring: 0 to 1, how far the upper formants gather at 3 kHz (the singer's formant).
     breathiness: 0 to 1, noise of the breath in the voice.
+    growl: 0 to 1, how far every second pulse is louder and the ones between softer, as when the
+      folds above the glottis swing at half its rate: harmonics of f0 / 2, that come and go.
     vibrato_hz, vibrato_cents: rate, and deviation to either side.
     open_quotient: part of a period for which the glottis is open.
     tilt_hz: the source falls by 6 dB an octave more from here on.
@@ -73,6 +76,7 @@ class Voice:
     formant_scale: float = 1.0
     ring: float = 0.0
     breathiness: float = 0.2
+    growl: float = 0.0
     vibrato_hz: float = 5.5
     vibrato_cents: float = 40.0
     open_quotient: float = 0.6
@@ -84,7 +88,7 @@ class Voice:
                 f"f0_min and f0_max of a voice must span half an octave within 30 to 1500 Hz, "
                 f"not {self.f0_min} to {self.f0_max}"
             )
-        for key in ("ring", "breathiness"):
+        for key in ("ring", "breathiness", "growl"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"{key} must lie between 0 and 1, not {getattr(self, key)}")
         if not 0.3 <= self.open_quotient <= 0.9:
@@ -163,9 +167,11 @@ def sing(
     white = rng.standard_normal(num_samples, dtype=np.float32)
     # The breath is heard most while the glottis is open.
     breath = _sampled(controls.breath, at) * white * (1 + 0.6 * np.cos(2 * np.pi * cycles))
-    wav = _vocal_tract(
-        voice, voicing * _harmonics(cycles, f0, sample_rate), breath, controls, sample_rate
-    )
+    pulses = voicing * _harmonics(cycles, f0, sample_rate)
+    if voice.growl:
+        depth = voice.growl * np.sin(np.pi * _GROWLS_HZ * at / _CONTROL_HZ) ** 2
+        pulses *= 1 + depth * np.cos(np.pi * cycles)
+    wav = _vocal_tract(voice, pulses, breath, controls, sample_rate)
     wav *= _PEAK / max(1e-9, float(np.abs(wav).max()))
     _add_consonants(wav, notes, sample_rate, rng)
     wav += 10 ** (_FLOOR_DB / 20) * rng.standard_normal(num_samples)

@@ -1,0 +1,466 @@
+#!/usr/bin/env python3
+"""How right every f0 method is where the pitch is known, and what it costs.
+
+    python benchmarks/f0.py [--methods praat dio ...] [--audio FOLDER] [--rmvpe FILE] [--resume]
+
+Accuracy is measured on a recording annotated by hand (vocadito_1 in FOLDER) and on songs of the
+demo's singer, clean and spoilt in several ways; cost beside the call that a user makes today, in
+the same run. docs/f0.md has the tables, between its markers, and says how to read them; the plots
+lie beside it. What was found so far is kept under bench-out/f0: --resume takes it up again, and
+--pages alone writes page and plots anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script
+
+from benchmarks.f0_corpus import HOP_LENGTH, SAMPLE_RATE, Condition, generated, vocadito
+from benchmarks.f0_speed import PAIRS, Cost, compare
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "bench-out" / "f0"
+REAL = "vocadito"  # the condition that is no generated one
+CLIP_S = 5.0
+
+METHODS: dict[str, dict[str, Any]] = {
+    "praat": {"method": "praat"},
+    "praat-cc": {"method": "praat-cc"},
+    "dio": {"method": "dio"},
+    "harvest": {"method": "harvest"},
+    "pyin": {"method": "pyin"},
+    "crepe": {"method": "crepe"},
+    "crepe-tiny": {"method": "crepe-tiny"},
+    "fcpe": {"method": "fcpe"},
+    "rmvpe": {"method": "rmvpe"},
+}
+"""Settings of what is measured, by the name that tables give it."""
+
+ENSEMBLES = (("praat", "dio", "fcpe"), ("praat", "harvest", "fcpe"))
+"""Votes of the methods above; their contours are those of the methods, so they run no more."""
+
+Contours = dict[str, list[np.ndarray]]
+"""What a method found: (F,) for each clip of each condition."""
+
+
+# ---- accuracy ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Parts of 1, as mir_eval.melody defines them at 50 cents, but for the last two.
+
+    pitch, chroma: of the truly voiced frames, those with the right pitch (or its octaves); a frame
+    that was called unvoiced is wrong. recall, false_alarm: of the truly voiced (unvoiced) frames,
+    those called voiced. overall: of all frames, those right in pitch or rightly unvoiced.
+    octaves: of the frames that both call voiced, those one octave or more off, within 50 cents.
+    cents: median absolute error of the frames whose pitch is right.
+    """
+
+    pitch: float
+    chroma: float
+    octaves: float
+    recall: float
+    false_alarm: float
+    overall: float
+    cents: float
+
+
+def score(truth: np.ndarray, found: np.ndarray) -> Scores:
+    """Both (F,) in Hz at the same times, 0 = unvoiced."""
+    from mir_eval import melody
+
+    series = []
+    for f0 in (truth, found):
+        hz, voiced = melody.freq_to_voicing(f0.astype(np.float64))
+        series += [voiced, melody.hz2cents(hz)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a contour may be voiced nowhere
+        recall, false_alarm = melody.voicing_measures(series[0], series[2])
+        pitch = melody.raw_pitch_accuracy(*series)
+        chroma = melody.raw_chroma_accuracy(*series)
+        overall = melody.overall_accuracy(*series)
+    both = (truth > 0) & (found > 0)
+    off = series[3][both] - series[1][both]
+    octaves = np.round(off / 1200)
+    astray = (octaves != 0) & (np.abs(off - 1200 * octaves) < 50)
+    right = np.abs(off[np.abs(off) < 50])
+    return Scores(
+        float(pitch),
+        float(chroma),
+        float(astray.mean()) if both.any() else 0.0,
+        float(recall),
+        float(false_alarm),
+        float(overall),
+        float(np.median(right)) if len(right) else float("nan"),
+    )
+
+
+def find_contours(settings: Mapping[str, Any], conditions: Iterable[Condition]) -> Contours:
+    """What a method says of every clip."""
+    from stages.f0 import F0Config, estimate_clips
+
+    found = {}
+    for condition in conditions:
+        cfg = F0Config(**settings, f0_max=condition.f0_max, hop_length=HOP_LENGTH, device="cpu")
+        wavs = [clip.wav for clip in condition.clips]
+        counts = [len(clip.f0) for clip in condition.clips]
+        found[condition.name] = list(estimate_clips(wavs, SAMPLE_RATE, cfg, counts))
+    return found
+
+
+def score_all(conditions: Iterable[Condition], contours: Contours) -> dict[str, Scores]:
+    """By condition, over the frames of all its clips."""
+    return {
+        condition.name: score(
+            np.concatenate([clip.f0 for clip in condition.clips]),
+            np.concatenate(contours[condition.name]),
+        )
+        for condition in conditions
+    }
+
+
+def vote(members: Sequence[Contours]) -> Contours:
+    """What the ensemble of the members says."""
+    from stages.f0.ensemble import combine
+
+    return {
+        name: [
+            combine(np.stack(tracks)) for tracks in zip(*(m[name] for m in members), strict=True)
+        ]
+        for name in members[0]
+    }
+
+
+def mean(scores: Iterable[Scores]) -> Scores:
+    """Of conditions, each counting the same."""
+    rows = [list(asdict(one).values()) for one in scores]
+    return Scores(*(float(value) for value in np.nanmean(rows, axis=0)))
+
+
+def save_contours(path: Path, contours: Contours) -> None:
+    flat = {f"{name}.{i}": f0 for name, rows in contours.items() for i, f0 in enumerate(rows)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".tmp").open("wb") as file:
+        np.savez(file, **flat)
+    path.with_suffix(".tmp").replace(path)
+
+
+def load_contours(path: Path, conditions: Iterable[Condition]) -> Contours:
+    with np.load(path, allow_pickle=False) as found:
+        return {
+            condition.name: [found[f"{condition.name}.{i}"] for i in range(len(condition.clips))]
+            for condition in conditions
+        }
+
+
+# ---- measuring ---------------------------------------------------------------------------------
+
+
+def measure_accuracy(
+    methods: Mapping[str, dict[str, Any]],
+    conditions: Sequence[Condition],
+    folder: Path,
+    resume: bool,
+) -> None:
+    """Contours of every method in `folder`, two methods at a time, those of most work first."""
+    missing = [m for m in methods if not (resume and _contours_file(folder, m).exists())]
+    if not missing:
+        return
+    dearest = ("crepe", "crepe-tiny", "harvest", "pyin")
+    missing.sort(key=lambda m: dearest.index(m) if m in dearest else len(dearest))
+    context = multiprocessing.get_context("spawn")
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        running = {m: pool.submit(find_contours, methods[m], conditions) for m in missing}
+        for method, future in running.items():
+            save_contours(_contours_file(folder, method), future.result())
+            print(f"contours of {method}: done", flush=True)
+
+
+def _contours_file(folder: Path, method: str) -> Path:
+    return folder / "contours" / f"{method}.npz"
+
+
+def measure_speed(
+    methods: Iterable[str], wav: np.ndarray, folder: Path, resume: bool, quick: bool
+) -> dict[str, dict[str, Cost]]:
+    """Ours and theirs by method; kept in `folder` as they come."""
+    file = folder / "speed.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    length = min(round(CLIP_S * SAMPLE_RATE), len(wav))
+    clips = [wav[i : i + length] for i in range(0, len(wav) - length + 1, length)]
+    with tempfile.TemporaryDirectory() as scratch:
+        for method in methods:
+            if method not in PAIRS or (resume and method in known):
+                continue
+            weights = _made_up_rmvpe(Path(scratch)) if method == "rmvpe" else None
+            print(f"cost of {method} ...", flush=True)
+            ours, theirs = compare(method, clips, weights, quick)
+            known[method] = {"ours": asdict(ours), "theirs": asdict(theirs)}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(known, indent=1) + "\n")
+    return {
+        method: {side: Cost(**cost) for side, cost in sides.items()}
+        for method, sides in known.items()
+    }
+
+
+def _made_up_rmvpe(folder: Path) -> str:
+    from models.f0.rmvpe import RmvpeConfig
+    from tests.checkpoints import write_rmvpe
+
+    return str(write_rmvpe(folder / "rmvpe.pt", RmvpeConfig()))
+
+
+# ---- words -------------------------------------------------------------------------------------
+
+TARGETS = {
+    **dict.fromkeys(("praat", "harvest"), 1.10),
+    **dict.fromkeys(("dio", "crepe", "crepe-tiny", "fcpe", "rmvpe"), 0.50),
+}
+"""What ours may cost at most, as a part of theirs."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """All that the page shows. accuracy: by method and condition; speed: by method and side."""
+
+    accuracy: dict[str, dict[str, Scores]]
+    speed: dict[str, dict[str, Cost]]
+
+    def cost(self, method: str) -> float | None:
+        """CPU seconds of each further minute; an ensemble pays for its members."""
+        parts = [self.speed.get(m) for m in method.split(" + ")]
+        return sum(p["ours"].steady for p in parts) if all(parts) else None  # type: ignore[index]
+
+    def conditions(self) -> list[str]:
+        return list(next(iter(self.accuracy.values())))
+
+
+def tables(figures: Figures) -> dict[str, str]:
+    """Markdown by the name of the marker in the page."""
+    from benchmarks.extract import table  # not at the top: every process would import Ray
+
+    head = ["", "pitch", "chroma", "octaves", "recall", "false alarm", "overall", "cents"]
+    found: dict[str, list[str]] = {}
+    real, made = [], []
+    for method, by_condition in figures.accuracy.items():
+        if REAL in by_condition:
+            real.append([method, *_cells(by_condition[REAL])])
+        made.append([method, *_cells(mean(s for c, s in by_condition.items() if c != REAL))])
+    if "rmvpe" not in figures.accuracy:
+        for rows in (real, made):
+            rows.append(["rmvpe", *["no weights"] * (len(head) - 1)])
+    found["vocadito"] = table(head, real)
+    found["generated"] = table(head, made)
+    for name, key in (("overall", "overall"), ("pitch", "pitch")):
+        found[name] = table(
+            ["", *figures.conditions()],
+            [
+                [method, *(f"{getattr(s, key):.3f}" for s in by_condition.values())]
+                for method, by_condition in figures.accuracy.items()
+            ],
+        )
+    found["speed"] = table(
+        [
+            *("", "first min", "theirs", "ratio", "further min", "theirs", "ratio", "at most"),
+            *("RTF", "MB", "theirs", "imports", "theirs", "they"),
+        ],
+        [_speed_row(method, sides) for method, sides in figures.speed.items()],
+    )
+    return {name: "\n".join(lines).strip() for name, lines in found.items()}
+
+
+def _cells(scores: Scores) -> list[str]:
+    parts = list(asdict(scores).values())
+    return [*(f"{part:.4f}" for part in parts[:-1]), f"{parts[-1]:.1f}"]
+
+
+def _speed_row(method: str, sides: Mapping[str, Cost]) -> list[str]:
+    ours, theirs = sides["ours"], sides["theirs"]
+    target = TARGETS.get(method)
+    return [
+        method,
+        *(f"{x:.3g}" for x in (ours.first, theirs.first)),
+        f"**{ours.first / theirs.first:.2f}**",
+        *(f"{x:.3g}" for x in (ours.steady, theirs.steady)),
+        f"**{ours.steady / theirs.steady:.2f}**",
+        "" if target is None else f"{target:.2f}",
+        f"{ours.steady / 60:.2g}",
+        *(f"{x:.0f}" for x in (ours.peak_mb, theirs.peak_mb)),
+        *(f"{x:.1f}" for x in (ours.imports, theirs.imports)),
+        PAIRS[method].title,
+    ]
+
+
+def write_page(page: Path, found: Mapping[str, str]) -> None:
+    """Puts each table between its markers in the page."""
+    text = page.read_text(encoding="utf-8")
+    for name, lines in found.items():
+        pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
+        if not re.search(pattern, text, re.DOTALL):
+            raise SystemExit(f"{page} has no place for the table {name}")
+        text = re.sub(
+            pattern, lambda m, lines=lines: f"{m[1]}\n{lines}\n\n{m[2]}", text, flags=re.DOTALL
+        )
+    page.write_text(text, encoding="utf-8")
+
+
+# ---- plots -------------------------------------------------------------------------------------
+
+
+def plot_cost(figures: Figures, path: Path) -> None:
+    """Overall accuracy over CPU seconds, on the recording and on generated songs."""
+    from matplotlib import pyplot
+
+    panels = {"generated songs, mean of conditions": lambda c: c != REAL}
+    if REAL in figures.conditions():
+        panels = {"vocadito_1, annotated by hand": lambda c: c == REAL} | panels
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
+    for axis, (title, chosen) in zip(axes[0], panels.items(), strict=True):
+        points = []
+        for method, by_condition in figures.accuracy.items():
+            cost = figures.cost(method)
+            if cost is not None:
+                right = mean(s for c, s in by_condition.items() if chosen(c)).overall
+                points.append((cost, right, method))
+        for cost, right, method in points:
+            axis.plot(cost, right, "s" if " + " in method else "o", color=_colour(method))
+        _label(axis, points)
+        axis.set_xscale("log")
+        axis.margins(x=0.25, y=0.15)
+        axis.set_title(title, fontsize=11)
+        axis.set_xlabel("CPU seconds for each minute of audio, one thread")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("overall accuracy")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _colour(method: str) -> str:
+    networks = ("crepe", "fcpe", "rmvpe")
+    if " + " in method:
+        return "tab:green"
+    return "tab:orange" if method.startswith(networks) else "tab:blue"
+
+
+def _label(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """Names beside their points; a name that would lie on the one below it moves up."""
+    low, high = min(p[1] for p in points), max(p[1] for p in points)
+    step = max(1e-9, high - low) / 18
+    taken: list[tuple[float, float]] = []
+    for cost, right, method in sorted(points, key=lambda p: p[1]):
+        y = right
+        while any(abs(np.log10(cost / x)) < 0.9 and abs(y - other) < step for x, other in taken):
+            y += step / 4
+        taken.append((cost, y))
+        axis.annotate(
+            method,
+            (cost, right),
+            (cost * 1.12, y),
+            fontsize=8,
+            va="center",
+            color=_colour(method),
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "grey", "shrinkB": 0},
+        )
+
+
+def plot_conditions(figures: Figures, path: Path) -> None:
+    """Overall accuracy by method and condition."""
+    from matplotlib import pyplot
+
+    methods, names = list(figures.accuracy), figures.conditions()
+    grid = np.array([[figures.accuracy[m][c].overall for c in names] for m in methods])
+    figure, axis = pyplot.subplots(figsize=(1.0 * len(names) + 2.5, 0.4 * len(methods) + 1.6))
+    axis.imshow(grid, cmap="RdYlGn", vmin=0.2, vmax=1.0, aspect="auto")
+    for i, j in itertools.product(range(len(methods)), range(len(names))):
+        axis.text(j, i, f"{grid[i, j]:.2f}", ha="center", va="center", fontsize=8)
+    axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=9)
+    axis.set_yticks(range(len(methods)), methods, fontsize=9)
+    axis.set_title("overall accuracy", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+# ---- all of it ---------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    shared = ROOT.parent / "shared" / "audio"
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--audio", type=Path, default=shared, help="folder with vocadito_1")
+    parser.add_argument("--rmvpe", type=Path, help="trained weights of RMVPE, for its accuracy")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each generated condition")
+    parser.add_argument("--resume", action="store_true", help="keep what an earlier run found")
+    parser.add_argument("--quick", action="store_true", help="little audio, to try it out")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for what is found")
+    parser.add_argument("--page", type=Path, help="page to put the tables into; plots go beside it")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.seconds = 4.0
+    from benchmarks.extract import cpu_model
+
+    print(f"{cpu_model()}, {os.cpu_count()} CPUs", flush=True)
+    loads = [os.getloadavg()[0]]
+    real = vocadito(options.audio)
+    if real is None:
+        print(f"{options.audio} has no vocadito_1: generated songs alone", flush=True)
+    made = generated(options.seconds)
+    conditions = made if real is None else [real, *made]
+    clip = conditions[0].clips[0]
+    speed = measure_speed(options.methods, clip.wav, options.out, options.resume, options.quick)
+    loads.append(os.getloadavg()[0])
+
+    methods = {name: METHODS[name] for name in options.methods if name != "rmvpe"}
+    if options.rmvpe and "rmvpe" in options.methods:
+        methods["rmvpe"] = METHODS["rmvpe"] | {"checkpoint": str(options.rmvpe)}
+    measure_accuracy(methods, conditions, options.out, options.resume)
+    loads.append(os.getloadavg()[0])
+    contours = {m: load_contours(_contours_file(options.out, m), conditions) for m in methods}
+    for members in ENSEMBLES:
+        if set(members) <= set(contours):
+            contours[" + ".join(members)] = vote([contours[m] for m in members])
+    accuracy = {method: score_all(conditions, found) for method, found in contours.items()}
+    figures = Figures(accuracy, {m: speed[m] for m in METHODS if m in speed})
+    report(figures, options.out, options.page, loads)
+
+
+def report(figures: Figures, out: Path, page: Path | None, loads: Sequence[float]) -> None:
+    """Prints the tables, writes the figures as JSON, and fills in the page."""
+    from benchmarks.extract import cpu_model
+
+    found = tables(figures)
+    for name, lines in found.items():
+        print(f"\n### {name}\n\n{lines}", flush=True)
+    data = {"cpu": cpu_model(), "load": loads, **asdict(figures)}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "figures.json").write_text(json.dumps(data, indent=1) + "\n")
+    print("\nLoad average before, between, after: " + ", ".join(f"{load:.1f}" for load in loads))
+    if page is not None:
+        write_page(page, found)
+        plot_cost(figures, page.with_suffix(".png"))
+        plot_conditions(figures, page.with_name(f"{page.stem}-conditions.png"))
+
+
+if __name__ == "__main__":
+    main()
