@@ -21,7 +21,7 @@ def combine(contours: NDArray[np.float32]) -> Array:
     """
     voiced = contours > 0
     pitch = np.zeros(contours.shape[1], dtype=np.float32)
-    keep = np.flatnonzero(voiced.any(axis=0) & (2 * voiced.sum(axis=0) >= len(contours)))
+    keep = np.flatnonzero(2 * voiced.sum(axis=0) >= len(contours))
     if len(keep) == 0:
         return pitch
     log = np.full((len(contours), len(keep)), np.nan)
