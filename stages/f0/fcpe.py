@@ -1,14 +1,81 @@
-"""fcpe"""
+"""FCPE with the weights that the package torchfcpe brings (`models.f0.fcpe`)."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from stages.f0.config import F0Config
 from stages.frames import Track
+from stages.resample import ResampleConfig, resample
 from stages.types import Array
+
+if TYPE_CHECKING:
+    from models.f0.fcpe import Fcpe
+
+_RESAMPLING = ResampleConfig(backend="torchaudio", lowpass_filter_width=128)  # as torchfcpe's
+
+# On vocadito's singing that voices 98.5 % of the frames that are voiced and 6 % of the others;
+# torchfcpe's own 0.006 99.9 % and 24 %. In noise low thresholds do far worse; from 0.5 on rough
+# voices get lost.
+_DEFAULT_VOICING = 0.3
 
 
 def fcpe(wavs: Sequence[Array], sample_rate: int, cfg: F0Config) -> Iterable[Track]:
-    """f0 in Hz and the samples that its values belong to, of each clip."""
-    raise NotImplementedError
+    """f0 in Hz and the samples that its values belong to, of each clip.
+
+    Each clip is brought to a peak of 1: the spectra that the network sees have a floor, and where
+    the peak lies at -60 dBFS it loses half of vocadito's voiced frames. Frame j sees the samples
+    around 160 j + 80, but the network was taught to give the pitch at sample 160 j, and does so to
+    within half a millisecond.
+    """
+    from models.f0.mel import HOP_LENGTH, SAMPLE_RATE
+
+    loud = (wav / np.abs(wav).max() for wav in wavs)
+    contours = fcpe_frames(loud, sample_rate, cfg, _DEFAULT_VOICING)
+    hop = HOP_LENGTH * sample_rate / SAMPLE_RATE
+    return [(f0, np.arange(len(f0), dtype=np.float64) * hop) for f0 in contours]
+
+
+def fcpe_frames(
+    wavs: Iterable[Array], sample_rate: int, cfg: F0Config, default_voicing: float
+) -> list[NDArray[np.float64]]:
+    """f0 in Hz every 10 ms, 0 = unvoiced, of each clip at the level that it has."""
+    import torch
+
+    from models.f0.mel import SAMPLE_RATE
+
+    network = _network(cfg.device)
+    threshold = default_voicing if cfg.voicing_threshold is None else cfg.voicing_threshold
+    heard = [resample(wav, sample_rate, SAMPLE_RATE, _RESAMPLING) for wav in wavs]
+    found = network.pitch([torch.from_numpy(np.require(wav, requirements="W")) for wav in heard])
+    return [
+        np.where(strength.numpy() > threshold, f0.double().numpy(), 0.0) for f0, strength in found
+    ]
+
+
+def _network(choice: str) -> Fcpe:
+    import torch
+
+    from models.f0.fcpe import bundled_fcpe
+
+    there = torch.cuda.is_available()
+    if choice == "cuda" and not there:
+        raise ValueError("f0.device is cuda, but torch finds no CUDA device on this machine")
+    device = ("cuda" if there else "cpu") if choice == "auto" else choice
+    path = bundled_fcpe()
+    state = path.stat()
+    return _loaded(path, state.st_size, state.st_mtime_ns, device)
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded(path: Path, size: int, changed_ns: int, device: str) -> Fcpe:
+    """The network; size and changed_ns tell a file from another one in its place."""
+    from models.f0.fcpe import load_fcpe
+
+    return load_fcpe(path, device)

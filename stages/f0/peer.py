@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.f0.config import F0Config
+from stages.f0.fcpe import fcpe_frames
 from stages.f0.pitch import resize2d_f0
 from stages.f0.praat import praat_track
 from stages.f0.world import world_track
@@ -40,10 +41,17 @@ def harvest_as_peer(
     return resize2d_f0(f0, n_frames)
 
 
+def fcpe_as_peer(wav: Array, sample_rate: int, cfg: F0Config, n_frames: int) -> NDArray[np.float64]:
+    """FCPE above 0.05, its frames stretched over the clip; f0_min and f0_max do not count."""
+    (f0,) = fcpe_frames([wav], sample_rate, cfg, 0.05)
+    return stretch(f0, n_frames)
+
+
 PEERS: dict[str, Callable[[Array, int, F0Config, int], NDArray[np.float64]]] = {
     "praat": praat_as_peer,
     "dio": dio_as_peer,
     "harvest": harvest_as_peer,
+    "fcpe": fcpe_as_peer,
 }
 
 
@@ -52,6 +60,14 @@ def pad_centred(f0: NDArray[np.float64], n_frames: int) -> NDArray[np.float64]:
     missing = max(0, n_frames - len(f0))
     before = (missing + 1) // 2
     return np.pad(f0, (before, missing - before))[:n_frames]
+
+
+def stretch(f0: NDArray[np.float64], n_frames: int) -> NDArray[np.float64]:
+    """The value before or at each point of n_frames that divide the contour evenly."""
+    step = np.float32(len(f0) / n_frames)
+    at = np.floor(np.arange(n_frames, dtype=np.float32) * step).astype(np.intp)
+    nearest: NDArray[np.float64] = f0[np.minimum(at, len(f0) - 1)]
+    return nearest
 
 
 def fill_unvoiced(
