@@ -1,4 +1,4 @@
-"""What the pitch tells of a clip: voicing, octave jumps, range, and whether a second voice sounds."""
+"""What the pitch tells of a clip: voicing, octave jumps, range, and a second voice beside it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from stages.errors import Reason
 from stages.quality import Limit, QualityConfig, first_beyond
+from stages.second_voice import second_voice
 from stages.types import Array
 
 _JUMP_SEMITONES = 10.0  # no voice glides as far from one frame to the next
@@ -23,7 +24,8 @@ class PitchQuality:
     octave_jump_rate: jumps per second of voiced frames: ten semitones or more, up or down, from one
       frame to the next or spread over two steps, with no unvoiced frame between. A singer's leap of
       an octave within a run counts once, a stretch in the wrong octave twice.
-    second_voice: 0 to 1, how strong a harmonic series sounds beside the one that f0 names.
+    second_voice: suspicion from 0 to 1 that another voice or an instrument sounds too; 0.5 is where
+      to draw the line (`stages.second_voice` says what it finds there).
     f0_low_hz, f0_high_hz: 5th and 95th percentile of the voiced frames.
     """
 
@@ -54,7 +56,7 @@ def measure_pitch(wav: Array, sample_rate: int, f0: Array, hop_length: int) -> P
     return PitchQuality(
         voiced_ratio=voiced_ratio(f0),
         octave_jump_rate=octave_jumps(f0) / voiced_s,
-        second_voice=0.0,
+        second_voice=second_voice(wav, sample_rate, f0, hop_length),
         f0_low_hz=float(low),
         f0_high_hz=float(high),
     )

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from stages.errors import Reason
 from stages.quality import Quality, QualityConfig, measure_quality, unwanted
 from stages.types import Array
+from tests.stages.test_pitch_quality import LIMITS as PITCH_LIMITS
 
 RATE = 44100
 CLEAN = [
@@ -218,3 +219,8 @@ def test_the_limits_of_pitch_leave_a_range() -> None:
     QualityConfig(min_pitch_hz=80, max_pitch_hz=81)
     with pytest.raises(ValueError, match=r"quality.min_pitch_hz .* must lie below"):
         QualityConfig(min_pitch_hz=80, max_pitch_hz=80)
+
+
+def test_every_limit_is_tested() -> None:
+    tested = [limit[0] for limit in (*LIMITS, *PITCH_LIMITS)]
+    assert sorted(tested) == sorted(field.name for field in fields(QualityConfig))
