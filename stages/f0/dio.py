@@ -9,6 +9,7 @@ and downwards, peaks and dips) come at one rate; the filter in which they agree 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -62,7 +63,7 @@ class _Bank:
 
 @lru_cache(maxsize=4)
 def _bank(sample_rate: int, f0_min: float, f0_max: float) -> _Bank:
-    bands = 1 + int(np.log2(f0_max / f0_min) * _BANDS_IN_OCTAVE)
+    bands = 1 + int(math.log(f0_max / f0_min) / math.log(2) * _BANDS_IN_OCTAVE)
     ceilings = f0_min * 2.0 ** (np.arange(1, bands + 1) / _BANDS_IN_OCTAVE)
     cut = int(sample_rate / _LOW_CUT_HZ + 0.5)
     low_cut = -np.hanning(2 * cut + 3)[1:-1]

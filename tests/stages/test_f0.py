@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -12,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from stages.f0 import METHODS, F0Config, estimate_f0
-from stages.f0.peer import PEERS, fill_unvoiced
+from stages.f0 import METHODS, F0Config, estimate_clips, estimate_f0
+from stages.f0.peer import fill_unvoiced
 from stages.f0.pitch import resize2d_f0
 from stages.f0.praat import praat_track
 from stages.f0.world import periodicity, world_track
@@ -35,43 +37,81 @@ def cents(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.float6
     return 1200 * np.log2(np.asarray(a, np.float64) / np.asarray(b, np.float64))
 
 
-@pytest.fixture(params=sorted(METHODS))
+CHOICES = [*METHODS, "ensemble"]
+WITH_A_NETWORK = {"crepe", "crepe-tiny", "fcpe", "rmvpe", "ensemble"}
+UNTRAINED = {"rmvpe"}  # its weights are made up here: it keeps the contract but knows no pitch
+
+
+@pytest.fixture(params=CHOICES)
 def method(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture
+def settings_of(method: str, request: pytest.FixtureRequest) -> Callable[..., F0Config]:
+    """F0Config of the method, with what it needs to run in a moment."""
+
+    def build(**changes: Any) -> F0Config:
+        if method == "rmvpe":
+            changes["checkpoint"] = str(request.getfixturevalue("tiny_rmvpe"))
+        if method == "crepe":
+            changes.setdefault("crepe_hop_ms", 100.0)  # slow at every frame
+        return F0Config(method=method, **changes)  # type: ignore[arg-type]
+
+    return build
+
+
 def test_every_method_can_be_chosen() -> None:
-    assert set(get_args(get_type_hints(F0Config)["method"])) == set(METHODS)
+    assert set(get_args(get_type_hints(F0Config)["method"])) == set(CHOICES)
 
 
 # The contract of every method
 
 
-def test_shape_type_and_determinism(method: str) -> None:
+def test_shape_type_and_determinism(method: str, settings_of: Callable[..., F0Config]) -> None:
     wav = harmonic(np.full(RATE // 2 + 100, 220.0), RATE)
-    cfg = F0Config(method=method)  # type: ignore[arg-type]
+    cfg = settings_of()
     before = wav.copy()
     f0 = estimate_f0(wav, RATE, cfg)
     assert f0.shape == (len(wav) // HOP,)
     assert f0.dtype == np.float32
     np.testing.assert_array_equal(wav, before)
     np.testing.assert_array_equal(f0, estimate_f0(wav, RATE, cfg))
-    inner = f0[3:-3]  # the ends of a clip are beyond some methods
-    assert np.mean(inner > 0) > 0.9
-    assert np.abs(cents(inner[inner > 0], np.float64(220))).max() < 15
+    if method not in UNTRAINED:
+        inner = f0[3:-3]  # the ends of a clip are beyond some methods
+        assert np.mean(inner > 0) > 0.9
+        assert np.abs(cents(inner[inner > 0], np.float64(220))).max() < 15
 
 
-def test_silence_is_unvoiced(method: str) -> None:
-    cfg = F0Config(method=method)  # type: ignore[arg-type]
-    f0 = estimate_f0(np.zeros(RATE, dtype=np.float32), RATE, cfg)
+def test_several_clips_at_once_are_each_alone(
+    method: str, settings_of: Callable[..., F0Config]
+) -> None:
+    wavs = [
+        harmonic(np.linspace(low, 1.3 * low, num_samples), RATE)
+        for low, num_samples in [(150, RATE), (300, 1), (250, RATE // 20), (400, 0), (200, 30000)]
+    ]
+    wavs.insert(2, np.zeros(RATE // 4, np.float32))
+    cfg = settings_of()
+    together = list(estimate_clips(iter(wavs), RATE, cfg))
+    assert len(together) == len(wavs)
+    for wav, f0 in zip(wavs, together, strict=True):
+        alone = estimate_f0(wav, RATE, cfg)
+        np.testing.assert_array_equal(f0 > 0, alone > 0)
+        np.testing.assert_allclose(f0, alone, rtol=1e-4 if method in WITH_A_NETWORK else 0)
+    counts = [len(f0) + 1 for f0 in together]
+    assert [len(f0) for f0 in estimate_clips(wavs, RATE, cfg, counts)] == counts
+
+
+def test_silence_is_unvoiced(settings_of: Callable[..., F0Config]) -> None:
+    f0 = estimate_f0(np.zeros(RATE, dtype=np.float32), RATE, settings_of())
     np.testing.assert_array_equal(f0, np.zeros(RATE // HOP))
 
 
 @pytest.mark.parametrize("num_samples", [0, 1, 2, 511, 513, RATE // 20])
-def test_a_short_clip_is_no_error(method: str, num_samples: int) -> None:
+def test_a_short_clip_is_no_error(settings_of: Callable[..., F0Config], num_samples: int) -> None:
     """0.05 s holds two and a half periods of f0_min; two samples hold none of anything."""
     wav = harmonic(np.full(RATE, 300.0), RATE)[:num_samples]
-    cfg = F0Config(method=method)  # type: ignore[arg-type]
+    cfg = settings_of()
     for n_frames in (None, 4):
         f0 = estimate_f0(wav, RATE, cfg, n_frames)
         assert f0.shape == (num_samples // HOP if n_frames is None else n_frames,)
@@ -82,22 +122,29 @@ def test_a_short_clip_is_no_error(method: str, num_samples: int) -> None:
             assert not f0.any()
 
 
-def test_forty_seconds(method: str) -> None:
+def test_forty_seconds(method: str, settings_of: Callable[..., F0Config]) -> None:
     rate = 16000
     wav = harmonic(np.full(40 * rate, 200.0), rate)
     wav[10 * rate : 20 * rate] = 0
-    cfg = F0Config(method=method, hop_length=320, f0_min=150, f0_max=300)  # type: ignore[arg-type]
+    cfg = settings_of(hop_length=320, f0_min=150, f0_max=300)
+    if method.startswith("crepe"):
+        cfg = replace(cfg, crepe_hop_ms=500.0 if method == "crepe" else 100.0)
     f0 = estimate_f0(wav, rate, cfg)
     assert f0.shape == (2000,)
-    assert not f0[505:995].any()
-    rest = np.concatenate([f0[5:495], f0[1005:1995]])
+    if method in UNTRAINED:
+        return
+    edge = 5 + int((cfg.crepe_hop_ms or 0) / 20 / 2)  # a value reaches half of its own step
+    assert not f0[500 + edge : 1000 - edge].any()
+    rest = np.concatenate([f0[edge : 500 - edge], f0[1000 + edge : 2000 - edge]])
     assert (rest > 0).mean() > 0.98
     assert np.abs(cents(rest[rest > 0], np.float64(200))).max() < 15
 
 
-def test_a_tone_beyond_the_range_gives_no_pitch_beyond_the_range(method: str) -> None:
+def test_a_tone_beyond_the_range_gives_no_pitch_beyond_the_range(
+    settings_of: Callable[..., F0Config],
+) -> None:
     wav = (0.5 * np.sin(2 * np.pi * 20000 / RATE * np.arange(RATE))).astype(np.float32)
-    cfg = F0Config(method=method)  # type: ignore[arg-type]
+    cfg = settings_of()
     f0 = estimate_f0(wav, RATE, cfg)
     assert f0.shape == (RATE // HOP,)
     assert ((f0 == 0) | ((f0 >= cfg.f0_min) & (f0 <= cfg.f0_max))).all()
@@ -105,25 +152,28 @@ def test_a_tone_beyond_the_range_gives_no_pitch_beyond_the_range(method: str) ->
 
 @pytest.mark.parametrize("f0_min, f0_max", [(150, 200), (200, 400), (215, 225), (219, 221)])
 @pytest.mark.parametrize("hop_length", [128, 2048])
-def test_a_narrow_range_holds(method: str, f0_min: float, f0_max: float, hop_length: int) -> None:
+def test_a_narrow_range_holds(
+    settings_of: Callable[..., F0Config], f0_min: float, f0_max: float, hop_length: int
+) -> None:
     wav = harmonic(np.linspace(150, 400, RATE // 2), RATE)
-    cfg = F0Config(method=method, f0_min=f0_min, f0_max=f0_max, hop_length=hop_length)  # type: ignore[arg-type]
+    cfg = settings_of(f0_min=f0_min, f0_max=f0_max, hop_length=hop_length)
     f0 = estimate_f0(wav, RATE, cfg)
     assert ((f0 == 0) | ((f0 >= f0_min) & (f0 <= f0_max))).all()
 
 
 @pytest.mark.parametrize("fault", [np.nan, np.inf, -np.inf])
-def test_samples_that_are_not_finite_are_refused(method: str, fault: float) -> None:
+def test_samples_that_are_not_finite_are_refused(
+    settings_of: Callable[..., F0Config], fault: float
+) -> None:
     wav = harmonic(np.full(RATE // 2, 220.0), RATE)
     wav[1000] = fault
-    cfg = F0Config(method=method)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="finite"):
-        estimate_f0(wav, RATE, cfg)
+        estimate_f0(wav, RATE, settings_of())
 
 
-def test_the_caller_owns_the_frame_count(method: str) -> None:
+def test_the_caller_owns_the_frame_count(settings_of: Callable[..., F0Config]) -> None:
     wav = harmonic(np.full(RATE // 2, 220.0), RATE)
-    cfg = F0Config(method=method)  # type: ignore[arg-type]
+    cfg = settings_of()
     own = estimate_f0(wav, RATE, cfg)
     np.testing.assert_array_equal(estimate_f0(wav, RATE, cfg, len(own) - 3), own[:-3])
     longer = estimate_f0(wav, RATE, cfg, len(own) + 9)
@@ -132,9 +182,10 @@ def test_the_caller_owns_the_frame_count(method: str) -> None:
     assert not longer[len(own) + 2 :].any()
 
 
-def test_loudness_does_not_matter(method: str) -> None:
+@pytest.mark.parametrize("method", [m for m in CHOICES if m not in UNTRAINED], indirect=True)
+def test_loudness_does_not_matter(settings_of: Callable[..., F0Config]) -> None:
     wav = harmonic(np.linspace(200, 300, RATE // 2), RATE)
-    cfg = F0Config(method=method)  # type: ignore[arg-type]
+    cfg = settings_of()
     loud, quiet = estimate_f0(wav, RATE, cfg), estimate_f0(wav * np.float32(2**-7), RATE, cfg)
     assert np.mean((loud > 0) != (quiet > 0)) < 0.05
     both = (loud > 0) & (quiet > 0)
@@ -159,12 +210,18 @@ def lag_hops(cfg: F0Config, sample_rate: int, num_samples: int) -> float:
     return (error_hops[0] - error_hops[1]) / 2
 
 
+# The small network hears this glide 2.5 ms early (two cents); the full one, in the same windows,
+# does not.
+LAG_HOPS = {"crepe-tiny": 0.3}
+
+
+@pytest.mark.parametrize("method", [m for m in CHOICES if m not in UNTRAINED], indirect=True)
 @pytest.mark.parametrize("sample_rate, hop_length", [(44100, 512), (48000, 480), (16000, 320)])
 def test_frame_i_is_the_pitch_at_sample_i_hop(
-    method: str, sample_rate: int, hop_length: int
+    settings_of: Callable[..., F0Config], sample_rate: int, hop_length: int
 ) -> None:
-    cfg = F0Config(method=method, hop_length=hop_length)  # type: ignore[arg-type]
-    assert abs(lag_hops(cfg, sample_rate, sample_rate)) < 0.05
+    cfg = settings_of(hop_length=hop_length)
+    assert abs(lag_hops(cfg, sample_rate, sample_rate)) < LAG_HOPS.get(cfg.method, 0.05)
 
 
 def test_the_peer_runs_ahead_by_most_of_a_hop() -> None:
@@ -177,12 +234,13 @@ def test_the_peer_runs_ahead_by_most_of_a_hop() -> None:
     assert lag_hops(F0Config(align="peer"), RATE, num_samples) == pytest.approx(-ahead, abs=0.02)
 
 
-def test_a_higher_threshold_voices_fewer_frames(method: str) -> None:
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in UNTRAINED], indirect=True)
+def test_a_higher_threshold_voices_fewer_frames(settings_of: Callable[..., F0Config]) -> None:
     rng = np.random.default_rng(1)
     wav = harmonic(np.linspace(180, 260, RATE), RATE)
     wav += (np.linspace(0, 0.5, RATE) * rng.normal(size=RATE)).astype(np.float32)
     voiced = [
-        int((estimate_f0(wav, RATE, F0Config(method=method, voicing_threshold=t)) > 0).sum())  # type: ignore[arg-type]
+        int((estimate_f0(wav, RATE, settings_of(voicing_threshold=t)) > 0).sum())
         for t in (0.05, 0.6, 0.97)
     ]
     assert voiced[0] >= voiced[1] >= voiced[2]
@@ -213,7 +271,16 @@ def test_frame_count_of_any_clip(
 
 @pytest.mark.parametrize(
     "method, first_s, last_s",
-    [("praat", 0, 33.2), ("dio", 0, 33.2), ("harvest", 2, 10), ("pyin", 2, 10)],  # the slow: less
+    [
+        ("praat", 0, 33.2),
+        ("dio", 0, 33.2),
+        ("fcpe", 0, 33.2),
+        ("ensemble", 2, 10),
+        ("praat-cc", 2, 10),  # the slow: less
+        ("harvest", 2, 10),
+        ("pyin", 2, 10),
+        ("crepe-tiny", 2, 6),
+    ],
 )
 def test_agrees_with_the_hand_annotation(
     method: str, first_s: float, last_s: float, real_audio: Path
@@ -348,7 +415,7 @@ def test_what_an_estimator_finds_outside_its_range_is_unvoiced(five_seconds: Arr
     assert 0 < f0.max() <= 400
 
 
-@pytest.mark.parametrize("method", sorted(PEERS))
+@pytest.mark.parametrize("method", ["praat", "dio", "harvest"])
 @pytest.mark.parametrize("case", ["silence2s", "noise2s_-80dB", "len2048", "len600"])
 def test_peer_contours_of_degenerate_clips(
     method: str, case: str, reference: dict[str, NDArray[np.float64]], five_seconds: Array
@@ -408,7 +475,16 @@ def test_filling_without_any_pitch() -> None:
         ({"f0_min": 0.0}, "f0_min"),
         ({"f0_min": 500.0, "f0_max": 400.0}, "f0_max"),
         ({"voicing_threshold": 1.5}, "voicing_threshold"),
-        ({"checkpoint": "weights.pt"}, "praat has no weights"),
+        ({"checkpoint": "weights.pt"}, "praat reads no file of weights"),
+        ({"method": "rmvpe"}, "must name a file"),
+        ({"method": "ensemble", "ensemble": ("praat", "rmvpe")}, "must name a file"),
+        ({"method": "ensemble", "ensemble": ("praat", "swipe")}, "names 'swipe'"),
+        ({"method": "ensemble", "ensemble": ("praat", "ensemble")}, "names 'ensemble'"),
+        ({"method": "ensemble", "ensemble": ("praat",)}, "two methods or more"),
+        ({"method": "ensemble", "ensemble": ("praat", "praat")}, "each once"),
+        ({"method": "ensemble", "voicing_threshold": 0.5}, "a vote"),
+        ({"crepe_hop_ms": 20.0}, "praat is not crepe"),
+        ({"method": "crepe", "crepe_hop_ms": 0.5}, "crepe_hop_ms must lie"),
         ({"method": "pyin", "align": "peer"}, "align"),
     ],
 )
