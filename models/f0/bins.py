@@ -16,14 +16,15 @@ def hz_of_cents(cents: Tensor) -> Tensor:
     return 10.0 * torch.exp2(cents / 1200.0)
 
 
-def local_average(salience: Tensor, cents: Tensor) -> Tensor:
-    """The mean of the bins within 4 of the highest one, weighted by salience.
+def local_average(salience: Tensor, cents: Tensor, around: Tensor | None = None) -> Tensor:
+    """The mean of the bins within 4 of one bin a frame, weighted by salience.
 
-    salience: (F, K), not negative. cents: (K,), of each bin. Returns (F,) in cents; nan where a
-    frame has no salience at all. The first of equally high bins counts.
+    salience: (F, K), not negative. cents: (K,), of each bin. around: (F,), that bin; None: the
+    highest one, the first of equally high ones. Returns (F,) in cents; nan where there is no
+    salience at all.
     """
-    peak = salience.argmax(dim=1, keepdim=True)  # (F, 1)
-    near = peak + torch.arange(-_REACH, _REACH + 1, device=salience.device)
+    centre = salience.argmax(dim=1) if around is None else around
+    near = centre[:, None] + torch.arange(-_REACH, _REACH + 1, device=salience.device)
     inside = (near >= 0) & (near < salience.shape[1])
     near = near.clamp(0, salience.shape[1] - 1)
     weights = salience.gather(1, near) * inside

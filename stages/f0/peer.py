@@ -6,14 +6,19 @@ of `PEERS` gives the peer's f0 before it fills unvoiced frames; `fill_unvoiced` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.f0.config import F0Config
+from stages.f0.crepe import crepe_network, hz_of_bins, path_through, salience_of
 from stages.f0.fcpe import fcpe_frames
 from stages.f0.pitch import resize2d_f0
+from stages.f0.post import a_weighting
 from stages.f0.praat import praat_track
 from stages.f0.world import world_track
 from stages.types import Array
@@ -47,11 +52,82 @@ def fcpe_as_peer(wav: Array, sample_rate: int, cfg: F0Config, n_frames: int) -> 
     return stretch(f0, n_frames)
 
 
+def crepe_as_peer(
+    wav: Array, sample_rate: int, cfg: F0Config, n_frames: int
+) -> NDArray[np.float64]:
+    """The full CREPE as torchcrepe 0.0.24 runs it, stretched over the clip.
+
+    The hop is cut down to whole samples at 16 kHz, and the path starts anew every 1024 frames. A
+    frame next to voiced ones gets their mean. What silences a frame hangs on the recording's level:
+    quiet singing loses frames. torchcrepe adds noise to the pitch of each frame, of 20 cents at
+    most and other in each run; here is what it is added to.
+    """
+    heard = _sixteen_khz(wav, sample_rate)
+    hop = cfg.hop_length * 16000 // sample_rate
+    if hop == 0:
+        raise ValueError(f"f0.hop_length is {cfg.hop_length}: with f0.align=peer it is too short")
+    if len(heard) == 0:
+        return np.zeros(n_frames)
+    centres = np.arange(0.0, len(heard) + 1, hop)
+    (salience,) = salience_of(crepe_network("full", cfg.device), [heard], [centres])
+    parts = np.split(salience, np.arange(1024, len(salience), 1024))
+    paths = [path_through(part, cfg.f0_min, cfg.f0_max) for part in parts]
+    bins, periodicity = (np.concatenate(each) for each in zip(*paths, strict=True))
+    threshold = 0.05 if cfg.voicing_threshold is None else cfg.voicing_threshold
+    periodicity = np.median(_with_neighbours(periodicity, -np.inf), axis=0)
+    voiced = (periodicity >= threshold) & (_crepe_level_db(heard, hop) >= -60)
+    count = _with_neighbours(voiced, 0).sum(axis=0)
+    f0 = _with_neighbours(np.where(voiced, hz_of_bins(bins), 0.0), 0).sum(axis=0)
+    return stretch(f0 / np.maximum(count, 1), n_frames)
+
+
+def _with_neighbours(values: NDArray[Any], beyond: float) -> NDArray[Any]:
+    """(F,) -> (3, F): what comes before each value, the value, and what comes after it."""
+    padded = np.pad(values, 1, constant_values=beyond)
+    return np.stack([padded[:-2], values, padded[2:]])
+
+
+def _sixteen_khz(wav: Array, sample_rate: int) -> Array:
+    """As resampy 0.4 does it ("kaiser_best"): 50 zero crossings to each side.
+
+    Its steps through a table of the filter are cut to whole entries, which moves samples by less
+    than 0.1 % of the peak; here they are not.
+    """
+    import scipy.signal
+
+    if sample_rate == 16000:
+        return wav
+    ratio = Fraction(16000, sample_rate)
+    longer = max(ratio.numerator, ratio.denominator)
+    crossings = np.arange(-50 * longer, 50 * longer + 1) / longer
+    rolloff = 0.9173473711
+    taps = rolloff * np.sinc(rolloff * crossings) * np.kaiser(len(crossings), 12.984585247)
+    heard = scipy.signal.resample_poly(
+        wav, ratio.numerator, ratio.denominator, window=(taps / longer).astype(np.float32)
+    )
+    return np.asarray(heard[: math.floor(len(wav) * ratio)], dtype=np.float32)
+
+
+def _crepe_level_db(wav: Array, hop_length: int) -> NDArray[np.floating]:
+    """What torchcrepe calls loudness, around the samples 0, hop, ... at 16 kHz; (F,).
+
+    The mean over all frequencies of their A-weighted dB: no level that another meter would show.
+    """
+    hann = (np.sin(np.pi * np.arange(1024) / 1024) ** 2).astype(np.float32)
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(wav, 512), 1024)[::hop_length]
+    spectrum = 20 * np.log10(np.maximum(np.abs(np.fft.rfft(windows * hann)), 1e-5))
+    spectrum = np.maximum(spectrum, spectrum.max() - 80)
+    weights = 20 * np.log10(np.maximum(a_weighting(np.arange(513) * 16000 / 1024), 1e-4))
+    level: NDArray[np.floating] = np.maximum(spectrum + weights - 20, -100).mean(axis=1)
+    return level
+
+
 PEERS: dict[str, Callable[[Array, int, F0Config, int], NDArray[np.float64]]] = {
     "praat": praat_as_peer,
     "dio": dio_as_peer,
     "harvest": harvest_as_peer,
     "fcpe": fcpe_as_peer,
+    "crepe": crepe_as_peer,
 }
 
 
