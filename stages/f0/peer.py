@@ -20,6 +20,7 @@ from stages.f0.fcpe import fcpe_frames
 from stages.f0.pitch import resize2d_f0
 from stages.f0.post import a_weighting
 from stages.f0.praat import praat_track
+from stages.f0.rmvpe import rmvpe_frames
 from stages.f0.world import world_track
 from stages.types import Array
 
@@ -49,6 +50,14 @@ def harvest_as_peer(
 def fcpe_as_peer(wav: Array, sample_rate: int, cfg: F0Config, n_frames: int) -> NDArray[np.float64]:
     """FCPE above 0.05, its frames stretched over the clip; f0_min and f0_max do not count."""
     (f0,) = fcpe_frames([wav], sample_rate, cfg, 0.05)
+    return stretch(f0, n_frames)
+
+
+def rmvpe_as_peer(
+    wav: Array, sample_rate: int, cfg: F0Config, n_frames: int
+) -> NDArray[np.float64]:
+    """RMVPE above 0.05, its frames stretched over the clip; f0_min and f0_max do not count."""
+    (f0,) = rmvpe_frames([wav], sample_rate, cfg, 0.05)
     return stretch(f0, n_frames)
 
 
@@ -128,6 +137,7 @@ PEERS: dict[str, Callable[[Array, int, F0Config, int], NDArray[np.float64]]] = {
     "harvest": harvest_as_peer,
     "fcpe": fcpe_as_peer,
     "crepe": crepe_as_peer,
+    "rmvpe": rmvpe_as_peer,
 }
 
 

@@ -40,7 +40,8 @@ def rmvpe_frames(
     """f0 in Hz every 10 ms, 0 = unvoiced, of each clip."""
     import torch
 
-    from models.f0.rmvpe import SAMPLE_RATE, decode
+    from models.f0.mel import SAMPLE_RATE
+    from models.f0.rmvpe import decode
 
     network = _network(cfg.checkpoint, cfg.device)
     threshold = default_voicing if cfg.voicing_threshold is None else cfg.voicing_threshold
