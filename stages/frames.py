@@ -5,6 +5,7 @@ Audio, f0 and spectrogram share this clock at the dataset's rate. Units keep the
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -14,6 +15,8 @@ from stages.types import Array
 
 Track = tuple[NDArray[np.float64], NDArray[np.float64]]
 """An f0 contour on its own clock: Hz, 0 = unvoiced, and when each value holds; both (N,)."""
+
+_ANOTHER_NOTE = math.sqrt(2)  # half an octave from one value to the next is no glide
 
 
 def num_frames(num_samples: int, hop_length: int) -> int:
@@ -33,9 +36,10 @@ def resize_contour(
     f0: (N,) in Hz, 0 = unvoiced. positions: (N,) samples at which those values hold, ascending.
     Returns float32 (n_frames,).
 
-    `linear` blends two neighbours that are both voiced, in Hz; next to an unvoiced value the nearer
-    one decides alone, so nothing is ever blended across a gap. `nearest` always takes the nearer
-    one (the later of two equally near). Half a step of the source beyond either end is unvoiced.
+    `linear` blends two neighbours that are both voiced and less than half an octave apart, in Hz;
+    elsewhere the nearer one decides alone, so nothing is ever blended across a gap, and an octave
+    error does not become a fifth. `nearest` always takes the nearer one (the later of two equally
+    near). Half a step of the source beyond either end is unvoiced.
     """
     source = np.asarray(f0, dtype=np.float64)
     at = np.asarray(positions, dtype=np.float64)
@@ -57,6 +61,7 @@ def resize_contour(
         out = nearest
     else:
         blend = a + np.clip(weight, 0.0, 1.0) * (b - a)
-        out = np.where((a > 0) & (b > 0), blend, nearest)
+        one_note = np.maximum(a, b) < _ANOTHER_NOTE * np.minimum(a, b)
+        out = np.where(one_note, blend, nearest)
     out[(weight < -0.5) | (weight > 1.5)] = 0.0
     return out.astype(np.float32)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stages.errors import Reason
+from stages.f0.pitch import f0_to_pitch
 from stages.quality import Limit, QualityConfig, first_beyond
 from stages.second_voice import second_voice
 from stages.types import Array
@@ -22,8 +23,8 @@ class PitchQuality:
 
     voiced_ratio: share of f0 frames that are voiced.
     octave_jump_rate: jumps per second of voiced frames: ten semitones or more, up or down, from one
-      frame to the next or spread over two steps, with no unvoiced frame between. A singer's leap of
-      an octave within a run counts once, a stretch in the wrong octave twice.
+      voiced frame to the next frame. A singer's leap of an octave within a run counts once, a
+      stretch in the wrong octave twice; across an unvoiced frame nothing counts.
     second_voice: suspicion from 0 to 1 that another voice or an instrument sounds too; 0.5 is where
       to draw the line (`stages.second_voice` says what it finds there).
     f0_low_hz, f0_high_hz: 5th and 95th percentile of the voiced frames.
@@ -88,14 +89,6 @@ def voiced_ratio(f0: Array) -> float:
 
 
 def octave_jumps(f0: Array) -> int:
-    """How often neighbouring voiced frames of a contour (F,) lie ten semitones or more apart.
-
-    A jump that resizing spread over two steps counts once.
-    """
-    semitones = np.full(len(f0), np.nan)
-    semitones[f0 > 0] = 12 * np.log2(f0[f0 > 0].astype(np.float64))
-    step = np.abs(np.diff(semitones))  # NaN beside an unvoiced frame, and no comparison holds
-    sharp = step >= _JUMP_SEMITONES
-    spread = np.abs(semitones[2:] - semitones[:-2]) >= _JUMP_SEMITONES
-    spread &= (step[1:] < _JUMP_SEMITONES) & (step[:-1] < _JUMP_SEMITONES)
-    return int(np.count_nonzero(sharp)) + int(np.count_nonzero(spread))
+    """How often neighbouring voiced frames of a contour (F,) lie ten semitones or more apart."""
+    step = np.abs(np.diff(f0_to_pitch(f0)))  # NaN beside an unvoiced frame, and no comparison holds
+    return int(np.count_nonzero(step >= _JUMP_SEMITONES))

@@ -25,6 +25,7 @@ from stages.f0.post import (
     voiced_runs,
     weigh_a,
 )
+from stages.frames import resize_contour
 from stages.types import Array
 
 RATE = 44100
@@ -230,6 +231,16 @@ def test_slips_on_real_singing(real_audio: Path) -> None:
         at = (start + stop) // 2
         slipped[at : at + 1 + i % 15] *= (0.25, 0.5, 2, 4)[i % 4]
     np.testing.assert_array_equal(repair_octaves(slipped, frame_s), truth)
+
+
+def test_slips_that_were_resized_move_back() -> None:
+    """A network's clock of 10 ms put on frames of 11.6 ms."""
+    slipped = np.full(300, 200.0)
+    for i, at in enumerate(range(20, 290, 20)):
+        slipped[at : at + 2 + i % 6] *= (0.5, 2)[i % 2]
+    f0 = resize_contour(slipped, np.arange(300) * 441.0, 258, HOP)
+    assert np.count_nonzero(f0 != 200) > 30
+    np.testing.assert_array_equal(repair_octaves(f0, HOP / RATE), np.full(258, 200))
 
 
 # Median, short runs, interpolation

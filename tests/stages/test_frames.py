@@ -27,12 +27,18 @@ def test_a_contour_on_the_clock_stays_as_it_is() -> None:
 
 
 def test_linear_blends_voiced_neighbours_only() -> None:
-    f0 = np.array([100.0, 200.0, 0.0, 300.0])
+    f0 = np.array([100.0, 120.0, 0.0, 300.0])
     at = np.array([0.25, 1.25, 2.25, 3.25]) * HOP
     out = resize_contour(f0, at, 5, HOP)
-    # frame 0: a quarter of a step before the first value; 1: three quarters of the way to 200;
-    # 2: 200 is 0.75 steps away, the gap 0.25; 3: 300 is nearer; 4: 0.75 steps beyond the end.
-    np.testing.assert_allclose(out, [100.0, 175.0, 0.0, 300.0, 0.0])
+    # frame 0: a quarter of a step before the first value; 1: three quarters of the way to 120;
+    # 2: 120 is 0.75 steps away, the gap 0.25; 3: 300 is nearer; 4: 0.75 steps beyond the end.
+    np.testing.assert_allclose(out, [100.0, 115.0, 0.0, 300.0, 0.0])
+
+
+def test_linear_does_not_blend_octaves() -> None:
+    f0 = np.array([200.0, 400.0, 200.0, 280.0])
+    out = resize_contour(f0, (np.arange(4) + 0.25) * HOP, 4, HOP)
+    np.testing.assert_allclose(out, [200.0, 400.0, 200.0, 260.0])
 
 
 def test_nearest_never_makes_new_values() -> None:

@@ -99,7 +99,6 @@ def test_a_few_stray_frames_do_not_widen_the_range() -> None:
         (contour(200, 200, 400, 400), 1),
         (contour(200, 400, 200, 200), 2),
         (contour(600, 600, 200, 200), 1),  # a twelfth
-        (contour(200, 200, 300, 400, 400), 1),  # resizing blended the two sides
         (contour(200, 300, 200), 0),  # a fifth
         (contour(200, 240, 290, 350, 400), 0),  # a glide
         (contour(200, 0, 400), 0),  # a new note
