@@ -23,7 +23,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,18 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Settings of what is measured, by the name that tables give it."""
 
-ENSEMBLES = (("praat", "dio", "fcpe"), ("praat", "harvest", "fcpe"))
+ENSEMBLES = (("dio", "fcpe"), ("crepe-tiny", "dio", "fcpe"), ("crepe-tiny", "fcpe", "praat"))
 """Votes of the methods above; their contours are those of the methods, so they run no more."""
+
+THRESHOLDS = {
+    "praat": (0.3, 0.45, 0.55, 0.7),
+    "dio": (0.3, 0.5, 0.7),
+    "harvest": (0.5, 0.7, 0.8),
+    "pyin": (0.05,),
+    "crepe-tiny": (0.2, 0.3, 0.4, 0.6),
+    "fcpe": (0.05, 0.1, 0.2, 0.4, 0.5),
+}
+"""Values of voicing_threshold to try beside each method's own."""
 
 Contours = dict[str, list[np.ndarray]]
 """What a method found: (F,) for each clip of each condition."""
@@ -80,6 +90,9 @@ class Scores:
     false_alarm: float
     overall: float
     cents: float
+
+
+_FIELDS = [field.name for field in fields(Scores)]
 
 
 def score(truth: np.ndarray, found: np.ndarray) -> Scores:
@@ -149,9 +162,10 @@ def vote(members: Sequence[Contours]) -> Contours:
 
 
 def mean(scores: Iterable[Scores]) -> Scores:
-    """Of conditions, each counting the same."""
-    rows = [list(asdict(one).values()) for one in scores]
-    return Scores(*(float(value) for value in np.nanmean(rows, axis=0)))
+    """Of conditions, each counting the same; NaN where there is none."""
+    columns = np.array([list(asdict(one).values()) for one in scores]).reshape(-1, len(_FIELDS)).T
+    known = [column[~np.isnan(column)] for column in columns]
+    return Scores(*(float(column.mean()) if len(column) else float("nan") for column in known))
 
 
 def save_contours(path: Path, contours: Contours) -> None:
@@ -183,8 +197,8 @@ def measure_accuracy(
     missing = [m for m in methods if not (resume and _contours_file(folder, m).exists())]
     if not missing:
         return
-    dearest = ("crepe", "crepe-tiny", "harvest", "pyin")
-    missing.sort(key=lambda m: dearest.index(m) if m in dearest else len(dearest))
+    dearest = ("crepe", "harvest", "pyin", "praat-cc")
+    missing.sort(key=lambda m: [*dearest, methods[m]["method"]].index(methods[m]["method"]))
     context = multiprocessing.get_context("spawn")
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     with ProcessPoolExecutor(2, mp_context=context) as pool:
@@ -223,10 +237,14 @@ def measure_speed(
 
 
 def _made_up_rmvpe(folder: Path) -> str:
-    from models.f0.rmvpe import RmvpeConfig
-    from tests.checkpoints import write_rmvpe
+    """A file of full size; what its weights are changes no cost."""
+    import torch
 
-    return str(write_rmvpe(folder / "rmvpe.pt", RmvpeConfig()))
+    from models.f0.rmvpe_checkpoint import RmvpeConfig
+    from tests.checkpoints import tiny_rmvpe_weights
+
+    torch.save({"model": tiny_rmvpe_weights(RmvpeConfig())}, folder / "rmvpe.pt")
+    return str(folder / "rmvpe.pt")
 
 
 # ---- words -------------------------------------------------------------------------------------
@@ -240,15 +258,22 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Figures:
-    """All that the page shows. accuracy: by method and condition; speed: by method and side."""
+    """All that the page shows.
+
+    accuracy: by method and condition. thresholds: the same, by method and voicing_threshold first.
+    speed: by method and side.
+    """
 
     accuracy: dict[str, dict[str, Scores]]
+    thresholds: dict[str, dict[float, dict[str, Scores]]]
     speed: dict[str, dict[str, Cost]]
 
     def cost(self, method: str) -> float | None:
         """CPU seconds of each further minute; an ensemble pays for its members."""
-        parts = [self.speed.get(m) for m in method.split(" + ")]
-        return sum(p["ours"].steady for p in parts) if all(parts) else None  # type: ignore[index]
+        members = method.split(" + ")
+        if not set(members) <= set(self.speed):
+            return None
+        return sum(self.speed[member]["ours"].steady for member in members)
 
     def conditions(self) -> list[str]:
         return list(next(iter(self.accuracy.values())))
@@ -262,9 +287,8 @@ def tables(figures: Figures) -> dict[str, str]:
     found: dict[str, list[str]] = {}
     real, made = [], []
     for method, by_condition in figures.accuracy.items():
-        if REAL in by_condition:
-            real.append([method, *_cells(by_condition[REAL])])
-        made.append([method, *_cells(mean(s for c, s in by_condition.items() if c != REAL))])
+        real.append([method, *_cells(mean(_real(by_condition)))])
+        made.append([method, *_cells(mean(_made(by_condition)))])
     if "rmvpe" not in figures.accuracy:
         for rows in (real, made):
             rows.append(["rmvpe", *["no weights"] * (len(head) - 1)])
@@ -278,6 +302,19 @@ def tables(figures: Figures) -> dict[str, str]:
                 for method, by_condition in figures.accuracy.items()
             ],
         )
+    three = ("recall", "false_alarm", "overall")
+    found["thresholds"] = table(
+        ["", "threshold", *("recall", "false alarm", "overall") * 2],
+        [
+            [method, value, *(_number(getattr(one, key), 3) for one in both for key in three)]
+            for method, values in figures.thresholds.items()
+            for value, by_condition in (
+                ("default", figures.accuracy[method]),
+                *((f"{value:g}", by) for value, by in values.items()),
+            )
+            for both in [(mean(_real(by_condition)), mean(_made(by_condition)))]
+        ],
+    )
     found["speed"] = table(
         [
             *("", "first min", "theirs", "ratio", "further min", "theirs", "ratio", "at most"),
@@ -288,9 +325,21 @@ def tables(figures: Figures) -> dict[str, str]:
     return {name: "\n".join(lines).strip() for name, lines in found.items()}
 
 
+def _real(by_condition: Mapping[str, Scores]) -> list[Scores]:
+    return [scores for name, scores in by_condition.items() if name == REAL]
+
+
+def _made(by_condition: Mapping[str, Scores]) -> list[Scores]:
+    return [scores for name, scores in by_condition.items() if name != REAL]
+
+
 def _cells(scores: Scores) -> list[str]:
     parts = list(asdict(scores).values())
-    return [*(f"{part:.4f}" for part in parts[:-1]), f"{parts[-1]:.1f}"]
+    return [*(_number(part, 4) for part in parts[:-1]), _number(parts[-1], 1)]
+
+
+def _number(value: float, digits: int) -> str:
+    return "-" if np.isnan(value) else f"{value:.{digits}f}"
 
 
 def _speed_row(method: str, sides: Mapping[str, Cost]) -> list[str]:
@@ -330,17 +379,16 @@ def plot_cost(figures: Figures, path: Path) -> None:
     """Overall accuracy over CPU seconds, on the recording and on generated songs."""
     from matplotlib import pyplot
 
-    panels = {"generated songs, mean of conditions": lambda c: c != REAL}
+    panels = {"generated songs, mean of conditions": _made}
     if REAL in figures.conditions():
-        panels = {"vocadito_1, annotated by hand": lambda c: c == REAL} | panels
+        panels = {"vocadito_1, annotated by hand": _real} | panels
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
     for axis, (title, chosen) in zip(axes[0], panels.items(), strict=True):
         points = []
         for method, by_condition in figures.accuracy.items():
             cost = figures.cost(method)
             if cost is not None:
-                right = mean(s for c, s in by_condition.items() if chosen(c)).overall
-                points.append((cost, right, method))
+                points.append((cost, mean(chosen(by_condition)).overall, method))
         for cost, right, method in points:
             axis.plot(cost, right, "s" if " + " in method else "o", color=_colour(method))
         _label(axis, points)
@@ -434,15 +482,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     methods = {name: METHODS[name] for name in options.methods if name != "rmvpe"}
     if options.rmvpe and "rmvpe" in options.methods:
         methods["rmvpe"] = METHODS["rmvpe"] | {"checkpoint": str(options.rmvpe)}
-    measure_accuracy(methods, conditions, options.out, options.resume)
+    tried = {
+        f"{m} at {value:g}": METHODS[m] | {"voicing_threshold": value}
+        for m, values in THRESHOLDS.items()
+        for value in (values[:1] if options.quick else values)
+        if m in methods
+    }
+    measure_accuracy(methods | tried, conditions, options.out, options.resume)
     loads.append(os.getloadavg()[0])
-    contours = {m: load_contours(_contours_file(options.out, m), conditions) for m in methods}
+
+    contours = {
+        name: load_contours(_contours_file(options.out, name), conditions)
+        for name in (*methods, *tried)
+    }
+    thresholds: dict[str, dict[float, dict[str, Scores]]] = {}
+    for name in tried:
+        method, value = name.split(" at ")
+        scores = score_all(conditions, contours.pop(name))
+        thresholds.setdefault(method, {})[float(value)] = scores
     for members in ENSEMBLES:
         if set(members) <= set(contours):
             contours[" + ".join(members)] = vote([contours[m] for m in members])
     accuracy = {method: score_all(conditions, found) for method, found in contours.items()}
-    figures = Figures(accuracy, {m: speed[m] for m in METHODS if m in speed})
-    report(figures, options.out, options.page, loads)
+    speed = {m: speed[m] for m in METHODS if m in speed}
+    report(Figures(accuracy, thresholds, speed), options.out, options.page, loads)
 
 
 def report(figures: Figures, out: Path, page: Path | None, loads: Sequence[float]) -> None:

@@ -147,7 +147,7 @@ def _rmvpe(weights: str | None) -> Work:
     import torch
 
     from models.f0.mel import log_mel, mel_filters
-    from models.f0.rmvpe import RmvpeConfig
+    from models.f0.rmvpe_checkpoint import RmvpeConfig
     from tests.plain_rmvpe import PlainRmvpe
 
     assert weights is not None
@@ -193,14 +193,14 @@ class Pair:
 
 PAIRS = {
     "praat": Pair("parselmouth, `to_pitch_ac`", _praat("to_pitch_ac"), ("parselmouth",)),
-    "praat-cc": Pair("parselmouth, `to_pitch_cc`", _praat("to_pitch_cc"), ("parselmouth",)),
+    "praat-cc": Pair("parselmouth, `to_pitch_cc`", _praat("to_pitch_cc"), ("parselmouth",), 6),
     "dio": Pair("pyworld, `dio` and `stonemask`", _world("dio"), ("pyworld",)),
     "harvest": Pair("pyworld, `harvest` and `stonemask`", _world("harvest"), ("pyworld",), 6),
     "pyin": Pair("`librosa.pyin`", _pyin, ("librosa", "librosa.core.pitch"), 6),
     "crepe": Pair("`torchcrepe.predict`, full", _crepe("full"), ("torch",), 3),
     "crepe-tiny": Pair("`torchcrepe.predict`, tiny", _crepe("tiny"), ("torch",), 6),
     "fcpe": Pair("torchfcpe, a model for each clip", _fcpe, ("torch",)),
-    "rmvpe": Pair("plain PyTorch, a model for each clip", _rmvpe, ("torch",)),
+    "rmvpe": Pair("plain PyTorch, a model for each clip", _rmvpe, ("torch",), 6),
 }
 
 
