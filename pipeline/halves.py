@@ -31,6 +31,7 @@ from pipeline.shards import (
 )
 from pipeline.weights import Weights, require_unchanged
 from stages.chain import StageClock
+from stages.device import resolve_device
 from stages.f0 import load_networks
 from stages.types import Array
 from stages.units import EncoderConfig, encode_units, pack_ids, pack_units
@@ -76,7 +77,7 @@ class UnitsOf:
         self.codebook = load_codebook_of(section, cfg, sha256)
         with _loading(section):
             self.encoder = load_encoder(
-                cfg.name, cfg.checkpoint, _device(cfg.device), **cfg.options()
+                cfg.name, cfg.checkpoint, resolve_device(cfg.device), **cfg.options()
             )
         rate = self.encoder.sample_rate / self.encoder.hop_length
         if self.codebook is None:
@@ -146,7 +147,7 @@ class UnitsHalf:
             with _loading("xvector"):
                 cfg_xvector = job.config.xvector
                 self.embedder = load_xvector(
-                    job.config.xvector.checkpoint, _device(cfg_xvector.device)
+                    job.config.xvector.checkpoint, resolve_device(cfg_xvector.device)
                 )
             self.xvector = XvectorIdentity(self.embedder.dim, sha256)
 
@@ -245,14 +246,6 @@ def _limit_threads(job: Job) -> None:
     import torch
 
     torch.set_num_threads(threads_of(job))
-
-
-def _device(choice: str) -> str:
-    if choice != "auto":
-        return choice
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @functools.cache

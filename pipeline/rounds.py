@@ -21,6 +21,8 @@ from pipeline.job import Job
 from pipeline.plan import Task
 from pipeline.progress import Board, ProgressDisplay, Snapshot
 from pipeline.workers import BUG, COMMITTED, REFUSED, STORAGE, TaskResult
+from stages.device import resolve_device
+from stages.f0.crepe import cost_notice
 
 _STORAGE_WAITS_S = (1.0, 5.0, 25.0)  # before each further try of a task that the storage failed
 _ROUNDS_OF_DEATH = 3
@@ -40,8 +42,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Session:
-    """Somewhere to run tasks."""
+    """Somewhere to run tasks. on_gpu: networks have a GPU there."""
 
+    on_gpu: bool
     run_round: Callable[[dict[int, Task], dict[int, set[str]]], Iterator[TaskResult]]
     snapshot: Callable[[], Snapshot | None]
     find_killers: Callable[[Task], set[str]]
@@ -60,6 +63,10 @@ def run_tasks(
     open_session = local_session if local else functools.partial(ray_session, ray_address)
     with open_session(job, missing) as session:
         work.start_up_s = time.monotonic() - started
+        config = job.config
+        notice = cost_notice(config.f0, session.on_gpu, config.audio.sample_rate)
+        if notice is not None and job.makes_f0:
+            console.print(f"note: {notice}", highlight=False)
         with ProgressDisplay(console, work.audio_s, session.snapshot):
             run_rounds(session, missing, work)
     work.wall_s = time.monotonic() - started
@@ -122,7 +129,8 @@ def local_session(job: Job, missing: dict[int, Task]) -> Iterator[Session]:
             yield read_result(worker(row))
 
     try:
-        yield Session(run_round, board.snapshot, lambda task: set())
+        on_gpu = job.config.f0.networks != () and resolve_device(job.config.f0.device) == "cuda"
+        yield Session(on_gpu, run_round, board.snapshot, lambda task: set())
     finally:
         worker.close()
 
@@ -149,6 +157,7 @@ def ray_session(address: str | None, job: Job, missing: dict[int, Task]) -> Iter
                 return None
 
         yield Session(
+            pools.gpu > 0 and job.config.f0.device != "cpu",
             lambda tasks, crashed: dag.run_graph(job, tasks, crashed, pools, board),
             snapshot,
             lambda task: dag.find_killers(job, task, pools),

@@ -18,13 +18,16 @@ class F0Config(PostConfig):
     f0_min, f0_max: searched range in Hz; what an estimator finds outside it counts as unvoiced.
 
     voicing_threshold: 0 to 1, higher means fewer voiced frames; None is the method's own default.
-      praat, praat-cc: strength (correlation) that a voiced candidate must reach in Praat's path.
+      praat, praat-cc: strength (correlation) that a voiced candidate must reach in Praat's path;
+        0.6.
       dio, harvest: correlation of two periods around the frame with themselves one period later;
         WORLD has no such measure, and None keeps every frame that WORLD calls voiced.
       pyin: probability that the frame is voiced; None leaves the decision to the hidden Markov
         model, whose path does not follow that probability (0.1 is already strict).
-      crepe, crepe-tiny: the network's activation on the path that it takes.
-      fcpe, rmvpe: the network's largest activation of the frame.
+      crepe, crepe-tiny: the network's activation on the path that it takes; 0.5.
+      fcpe, rmvpe: the network's largest activation of the frame; 0.3 and 0.03. torchfcpe's own
+        0.006 voices a quarter of what is unvoiced in real singing.
+      crepe, fcpe, rmvpe with align=peer: so-vits-svc's 0.05.
       ensemble: every method of `ensemble` keeps its own default; None is the only choice.
 
     device: of the networks; "auto" is CUDA where there is any.

@@ -10,6 +10,7 @@ from stages.f0.config import F0Config
 from stages.f0.crepe import crepe, crepe_tiny
 from stages.f0.ensemble import combine
 from stages.f0.fcpe import fcpe
+from stages.f0.networks import check_network, network
 from stages.f0.peer import PEERS
 from stages.f0.post import refine
 from stages.f0.praat import praat, praat_cc
@@ -54,12 +55,14 @@ def check_networks(cfg: F0Config) -> None:
 
     Raises ValueError.
     """
+    for name in cfg.networks:
+        check_network(name, cfg)
 
 
 def load_networks(cfg: F0Config) -> None:
     """Load what `cfg` asks for; this process keeps it. Raises ValueError when it cannot be."""
     for name in cfg.networks:
-        METHODS[name]([], 16000, cfg)
+        network(name, cfg)
 
 
 def estimate_f0(wav: Array, sample_rate: int, cfg: F0Config, n_frames: int | None = None) -> Array:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.f0.config import F0Config
+from stages.f0.networks import SAMPLE_RATE, at_16k, network
 from stages.frames import Track
-from stages.resample import ResampleConfig, resample
 from stages.types import Array
 
 if TYPE_CHECKING:
     from models.f0.fcpe import Fcpe
-
-_RESAMPLING = ResampleConfig(backend="torchaudio", lowpass_filter_width=128)  # as torchfcpe's
 
 # On vocadito's singing that voices 98.5 % of the frames that are voiced and 6 % of the others;
 # torchfcpe's own 0.006 99.9 % and 24 %. In noise low thresholds do far worse; from 0.5 on rough
@@ -34,7 +30,7 @@ def fcpe(wavs: Sequence[Array], sample_rate: int, cfg: F0Config) -> Iterable[Tra
     around 160 j + 80, but the network was taught to give the pitch at sample 160 j, and does so to
     within half a millisecond.
     """
-    from models.f0.mel import HOP_LENGTH, SAMPLE_RATE
+    from models.f0.mel import HOP_LENGTH
 
     loud = (wav / np.abs(wav).max() for wav in wavs)
     contours = fcpe_frames(loud, sample_rate, cfg, _DEFAULT_VOICING)
@@ -48,34 +44,10 @@ def fcpe_frames(
     """f0 in Hz every 10 ms, 0 = unvoiced, of each clip at the level that it has."""
     import torch
 
-    from models.f0.mel import SAMPLE_RATE
-
-    network = _network(cfg.device)
+    fcpe: Fcpe = network("fcpe", cfg)
     threshold = default_voicing if cfg.voicing_threshold is None else cfg.voicing_threshold
-    heard = [resample(wav, sample_rate, SAMPLE_RATE, _RESAMPLING) for wav in wavs]
-    found = network.pitch([torch.from_numpy(np.require(wav, requirements="W")) for wav in heard])
+    heard = at_16k(wavs, sample_rate)
+    found = fcpe.pitch([torch.from_numpy(np.require(wav, requirements="W")) for wav in heard])
     return [
         np.where(strength.numpy() > threshold, f0.double().numpy(), 0.0) for f0, strength in found
     ]
-
-
-def _network(choice: str) -> Fcpe:
-    import torch
-
-    from models.f0.fcpe import bundled_fcpe
-
-    there = torch.cuda.is_available()
-    if choice == "cuda" and not there:
-        raise ValueError("f0.device is cuda, but torch finds no CUDA device on this machine")
-    device = ("cuda" if there else "cpu") if choice == "auto" else choice
-    path = bundled_fcpe()
-    state = path.stat()
-    return _loaded(path, state.st_size, state.st_mtime_ns, device)
-
-
-@functools.lru_cache(maxsize=2)
-def _loaded(path: Path, size: int, changed_ns: int, device: str) -> Fcpe:
-    """The network; size and changed_ns tell a file from another one in its place."""
-    from models.f0.fcpe import load_fcpe
-
-    return load_fcpe(path, device)

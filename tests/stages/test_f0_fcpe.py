@@ -182,5 +182,5 @@ def test_a_clip_that_may_not_be_written(five_seconds: Array) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_an_absent_gpu_is_named(five_seconds: Array) -> None:
-    with pytest.raises(ValueError, match=r"f0\.device is cuda"):
+    with pytest.raises(ValueError, match=r"device is cuda"):
         estimate_f0(five_seconds, RATE, F0Config(method="fcpe", device="cuda"))

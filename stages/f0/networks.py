@@ -1,0 +1,77 @@
+"""Networks of f0: their weights, their one sample rate, and those that this process has loaded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from stages.device import resolve_device
+from stages.f0.config import F0Config
+from stages.resample import ResampleConfig, resample
+from stages.types import Array
+
+SAMPLE_RATE = 16000
+_RESAMPLING = ResampleConfig(backend="torchaudio", lowpass_filter_width=128)  # as so-vits-svc's
+
+
+def at_16k(wavs: Iterable[Array], sample_rate: int) -> list[Array]:
+    """Clips (T,) as all of the networks hear them."""
+    return [resample(wav, sample_rate, SAMPLE_RATE, _RESAMPLING) for wav in wavs]
+
+
+def network(method: str, cfg: F0Config) -> Any:
+    """The network of crepe, crepe-tiny, fcpe or rmvpe on `cfg.device`, kept for the next call.
+
+    Raises ValueError for weights that are not there or not its own, and a device that is not there.
+    """
+    path = weights(method, cfg)
+    state = path.stat()
+    device = resolve_device(cfg.device)
+    return _loaded(method, path, state.st_size, state.st_mtime_ns, device)
+
+
+def check_network(method: str, cfg: F0Config) -> None:
+    """Refuse weights that are not there or not the method's; reads names and shapes at most.
+
+    Raises ValueError.
+    """
+    path = weights(method, cfg)
+    if method == "rmvpe":
+        from models.f0.rmvpe import check_rmvpe
+
+        check_rmvpe(path)
+
+
+def weights(method: str, cfg: F0Config) -> Path:
+    """The method's file of weights. Raises ValueError where there is none."""
+    if method == "rmvpe":
+        path = Path(cfg.checkpoint or "")
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise ValueError(f"checkpoint {path} {what}; name a file rmvpe.pt or rmvpe.onnx")
+        return path
+    if method == "fcpe":
+        from models.f0.fcpe import bundled_fcpe
+
+        return bundled_fcpe()
+    from models.f0.crepe import bundled_crepe
+
+    return bundled_crepe("tiny" if method == "crepe-tiny" else "full")
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded(method: str, path: Path, size: int, changed_ns: int, device: str) -> Any:
+    """The network; size and changed_ns tell a file from another one in its place."""
+    if method == "rmvpe":
+        from models.f0.rmvpe import load_rmvpe
+
+        return load_rmvpe(path, device)
+    if method == "fcpe":
+        from models.f0.fcpe import load_fcpe
+
+        return load_fcpe(path, device)
+    from models.f0.crepe import load_crepe
+
+    return load_crepe(path, device)
