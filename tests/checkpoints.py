@@ -77,7 +77,7 @@ def tiny_rmvpe_weights(config: RmvpeConfig = TINY_RMVPE) -> dict[str, Tensor]:
     return {name: 0.2 * value if name.endswith(quiet) else value for name, value in state.items()}
 
 
-def write_rmvpe(path: Path) -> Path:
-    """A file as the community passes rmvpe.pt around, of a network with few channels."""
-    torch.save({"model": tiny_rmvpe_weights()}, path)
+def write_rmvpe(path: Path, config: RmvpeConfig = TINY_RMVPE) -> Path:
+    """A file as the community passes rmvpe.pt around; of few channels unless `config` says more."""
+    torch.save({"model": tiny_rmvpe_weights(config)}, path)
     return path

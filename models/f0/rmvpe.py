@@ -382,7 +382,11 @@ class _Reader:
         self.packed = packed
 
     def numbers(self, name: str) -> Tensor:
-        return _finite(name, self.tensors[name].float())
+        """A copy: what stays must not need the file any more."""
+        return _finite(name, self.tensors[name].float().clone())
+
+    def folded(self, name: str, scale: Tensor) -> Tensor:
+        return _finite(name, self.tensors[name].float() * scale)
 
     def norm(self, name: str) -> tuple[Tensor, Tensor]:
         """Scale and shift of a batch norm."""
@@ -396,18 +400,17 @@ class _Reader:
 
     def conv(self, name: str, norm: str | None = None) -> nn.Module:
         """With ReLU where there is a norm."""
-        weight = self.numbers(f"{name}.weight")
         if norm is None:
-            bias = self.numbers(f"{name}.bias")
+            weight, bias = self.numbers(f"{name}.weight"), self.numbers(f"{name}.bias")
         else:
             scale, bias = self.norm(norm)
-            weight = weight * scale[:, None, None, None]
+            weight = self.folded(f"{name}.weight", scale[:, None, None, None])
         kind = PackedConv if self.packed else Conv
         return kind(weight.transpose(2, 3).contiguous(), bias, relu=norm is not None)
 
     def up(self, name: str) -> nn.Module:
         scale, bias = self.norm(f"{name}.1")
-        weight = self.numbers(f"{name}.0.weight") * scale[:, None, None]
+        weight = self.folded(f"{name}.0.weight", scale[:, None, None])
         kind = PackedUp if self.packed else Up
         return kind(weight.transpose(2, 3).contiguous(), bias)
 
