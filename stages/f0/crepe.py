@@ -6,39 +6,34 @@ average of the bins around it, where torchcrepe takes the bin itself and adds no
 
 from __future__ import annotations
 
-import functools
 import math
-import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.f0.config import F0Config
+from stages.f0.networks import SAMPLE_RATE, at_16k, network
 from stages.frames import Track
-from stages.resample import ResampleConfig, resample
 from stages.types import Array
 
 if TYPE_CHECKING:  # torch is slow to import, and settings are read without it
     from models.f0.crepe import Crepe
 
-Size = Literal["full", "tiny"]
-
 _DEFAULT_VOICING = 0.5
 _FULL_CPU_S = 0.004  # CPU seconds for a frame of the full network, measured
 _TOLERABLE_CPU_S = 15.0  # for a minute of audio
-_RESAMPLING = ResampleConfig(backend="torchaudio", lowpass_filter_width=128)
 
 
 def crepe(wavs: Sequence[Array], sample_rate: int, cfg: F0Config) -> Iterator[Track]:
     """f0 in Hz and the samples that its values belong to, of each clip."""
-    return _tracks("full", wavs, sample_rate, cfg)
+    return _tracks("crepe", wavs, sample_rate, cfg)
 
 
 def crepe_tiny(wavs: Sequence[Array], sample_rate: int, cfg: F0Config) -> Iterator[Track]:
     """The same with the small network."""
-    return _tracks("tiny", wavs, sample_rate, cfg)
+    return _tracks("crepe-tiny", wavs, sample_rate, cfg)
 
 
 def cost_notice(cfg: F0Config, on_gpu: bool, sample_rate: int = 44100) -> str | None:
@@ -59,9 +54,7 @@ def cost_notice(cfg: F0Config, on_gpu: bool, sample_rate: int = 44100) -> str | 
     )
 
 
-def _tracks(size: Size, wavs: Sequence[Array], sample_rate: int, cfg: F0Config) -> Iterator[Track]:
-    from models.f0.crepe import SAMPLE_RATE
-
+def _tracks(method: str, wavs: Sequence[Array], sample_rate: int, cfg: F0Config) -> Iterator[Track]:
     ratio = SAMPLE_RATE / sample_rate
     hop = float(cfg.hop_length)
     if cfg.crepe_hop_ms is not None:
@@ -69,10 +62,10 @@ def _tracks(size: Size, wavs: Sequence[Array], sample_rate: int, cfg: F0Config) 
     if not wavs:
         return
     threshold = _DEFAULT_VOICING if cfg.voicing_threshold is None else cfg.voicing_threshold
-    heard = [resample(wav, sample_rate, SAMPLE_RATE, _RESAMPLING) for wav in wavs]
+    heard = at_16k(wavs, sample_rate)
     # A window's middle is a sample at 16 kHz: the nearest one to the frame.
     centres = [np.rint(np.arange(math.ceil(len(wav) / hop)) * (hop * ratio)) for wav in wavs]
-    found = salience_of(crepe_network(size, cfg.device), heard, centres)
+    found = salience_of(network(method, cfg), heard, centres)
     for salience, at in zip(found, centres, strict=True):
         bins, periodicity = path_through(salience, cfg.f0_min, cfg.f0_max)
         f0 = pitch_around(salience, bins)
@@ -80,7 +73,7 @@ def _tracks(size: Size, wavs: Sequence[Array], sample_rate: int, cfg: F0Config) 
 
 
 def salience_of(
-    network: Crepe, wavs: Sequence[Array], centres: Sequence[NDArray[np.float64]]
+    crepe: Crepe, wavs: Sequence[Array], centres: Sequence[NDArray[np.float64]]
 ) -> Iterator[NDArray[np.float32]]:
     """What the network says of each clip in the windows around some of its samples: (F, 360).
 
@@ -95,7 +88,7 @@ def salience_of(
     joined = np.concatenate([half, *(part for wav in wavs for part in (wav, half, half))])
     begins = np.cumsum([0, *(len(wav) + WINDOW for wav in wavs)])[:-1]
     starts = np.concatenate([a + b for a, b in zip(centres, begins, strict=True)])
-    found = network.salience(torch.from_numpy(joined), torch.from_numpy(starts.astype(np.int64)))
+    found = crepe.salience(torch.from_numpy(joined), torch.from_numpy(starts.astype(np.int64)))
     yield from np.split(found.numpy(), np.cumsum([len(at) for at in centres])[:-1])
 
 
@@ -132,23 +125,3 @@ def hz_of_bins(bins: NDArray[np.floating] | NDArray[np.int64]) -> NDArray[np.flo
 
     hz: NDArray[np.float64] = 10 * np.exp2((LOWEST_CENTS + CENTS_PER_BIN * bins) / 1200)
     return hz
-
-
-def crepe_network(size: Size, device: str) -> Crepe:
-    """The network, kept for the next call. device: "auto", "cpu" or "cuda"."""
-    import torch
-
-    from models.f0.crepe import bundled_crepe
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = bundled_crepe(size)
-    status = path.stat()
-    return _loaded(os.fspath(path), status.st_size, status.st_mtime_ns, device)
-
-
-@functools.lru_cache(maxsize=2)
-def _loaded(path: str, size: int, mtime_ns: int, device: str) -> Crepe:
-    from models.f0.crepe import load_crepe
-
-    return load_crepe(path, device)

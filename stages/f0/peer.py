@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.f0.config import F0Config
-from stages.f0.crepe import crepe_network, hz_of_bins, path_through, salience_of
+from stages.f0.crepe import hz_of_bins, path_through, salience_of
 from stages.f0.fcpe import fcpe_frames
+from stages.f0.networks import network
 from stages.f0.pitch import resize2d_f0
 from stages.f0.post import a_weighting
 from stages.f0.praat import praat_track
@@ -78,7 +79,7 @@ def crepe_as_peer(
     if len(heard) == 0:
         return np.zeros(n_frames)
     centres = np.arange(0.0, len(heard) + 1, hop)
-    (salience,) = salience_of(crepe_network("full", cfg.device), [heard], [centres])
+    (salience,) = salience_of(network("crepe", cfg), [heard], [centres])
     parts = np.split(salience, np.arange(1024, len(salience), 1024))
     paths = [path_through(part, cfg.f0_min, cfg.f0_max) for part in parts]
     bins, periodicity = (np.concatenate(each) for each in zip(*paths, strict=True))

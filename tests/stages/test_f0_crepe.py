@@ -18,12 +18,12 @@ from stages.f0 import F0Config, estimate_f0
 from stages.f0.crepe import (
     cost_notice,
     crepe,
-    crepe_network,
     crepe_tiny,
     hz_of_bins,
     path_through,
     salience_of,
 )
+from stages.f0.networks import network as network_of
 from stages.f0.peer import _crepe_level_db, crepe_as_peer
 from stages.types import Array
 
@@ -66,7 +66,7 @@ def test_positions_are_whole_samples_at_16_khz_next_to_the_frames() -> None:
 
 
 def test_a_window_is_centred_on_its_sample() -> None:
-    network = crepe_network("tiny", "cpu")
+    network = network_of("crepe-tiny", TINY)
     wav = glide(0.2, rate=16000)
     centres = np.array([0.0, 700.0, 3199.0, 3200.0])
     (found,) = salience_of(network, [wav], [centres])
@@ -111,7 +111,7 @@ def test_a_clip_does_not_depend_on_the_others() -> None:
     lengths = [1, 40 * 16000, 700, 16000, 185, 8001]
     wavs = [glide(40, rate=16000)[:n] for n in lengths]
     centres = [np.arange(0.0, n, 1600) for n in lengths]
-    network = crepe_network("tiny", "cpu")
+    network = network_of("crepe-tiny", TINY)
     together = list(salience_of(network, wavs, centres))
     assert len(together) == len(wavs)
     for wav, at, found in zip(wavs, centres, together, strict=True):
@@ -125,8 +125,9 @@ def test_no_clips() -> None:
 
 
 def test_the_network_is_kept() -> None:
-    assert crepe_network("tiny", "cpu") is crepe_network("tiny", "auto" if no_gpu() else "cpu")
-    assert crepe_network("full", "cpu") is not crepe_network("tiny", "cpu")
+    tiny = network_of("crepe-tiny", replace(TINY, device="cpu"))
+    assert tiny is network_of("crepe-tiny", replace(TINY, device="auto" if no_gpu() else "cpu"))
+    assert tiny is not network_of("crepe", replace(TINY, device="cpu"))
 
 
 def no_gpu() -> bool:
@@ -144,7 +145,7 @@ def test_pitch_before_torchcrepes_noise(theirs: Any, monkeypatch: pytest.MonkeyP
         torch.from_numpy(wav)[None], 16000, 160, 50.0, 1100.0, "tiny", return_periodicity=True
     )
     centres = np.arange(0.0, len(wav) + 1, 160)
-    (salience,) = salience_of(crepe_network("tiny", "cpu"), [wav], [centres])
+    (salience,) = salience_of(network_of("crepe-tiny", TINY), [wav], [centres])
     bins, ours = path_through(salience, 50.0, 1100.0)
     np.testing.assert_allclose(ours, periodicity[0], atol=1e-5)
     np.testing.assert_allclose(hz_of_bins(bins), pitch[0], rtol=1e-5)

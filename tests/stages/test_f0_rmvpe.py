@@ -112,5 +112,5 @@ def test_another_file_in_its_place_is_another_network(tmp_path: Path, tiny_rmvpe
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_cuda_is_refused_where_there_is_none(tiny_rmvpe: Path) -> None:
-    with pytest.raises(ValueError, match=r"f0\.device is cuda"):
+    with pytest.raises(ValueError, match=r"device is cuda"):
         rmvpe([], 16000, settings(tiny_rmvpe, device="cuda"))
