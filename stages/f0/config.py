@@ -95,6 +95,8 @@ class F0Config(PostConfig):
                 )
             if not {"crepe", "crepe-tiny"} & set(self.members):
                 raise ValueError(f"f0.crepe_hop_ms must be empty: {self.method} is not crepe")
+        if self.align == "peer" and self.crepe_hop_ms is not None:
+            raise ValueError("f0.crepe_hop_ms must be empty with f0.align=peer, which has its own")
         if self.align == "peer" and self.method not in _PEERS:
             names = ", ".join(_PEERS)
             raise ValueError(f"f0.align=peer exists for {names}; so-vits has no {self.method}")
