@@ -276,7 +276,7 @@ class Figures:
         return sum(self.speed[member]["ours"].steady for member in members)
 
     def conditions(self) -> list[str]:
-        return list(next(iter(self.accuracy.values())))
+        return list(next(iter(self.accuracy.values()), {}))
 
 
 def tables(figures: Figures) -> dict[str, str]:
@@ -383,22 +383,25 @@ def plot_cost(figures: Figures, path: Path) -> None:
     if REAL in figures.conditions():
         panels = {"vocadito_1, annotated by hand": _real} | panels
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
+    all_points = []
     for axis, (title, chosen) in zip(axes[0], panels.items(), strict=True):
-        points = []
+        points: list[tuple[float, float, str]] = []
+        all_points.append(points)
         for method, by_condition in figures.accuracy.items():
             cost = figures.cost(method)
             if cost is not None:
                 points.append((cost, mean(chosen(by_condition)).overall, method))
         for cost, right, method in points:
             axis.plot(cost, right, "s" if " + " in method else "o", color=_colour(method))
-        _label(axis, points)
         axis.set_xscale("log")
-        axis.margins(x=0.25, y=0.15)
+        axis.margins(x=0.3, y=0.15)
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("CPU seconds for each minute of audio, one thread")
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("overall accuracy")
     figure.tight_layout()
+    for axis, points in zip(axes[0], all_points, strict=True):
+        _label(axis, points)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -411,24 +414,33 @@ def _colour(method: str) -> str:
 
 
 def _label(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Names beside their points; a name that would lie on the one below it moves up."""
-    low, high = min(p[1] for p in points), max(p[1] for p in points)
-    step = max(1e-9, high - low) / 18
-    taken: list[tuple[float, float]] = []
-    for cost, right, method in sorted(points, key=lambda p: p[1]):
-        y = right
-        while any(abs(np.log10(cost / x)) < 0.9 and abs(y - other) < step for x, other in taken):
-            y += step / 4
-        taken.append((cost, y))
+    """Names beside their points, clear of each other; lengths in points of 1 / 72 inch."""
+    scale = 72 / axis.figure.dpi
+    places = [axis.transData.transform((cost, right)) * scale for cost, right, _ in points]
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
+    for (x, y), (cost, right, method) in zip(places, points, strict=True):
+        width = 4.6 * len(method)
+        for up, left in itertools.product((0, 11, -11, 22, -22, 33, -33, 44), (False, True)):
+            begin = x - 8 - width if left else x + 8
+            box = (begin, y + up - 5, begin + width, y + up + 5)
+            if not any(_overlap(box, other) for other in taken):
+                break
+        taken.append(box)
         axis.annotate(
             method,
             (cost, right),
-            (cost * 1.12, y),
+            (begin - x, up),
+            textcoords="offset points",
             fontsize=8,
             va="center",
             color=_colour(method),
-            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "grey", "shrinkB": 0},
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "grey"} if up else None,
         )
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Of two boxes: left, bottom, right, top."""
+    return all(one[i] < other[i + 2] and other[i] < one[i + 2] for i in (0, 1))
 
 
 def plot_conditions(figures: Figures, path: Path) -> None:
@@ -438,7 +450,7 @@ def plot_conditions(figures: Figures, path: Path) -> None:
     methods, names = list(figures.accuracy), figures.conditions()
     grid = np.array([[figures.accuracy[m][c].overall for c in names] for m in methods])
     figure, axis = pyplot.subplots(figsize=(1.0 * len(names) + 2.5, 0.4 * len(methods) + 1.6))
-    axis.imshow(grid, cmap="RdYlGn", vmin=0.2, vmax=1.0, aspect="auto")
+    axis.imshow(grid, cmap="RdYlGn", vmin=0.0, vmax=1.0, aspect="auto", alpha=0.8)
     for i, j in itertools.product(range(len(methods)), range(len(names))):
         axis.text(j, i, f"{grid[i, j]:.2f}", ha="center", va="center", fontsize=8)
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=9)
