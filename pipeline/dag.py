@@ -55,6 +55,7 @@ _WORKER_GB_PER_MINUTE = 0.02
 # What each checkpoint adds where units are made: its weights, and what a batch of clips fills.
 _GB_PER_CHECKPOINT_GB = 1.1
 _BATCH_GB = 1.0
+_BUNDLED_GB = 0.5  # a network of f0 whose weights come with a package, at work; measured: 0.3
 
 # glibc gives freed buffers of some MB back to the system at once, and the next clip's faults them
 # in again, page by page: half the time of WORLD's estimators. A worker keeps them.
@@ -167,11 +168,11 @@ def _believable_minutes(task: Task) -> float:
 def models_gb(weights: Mapping[str, Weights], bundled: int = 0) -> float:
     """What the models add to a worker that makes pitch, units and x-vectors.
 
-    bundled: networks of f0 whose small weights come with their packages.
+    bundled: how many networks of f0 there are whose weights come with packages.
     """
     sizes = [weights[key].size for key in weights if key.endswith(".checkpoint")]
     models = sum(_GB_PER_CHECKPOINT_GB * size / 2**30 + _BATCH_GB for size in sizes)
-    return models + bundled * _BATCH_GB
+    return models + bundled * _BUNDLED_GB
 
 
 def plan_pools(

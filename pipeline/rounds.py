@@ -42,12 +42,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Session:
-    """Somewhere to run tasks. on_gpu: networks have a GPU there."""
+    """Somewhere to run tasks. on_gpu: networks of f0 have a GPU there."""
 
-    on_gpu: bool
     run_round: Callable[[dict[int, Task], dict[int, set[str]]], Iterator[TaskResult]]
     snapshot: Callable[[], Snapshot | None]
     find_killers: Callable[[Task], set[str]]
+    on_gpu: bool = False
 
 
 def run_tasks(
@@ -130,7 +130,7 @@ def local_session(job: Job, missing: dict[int, Task]) -> Iterator[Session]:
 
     try:
         on_gpu = job.config.f0.networks != () and resolve_device(job.config.f0.device) == "cuda"
-        yield Session(on_gpu, run_round, board.snapshot, lambda task: set())
+        yield Session(run_round, board.snapshot, lambda task: set(), on_gpu)
     finally:
         worker.close()
 
@@ -157,8 +157,8 @@ def ray_session(address: str | None, job: Job, missing: dict[int, Task]) -> Iter
                 return None
 
         yield Session(
-            pools.gpu > 0 and job.config.f0.device != "cpu",
             lambda tasks, crashed: dag.run_graph(job, tasks, crashed, pools, board),
             snapshot,
             lambda task: dag.find_killers(job, task, pools),
+            pools.gpu > 0 and job.config.f0.device != "cpu",
         )

@@ -55,14 +55,14 @@ class F0Config(PostConfig):
         "fcpe",
         "rmvpe",
         "ensemble",
-    ] = "praat"
+    ] = "fcpe"
     hop_length: int = 512
     f0_min: float = 50.0
     f0_max: float = 1100.0
     voicing_threshold: float | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint: str | None = None
-    ensemble: tuple[str, ...] = ("praat", "dio", "fcpe")
+    ensemble: tuple[str, ...] = ("crepe-tiny", "dio", "fcpe")
     crepe_hop_ms: float | None = None
     align: Literal["sample", "peer"] = "sample"
 

@@ -231,7 +231,9 @@ def test_the_peer_runs_ahead_by_most_of_a_hop() -> None:
     missing = num_samples // HOP - len(times)
     ahead = times[0] * RATE / HOP - (missing + 1) // 2
     assert ahead > 0.5
-    assert lag_hops(F0Config(align="peer"), RATE, num_samples) == pytest.approx(-ahead, abs=0.02)
+    assert lag_hops(F0Config(method="praat", align="peer"), RATE, num_samples) == pytest.approx(
+        -ahead, abs=0.02
+    )
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in UNTRAINED], indirect=True)
@@ -438,7 +440,7 @@ def test_peer_contours_of_degenerate_clips(
     assert_same_contour(fill_unvoiced(f0, RATE, HOP), reference[f"{theirs}/f0"])
 
 
-SEED_003 = F0Config(hop_length=160, align="peer")  # 10 ms at 16 kHz
+SEED_003 = F0Config(method="praat", hop_length=160, align="peer")  # 10 ms at 16 kHz
 
 
 @pytest.mark.parametrize("key", [0, 12, -5])
@@ -475,7 +477,7 @@ def test_filling_without_any_pitch() -> None:
         ({"f0_min": 0.0}, "f0_min"),
         ({"f0_min": 500.0, "f0_max": 400.0}, "f0_max"),
         ({"voicing_threshold": 1.5}, "voicing_threshold"),
-        ({"checkpoint": "weights.pt"}, "praat reads no file of weights"),
+        ({"checkpoint": "weights.pt"}, "fcpe reads no file of weights"),
         ({"method": "rmvpe"}, "must name a file"),
         ({"method": "ensemble", "ensemble": ("praat", "rmvpe")}, "must name a file"),
         ({"method": "ensemble", "ensemble": ("praat", "swipe")}, "names 'swipe'"),
@@ -483,7 +485,7 @@ def test_filling_without_any_pitch() -> None:
         ({"method": "ensemble", "ensemble": ("praat",)}, "two methods or more"),
         ({"method": "ensemble", "ensemble": ("praat", "praat")}, "each once"),
         ({"method": "ensemble", "voicing_threshold": 0.5}, "a vote"),
-        ({"crepe_hop_ms": 20.0}, "praat is not crepe"),
+        ({"crepe_hop_ms": 20.0}, "fcpe is not crepe"),
         ({"method": "crepe", "crepe_hop_ms": 0.5}, "crepe_hop_ms must lie"),
         ({"method": "crepe", "crepe_hop_ms": 20, "align": "peer"}, "crepe_hop_ms must be empty"),
         ({"method": "pyin", "align": "peer"}, "align"),
