@@ -22,7 +22,7 @@ from pipeline.config import ExtractConfig
 from pipeline.errors import UserError
 from pipeline.job import Heartbeat, Job, TakenOver
 from pipeline.ledger import SongEntry, quarantine, settle
-from pipeline.pitch import Pitch
+from pipeline.pitch import Pitch, clip_name
 from pipeline.plan import PlannedSong, Task, load_plan
 from pipeline.shards import AUDIO_COLUMNS, AUDIO_SCHEMA, Footer, Origin, read_footer
 from stages.chain import Clip, PreparedSong, StageClock, prepare_song
@@ -202,7 +202,7 @@ def _require_mounted(folder: bytes) -> None:
 def _clip_table(planned: PlannedSong, clips: Sequence[Clip], config: ExtractConfig) -> pa.Table:
     columns: dict[str, list[Any]] = {name: [] for name in AUDIO_SCHEMA.names}
     for number, clip in enumerate(clips):
-        clip_id = f"{planned.song_id}#{number:06d}"
+        clip_id = clip_name(planned.song_id, number)
         row = {
             "clip_id": clip_id,
             "song_id": planned.song_id,

@@ -18,9 +18,10 @@ from pipeline.decoded import DecodedClips
 from pipeline.job import Job
 from pipeline.ledger import FILTERED, SongEntry
 from pipeline.shards import PITCH_SCHEMA
+from pipeline.weights import require_unchanged
 from stages.chain import StageClock, why_empty
 from stages.errors import Dropped, Reason
-from stages.f0 import estimate_clips
+from stages.f0 import F0Config, estimate_clips
 from stages.f0.post import interpolate_gaps
 from stages.pitch_quality import PitchQuality, measure_pitch, unwanted_pitch
 from stages.types import Array
@@ -31,6 +32,7 @@ class Pitch:
 
     def __init__(self, job: Job) -> None:
         self.config = job.config
+        self.weights = job.weights.get("f0.checkpoint")
         # Another dataset's clips stay, whatever is found on them: their audio is taken over whole.
         self.filters = job.taken_over is None
 
@@ -58,12 +60,24 @@ class Pitch:
         """Contours with their gaps, which the measures need."""
         rate = self.config.audio.sample_rate
         cfg = replace(self.config.f0, interpolate=False)
-        if cfg.networks:
+        if not cfg.networks:
+            return self._one_by_one(wavs, song_ids, cfg)
+        try:
             return list(estimate_clips(wavs, rate, cfg))
+        except Exception:
+            self._one_by_one(wavs, song_ids, cfg)  # names the song, where a clip alone fails too
+            raise
+        finally:  # the file is looked at again for every group of clips
+            if self.weights is not None:
+                require_unchanged("f0.checkpoint", self.weights)
+
+    def _one_by_one(
+        self, wavs: DecodedClips, song_ids: Sequence[str], cfg: F0Config
+    ) -> list[Array]:
         contours: list[Array] = []
         for wav, song_id in zip(wavs, song_ids, strict=True):
             try:
-                contours += estimate_clips([wav], rate, cfg)
+                contours += estimate_clips([wav], self.config.audio.sample_rate, cfg)
             except Exception as error:
                 error.add_note(f"while working on {song_id}")
                 raise

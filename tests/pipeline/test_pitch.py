@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +15,7 @@ import pytest
 import soundfile as sf
 
 from pipeline.config import load_config
+from pipeline.errors import SongBug, UserError
 from pipeline.job import Job
 from pipeline.plan import load_plan
 from pipeline.shards import iter_shards, read_footer
@@ -19,9 +23,13 @@ from pipeline.verify import verify
 from pipeline.workers import COMMITTED, FinishTask, PrepareTask, read_result, task_row
 from stages.errors import Reason
 from stages.f0 import METHODS, estimate_f0
+from stages.f0.rmvpe import rmvpe
 from stages.flac import decode_flac
+from stages.frames import Track
 from stages.pcm import dequantise
 from stages.pitch_quality import measure_pitch
+from stages.types import Array
+from tests.checkpoints import TINY_RMVPE, write_rmvpe
 from tests.pipeline.conftest import FAST, Extract, shard_hashes
 from tests.songs import tune
 
@@ -97,6 +105,47 @@ def test_networks_run_where_units_are_made(
         footer = read_footer(path)
         assert footer.f0_method == "fcpe" and "torchfcpe" in footer.environment
     assert outcome.account.reasons("filtered")[Reason.PITCH_RANGE] > 0
+
+
+def test_a_song_on_which_a_network_fails_is_named(
+    corpus: Path, tmp_path: Path, run_extract: Extract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_extract(corpus, tmp_path / "whole", ["plan.task_minutes=10"])
+    row = rows_of(tmp_path / "whole")[-1]
+    bad = dequantise(decode_flac(row["audio"]["bytes"], "PCM_16"), "PCM_16")
+
+    def fails(wavs: Sequence[Array], *rest: object) -> Iterator[Track]:
+        if any(np.array_equal(wav, bad) for wav in wavs):
+            raise RuntimeError("a network of ours is wrong")
+        return ((np.zeros(0), np.zeros(0)) for _ in wavs)
+
+    monkeypatch.setitem(METHODS, "fcpe", fails)
+    with pytest.raises(SongBug, match=f"while working on {row['song_id']}"):
+        run_extract(corpus, tmp_path / "d", ["plan.task_minutes=10", "f0.method=fcpe"])
+
+
+def test_weights_that_change_while_a_task_runs_do_not_reach_its_shard(
+    singing: Path,
+    tmp_path: Path,
+    tiny_rmvpe: Path,
+    run_extract: Extract,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights = tmp_path / "rmvpe.pt"
+    settings = ["f0.method=rmvpe", f"f0.checkpoint={weights}"]
+    other = write_rmvpe(tmp_path / "other.pt", replace(TINY_RMVPE, hidden=4)).read_bytes()
+
+    for change in (lambda: weights.write_bytes(other), weights.unlink):
+        weights.write_bytes(tiny_rmvpe.read_bytes())
+
+        def changed(wavs: Sequence[Array], *rest: Any, change: Any = change) -> Iterable[Track]:
+            change()
+            return rmvpe(wavs, *rest)
+
+        monkeypatch.setitem(METHODS, "rmvpe", changed)
+        with pytest.raises(UserError, match=r"f0\.checkpoint: .*(changed|not there now)"):
+            run_extract(singing, tmp_path / "d", settings)
+        assert list(iter_shards(tmp_path / "d")) == []
 
 
 @pytest.fixture(scope="module")
