@@ -42,6 +42,8 @@ _NOT_IN_FINGERPRINT = {
     "xvector.checkpoint",
 }
 _NOT_OF_AN_ENCODER = {"device", "dtype", "checkpoint", "codebook"}
+# Keys of f0 that mean something else to another method, or nothing.
+_OF_A_METHOD = {"voicing_threshold", "checkpoint", "ensemble", "crepe_hop_ms"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +133,8 @@ def load_config(
     """Defaults, then `base`, then the YAML file at `path`, then `key=value` overrides.
 
     base: sections of another run. An encoder of another name there leaves none of its settings to
-    this one's, and `encoders.NAME=null` leaves one out.
+    this one's, another method of f0 none of what it means by itself, and `encoders.NAME=null`
+    leaves one out.
     Raises: UserError naming the key or the line that is wrong.
     """
     try:
@@ -142,6 +145,9 @@ def load_config(
         name = before.get("encoder", {}).get("name")
         if given.get("encoder", {}).get("name", name) != name:
             before["encoder"] = {}
+        f0 = before.get("f0", {})
+        if given.get("f0", {}).get("method", f0.get("method")) != f0.get("method"):
+            before["f0"] = {key: v for key, v in f0.items() if key not in _OF_A_METHOD}
         for name in [name for name, s in given.get("encoders", {}).items() if s is None]:
             del given["encoders"][name]
             before.get("encoders", {}).pop(name, None)
@@ -419,6 +425,9 @@ def _check_keys(section: str, entries: Any, known: Collection[str], where: str) 
             raise UserError(f"{where}: unknown key '{full}'{_suggest(full, every)}")
         if isinstance(value, str) and "${" in value:
             raise UserError(f"{where}: {full} holds '${{'; interpolation is not supported")
+        is_list = isinstance(flatten(ExtractConfig()).get(full), list)
+        if is_list and not isinstance(value, list | tuple):
+            raise UserError(f"{where}: {full} must be a list in brackets, [a, b], not {value!r}")
         if value == "???":  # OmegaConf would pass over it
             raise UserError(f"{where}: {full} is '???'; give it a value or leave it out")
 

@@ -18,6 +18,7 @@ from pipeline.config import (
     to_yaml,
 )
 from pipeline.errors import UserError
+from stages.f0 import F0Config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -79,6 +80,8 @@ def test_printed_settings_read_back(tmp_path: Path) -> None:
         ("encoders.log-mel=3", "'encoders.log-mel' must hold keys, not 3"),
         ("encoders.mfcc={}", "mfcc is named twice, by encoder.name and by encoders.mfcc"),
         ("encoders.log-mel.checkpoint=${oc.env:HOME}", "interpolation"),
+        ("f0.ensemble=praat,dio", "f0.ensemble must be a list in brackets, .*, not 'praat,dio'"),
+        ("f0.ensemble=null", "f0.ensemble must be a list in brackets, .*, not None"),
         ("f0.method", "section.key=value"),
         ("method=dio", "section.key=value"),
     ],
@@ -138,6 +141,18 @@ def test_settings_over_those_of_another_run() -> None:
     other = load_config(None, ["encoder.name=mfcc"], base)
     assert (other.encoder.name, other.encoder.normalize) == ("mfcc", "none")
     assert base["encoder"]["name"] == "log-mel"
+
+
+def test_another_method_of_f0_leaves_what_the_first_one_read() -> None:
+    settings = ["f0.ensemble=[rmvpe,crepe]", "f0.checkpoint=r.pt", "f0.crepe_hop_ms=20"]
+    base = dataclasses.asdict(
+        load_config(None, ["f0.method=ensemble", *settings, "f0.median_ms=30", "f0.f0_min=70"])
+    )
+    same = load_config(None, ["f0.gate=rms"], base).f0
+    assert (same.ensemble, same.crepe_hop_ms) == (("rmvpe", "crepe"), 20)
+    other = load_config(None, ["f0.method=fcpe"], base).f0
+    assert (other.method, other.median_ms, other.f0_min) == ("fcpe", 30, 70)
+    assert (other.checkpoint, other.crepe_hop_ms, other.ensemble) == (None, None, F0Config.ensemble)
 
 
 def test_paths_of_weights_hold_in_any_folder(
