@@ -53,6 +53,7 @@ from pipeline.shards import (
     iter_shards,
     read_dataset_info,
     read_footers,
+    require_current,
     units_in_words,
     write_dataset_info,
 )
@@ -304,9 +305,11 @@ def _check_settings(dataset: Path, settings: dict[str, Any]) -> None:
         if (dataset / "data").exists() or (dataset / "plan").exists():
             raise UserError(f"{dataset} holds data/ or plan/ but no dataset.json: not touched")
         return
-    before = read_dataset_info(dataset)["settings"]
+    info = read_dataset_info(dataset)
+    before = info["settings"]
     if before == settings or not plan_files(dataset):  # without a plan nothing was made with them
         return
+    require_current(dataset, info)
     changes = [
         f"{key} was {before.get(key)!r}, is {settings.get(key)!r}"
         for key in sorted(set(before) | set(settings))

@@ -34,6 +34,7 @@ from pipeline.shards import (
     iter_shards,
     read_dataset_info,
     read_footers,
+    require_current,
     units_in_words,
 )
 from stages.types import Array
@@ -102,7 +103,7 @@ _DARK = _Theme(ink="#b9c0ca", faint="#343b45", accent="#5fb6c6", contour="#fffff
 def write_report(dataset: Path) -> Path:
     """Write `dataset/report.html` and return its path; the same dataset gives the same page.
 
-    Raises: UserError when `dataset` is not one of ours.
+    Raises: UserError when `dataset` is not one of ours, or of another format.
     """
     contents = _read(dataset)
     clips = []
@@ -120,6 +121,7 @@ def write_report(dataset: Path) -> Path:
 
 def _read(dataset: Path) -> _Contents:
     info = read_dataset_info(dataset)
+    require_current(dataset, info)
     tasks = load_plan(dataset)
     speakers: dict[str, _Speaker] = defaultdict(_Speaker)
     lengths: list[Floats] = []

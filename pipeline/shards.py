@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.config import SCHEMA_VERSION
 from pipeline.errors import StorageFault, UserError
 from pipeline.ledger import SongEntry
 from stages.pcm import Subtype
@@ -264,6 +265,22 @@ def read_dataset_info(dataset: Path) -> dict[str, Any]:
     if not isinstance(info, dict) or not {"fingerprint", "settings"} <= info.keys():
         raise UserError(f"{path} is not the dataset.json of this program")
     return info
+
+
+def require_current(dataset: Path, info: dict[str, Any]) -> None:
+    """Raises: UserError when dataset.json, `info`, tells of shards with other columns than ours."""
+    version = info.get("schema_version")
+    if version == SCHEMA_VERSION:
+        return
+    way = (
+        f"`cantor extract --from {dataset} NEW` makes a dataset of the present format of its audio"
+        if version in range(1, SCHEMA_VERSION)
+        else "a newer version of this program made it"
+    )
+    raise UserError(
+        f"{dataset} has shards of format {version}, and this program's format is "
+        f"{SCHEMA_VERSION}; {way}"
+    )
 
 
 def units_in_words(info: dict[str, Any]) -> list[str]:

@@ -29,6 +29,7 @@ from pipeline.shards import (
     iter_shards,
     read_dataset_info,
     read_footer,
+    require_current,
     shard_schema,
     shard_writer,
 )
@@ -55,8 +56,10 @@ def verify(dataset: Path, source: Path | None = None) -> Verification:
     """Read every byte of every shard: checksums, schema, rows, ledger, audio, contours, units.
 
     source: the corpus; its files are hashed and compared with the ledger too.
+    Raises: UserError when `dataset` is not one of ours, or of another format.
     """
     info = read_dataset_info(dataset)
+    require_current(dataset, info)
     tasks = load_plan(dataset)
     problems = []
     if fingerprint(info["settings"]) != info["fingerprint"]:
