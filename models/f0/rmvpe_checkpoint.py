@@ -62,7 +62,11 @@ def read_rmvpe(path: str | Path) -> tuple[RmvpeConfig, dict[str, Tensor]]:
     inner = content.get("model", content)
     if not isinstance(inner, dict):
         raise CheckpointError(f"{path} holds a {type(inner).__name__} as 'model', not weights")
-    tensors = {key: value for key, value in inner.items() if isinstance(value, Tensor)}
+    tensors = {
+        key: value
+        for key, value in inner.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
     config = _config_of(path, tensors)
     _require_fit(path, inner, tensors, key_shapes(config))
     return config, tensors
@@ -129,13 +133,19 @@ def _config_of(path: str | Path, tensors: Mapping[str, Tensor]) -> RmvpeConfig:
             raise CheckpointError(f"{path}: {key} has shape {shape}, but {ndim} axes are wanted")
         return shape[axis]
 
-    return RmvpeConfig(
+    config = RmvpeConfig(
         channels=width("unet.encoder.layers.0.conv.0.conv.0.weight", 4, 0),
         blocks=count(r"unet\.encoder\.layers\.0\.conv\.(\d+)\."),
         inter_layers=count(r"unet\.intermediate\.layers\.(\d+)\."),
         hidden=width("fc.0.gru.weight_hh_l0", 2, 1),
         timbre_filter=any(key.startswith(_FILTER) for key in tensors),
     )
+    if 0 in (config.channels, config.inter_layers, config.hidden):
+        raise CheckpointError(
+            f"{path} holds no RMVPE: of channels, layers between encoder and decoder, and width "
+            f"of the GRU it has {config.channels}, {config.inter_layers} and {config.hidden}"
+        )
+    return config
 
 
 def _require_fit(
@@ -145,7 +155,14 @@ def _require_fit(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
     missing = [key for key in shapes if key not in tensors]
-    unknown = [key for key in content if key not in shapes]
+    unknown = [str(key) for key in content if key not in shapes]
+    not_floats = [
+        f"{key} ({tensors[key].dtype})"
+        for key in shapes
+        if key in tensors
+        and not tensors[key].is_floating_point()
+        and not key.endswith("num_batches_tracked")
+    ]
     misshapen = [
         f"{key} (has {tuple(tensors[key].shape)}, wanted is {shape})"
         for key, shape in shapes.items()
@@ -156,6 +173,7 @@ def _require_fit(
         for what, keys in (
             ("lacks", missing),
             ("has another shape in", misshapen),
+            ("has no real numbers in", not_floats),
             ("has besides", unknown),
         )
         if keys

@@ -87,6 +87,10 @@ def _check_trial(path: Path, session: Any) -> None:
             f"{path} gives {found.dtype} {list(found.shape)} for {_TRIAL_FRAMES} frames; an RMVPE "
             f"gives float32 {list(wanted)}"
         )
+    if not ((found >= 0) & (found <= 1)).all():  # nor is NaN
+        raise CheckpointError(
+            f"{path} gives numbers that are not finite or beyond 0 to 1; an RMVPE's salience is not"
+        )
 
 
 def _run(session: Any, mel: Tensor) -> Any:

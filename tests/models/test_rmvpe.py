@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,32 @@ def test_weights_that_are_not_finite_are_refused(key: str, tmp_path: Path) -> No
         load_rmvpe(tmp_path / "rmvpe.pt")
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.uint8, torch.bool])
+def test_weights_that_are_no_real_numbers_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    path = tmp_path / "rmvpe.pt"
+    torch.save(tiny_rmvpe_weights() | {"cnn.weight": torch.ones(3, 2, 3, 3).to(dtype)}, path)
+    for read in (check_rmvpe, load_rmvpe):
+        with pytest.raises(CheckpointError, match=r"no real numbers in cnn\.weight \(torch\."):
+            read(path)
+
+
+@pytest.mark.parametrize("lacking", ["channels", "inter_layers", "hidden"])
+def test_a_network_without_one_of_its_parts_is_refused(lacking: str, tmp_path: Path) -> None:
+    shapes = key_shapes(replace(TINY_RMVPE, **{lacking: 0}))  # type: ignore[arg-type]
+    path = tmp_path / "rmvpe.pt"
+    torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
+    for read in (check_rmvpe, load_rmvpe):
+        with pytest.raises(CheckpointError, match="holds no RMVPE"):
+            read(path)
+
+
+def test_a_key_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rmvpe.pt"
+    torch.save(tiny_rmvpe_weights() | {5: torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="has besides 5"):
+        check_rmvpe(path)
+
+
 def test_checking_reads_no_weights(tmp_path: Path, tiny_rmvpe: Path) -> None:
     """Of a file whose weights are all damaged, names and shapes still are what they are."""
     state = {key: torch.full_like(value, -1) for key, value in tiny_rmvpe_weights().items()}
@@ -354,10 +381,12 @@ def test_other_graphs_are_refused(plain: PlainRmvpe, tmp_path: Path, golden: Pat
     axes = {"input": {2: "frames"}}
     fixed = export(plain, tmp_path / "fixed.onnx")
     narrow = export(_Other(100), tmp_path / "narrow.onnx", dynamic_axes=axes)
+    logits = export(_Other(360), tmp_path / "logits.onnx", dynamic_axes=axes)
     encoder = golden / "encoders" / "vec-tiny-layer-3.onnx"
     for path, says in (
         (fixed, "64 frames alone"),
         (narrow, r"gives float32 \[1, 64, 100\]"),
+        (logits, "beyond 0 to 1"),
         (encoder, r"takes tensor\(float\) \[1, 1, "),
     ):
         for read in (check_rmvpe, load_rmvpe):
@@ -372,8 +401,9 @@ def test_an_export_whose_weights_are_damaged_gives_no_pitch(tmp_path: Path) -> N
         network.fc[1].weight[7, 0] = torch.nan
     axes = {"input": {2: "frames"}, "output": {1: "frames"}}
     damaged = export(network.eval(), tmp_path / "damaged.onnx", dynamic_axes=axes)
-    with pytest.raises(CheckpointError, match="not finite"):
-        load_rmvpe(damaged).salience([noise(8000)])
+    for read in (check_rmvpe, load_rmvpe):
+        with pytest.raises(CheckpointError, match="not finite"):
+            read(damaged)
 
 
 def test_without_onnxruntime_the_error_says_what_to_install(
