@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -122,12 +123,16 @@ def _on_frames(
     for wav, (f0, positions), frames in zip(wavs, tracks, n_frames, strict=True):
         lowest = max(cfg.f0_min, 2 * sample_rate / len(wav))
         in_range = (f0 >= lowest) & (f0 <= cfg.f0_max)
-        yield resize_contour(np.where(in_range, f0, 0.0), positions, frames, cfg.hop_length)
+        contour = resize_contour(np.where(in_range, f0, 0.0), positions, frames, cfg.hop_length)
+        contour[math.ceil(len(wav) / cfg.hop_length) :] = 0  # a method's last step may reach there
+        yield contour
 
 
 def _checked(wav: Array) -> Array:
+    """The clip as float32 in one piece."""
     if wav.ndim != 1:
         raise ValueError(f"f0 needs a mono clip (T,), not {wav.shape}")
+    wav = np.ascontiguousarray(wav, np.float32)
     if not np.isfinite(wav).all():
         raise ValueError("f0 needs finite samples; this clip has NaN or infinite ones")
     return wav
