@@ -63,8 +63,9 @@ def _tracks(method: str, wavs: Sequence[Array], sample_rate: int, cfg: F0Config)
         return
     threshold = _DEFAULT_VOICING if cfg.voicing_threshold is None else cfg.voicing_threshold
     heard = at_16k(wavs, sample_rate)
-    # A window's middle is a sample at 16 kHz: the nearest one to the frame.
-    centres = [np.rint(np.arange(math.ceil(len(wav) / hop)) * (hop * ratio)) for wav in wavs]
+    # A window's middle is a sample at 16 kHz: the nearest one to the frame, each once.
+    hop_16k = max(1.0, hop * ratio)
+    centres = [np.rint(np.arange(math.ceil(len(wav) * ratio / hop_16k)) * hop_16k) for wav in wavs]
     found = salience_of(network(method, cfg), heard, centres)
     for salience, at in zip(found, centres, strict=True):
         bins, periodicity = path_through(salience, cfg.f0_min, cfg.f0_max)
@@ -121,7 +122,11 @@ def pitch_around(salience: NDArray[np.float32], bins: NDArray[np.int64]) -> NDAr
 
 def hz_of_bins(bins: NDArray[np.floating] | NDArray[np.int64]) -> NDArray[np.float64]:
     """Hz of (fractional) bins of CREPE."""
-    from models.f0.bins import CENTS_PER_BIN, LOWEST_CENTS
+    import torch
 
-    hz: NDArray[np.float64] = 10 * np.exp2((LOWEST_CENTS + CENTS_PER_BIN * bins) / 1200)
+    from models.f0.bins import CENTS_PER_BIN, LOWEST_CENTS, hz_of_cents
+
+    hz: NDArray[np.float64] = hz_of_cents(
+        torch.from_numpy(LOWEST_CENTS + CENTS_PER_BIN * bins.astype(np.float64))
+    ).numpy()
     return hz

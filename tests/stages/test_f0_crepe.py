@@ -65,6 +65,14 @@ def test_positions_are_whole_samples_at_16_khz_next_to_the_frames() -> None:
     assert np.abs(positions - 512 * np.arange(len(positions))).max() <= RATE / 16000 / 2
 
 
+def test_a_hop_below_a_sample_at_16_khz_hears_each_of_them_once() -> None:
+    wav = glide(0.02)
+    ((_, at),) = crepe_tiny([wav], RATE, replace(TINY, hop_length=2))
+    np.testing.assert_allclose(np.diff(at), RATE / 16000)
+    assert len(at) == 320
+    assert np.isfinite(estimate_f0(wav, RATE, replace(TINY, hop_length=2, f0_min=150))).all()
+
+
 def test_a_window_is_centred_on_its_sample() -> None:
     network = network_of("crepe-tiny", TINY)
     wav = glide(0.2, rate=16000)
