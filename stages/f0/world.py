@@ -20,6 +20,11 @@ from stages.types import Array
 _POINTS = 128  # at which two periods are compared with the two that start one period later
 _BLOCK_FRAMES = 4096  # bounds the memory of that comparison
 
+# Harvest's memory grows faster than its clip: 0.6 GB for a minute, 11 GB for five. Longer ones run
+# in blocks.
+_HARVEST_BLOCK_S = 60
+_HARVEST_CONTEXT_S = 2  # on either side of a block
+
 
 def dio(wav: Array, sample_rate: int, cfg: F0Config) -> Track:
     """f0 in Hz and the samples that its values belong to."""
@@ -48,14 +53,42 @@ def world_track(
     if estimator == "dio":
         f0, times = dio_track(samples, sample_rate, cfg.f0_min, cfg.f0_max, cfg.hop_length)
     else:
-        f0, times = pyworld.harvest(
-            samples,
-            sample_rate,
-            f0_floor=cfg.f0_min,
-            f0_ceil=cfg.f0_max,
-            frame_period=1000 * cfg.hop_length / sample_rate,
-        )
+        f0, times = _harvest(samples, sample_rate, cfg)
     return pyworld.stonemask(samples, f0, times, sample_rate), times
+
+
+def _harvest(wav: NDArray[np.float64], sample_rate: int, cfg: F0Config) -> Track:
+    """Harvest's f0, before StoneMask, and its times in seconds.
+
+    It answers every millisecond and takes the nearest answer for each frame. So do blocks, which
+    start at whole seconds; they hear their context too, and end where the samples that Harvest
+    keeps of every so many are those that it keeps of the whole. Since it takes off the mean of
+    what it hears, theirs differ from what it says of the whole by up to 0.03 cents.
+    """
+    import pyworld
+
+    def run(samples: NDArray[np.float64], period_ms: float) -> Track:
+        f0, times = pyworld.harvest(
+            samples, sample_rate, f0_floor=cfg.f0_min, f0_ceil=cfg.f0_max, frame_period=period_ms
+        )
+        return f0, times
+
+    hop_ms = 1000 * cfg.hop_length / sample_rate
+    block, context = _HARVEST_BLOCK_S * sample_rate, _HARVEST_CONTEXT_S * sample_rate
+    if len(wav) <= block + 2 * context:
+        return run(wav, hop_ms)
+    kept_of = max(1, round(sample_rate / 8000))
+    parts = []
+    for start in range(0, len(wav), block):
+        first, last = max(0, start - context), min(len(wav), start + block + context)
+        last -= (last - len(wav)) % kept_of
+        f0, _ = run(wav[first:last], 1.0)
+        skip = 1000 * (start - first) // sample_rate
+        parts.append(f0[skip : skip + 1000 * _HARVEST_BLOCK_S])
+    every_ms = np.concatenate(parts)
+    times = np.arange(int(1000 * len(wav) / sample_rate / hop_ms) + 1) * hop_ms / 1000
+    nearest = np.floor(1000 * times + 0.5).astype(np.intp)
+    return every_ms[np.minimum(nearest, len(every_ms) - 1)], times
 
 
 def _on_samples(
