@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.device import resolve_device
+from stages.errors import BadInput
 from stages.f0.config import F0Config
 from stages.resample import ResampleConfig, resample
 from stages.types import Array
@@ -17,8 +18,17 @@ _RESAMPLING = ResampleConfig(backend="torchaudio", lowpass_filter_width=128)  # 
 
 
 def at_16k(wavs: Iterable[Array], sample_rate: int) -> list[Array]:
-    """Clips (T,) as all of the networks hear them."""
-    return [resample(wav, sample_rate, SAMPLE_RATE, _RESAMPLING) for wav in wavs]
+    """Clips (T,) as all of the networks hear them.
+
+    Raises ValueError for a rate that has no small terms in common with 16 kHz.
+    """
+    try:
+        return [resample(wav, sample_rate, SAMPLE_RATE, _RESAMPLING) for wav in wavs]
+    except BadInput as error:
+        raise ValueError(
+            f"crepe, fcpe and rmvpe cannot bring {sample_rate} Hz to {SAMPLE_RATE} Hz, which have "
+            "no small ratio: choose a usual audio.sample_rate (44100, 48000), or another f0.method"
+        ) from error
 
 
 def network(method: str, cfg: F0Config) -> Any:

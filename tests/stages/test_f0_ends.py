@@ -48,3 +48,9 @@ def test_a_clip_may_be_float64_a_view_or_read_only(
     for same in (wav.astype(np.float64), np.stack([wav, wav], 1)[:, 1], wav[::-1].copy()[::-1]):
         np.testing.assert_array_equal(estimate_f0(same, rate, cfg), expected)
     np.testing.assert_array_equal(estimate_f0(read_only, rate, cfg), expected)
+
+
+def test_a_rate_that_networks_cannot_hear_is_the_settings_fault() -> None:
+    """And no clip's, which would be put aside for it."""
+    with pytest.raises(ValueError, match="cannot bring 44101 Hz to 16000 Hz"):
+        estimate_f0(tone(4000), 44101, F0Config(method="fcpe"))
