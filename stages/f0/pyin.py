@@ -6,6 +6,8 @@ distributions", ICASSP 2014. Its pitches lie on a grid of 10 cents.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,8 +18,27 @@ from stages.types import Array
 _OCTAVES_A_SECOND = 35.92  # that a pitch moves at most; librosa's default
 
 
+# librosa holds every frame's spectrum and states, 0.2 GB a minute: longer clips run in blocks.
+_BLOCK_S = 60
+_CONTEXT_S = 2  # on either side of a block: the path forgets sooner where it began
+
+
 def pyin(wav: Array, sample_rate: int, cfg: F0Config) -> Track:
     """f0 in Hz and the samples that its values belong to."""
+    hop = cfg.hop_length
+    frames = len(wav) // hop + 1
+    block = math.ceil(_BLOCK_S * sample_rate / hop)
+    context = math.ceil(_CONTEXT_S * sample_rate / hop)
+    parts = []
+    for start in range(0, frames, block):
+        first, last = max(0, start - context), start + block + context
+        heard = wav[first * hop :] if last >= frames else wav[first * hop : (last - 1) * hop + 1]
+        parts.append(_contour(heard, sample_rate, cfg)[start - first : start - first + block])
+    return np.concatenate(parts), np.arange(frames, dtype=np.float64) * hop
+
+
+def _contour(wav: Array, sample_rate: int, cfg: F0Config) -> NDArray[np.float64]:
+    """f0 in Hz, 0 = unvoiced, at samples 0, hop, ...: (T // hop + 1,)."""
     import librosa
 
     # Half the window is correlated at lags up to the other half: the longest period must fit.
@@ -40,4 +61,4 @@ def pyin(wav: Array, sample_rate: int, cfg: F0Config) -> Track:
     if cfg.voicing_threshold is not None:
         voiced = probability >= cfg.voicing_threshold
     contour: NDArray[np.float64] = np.where(voiced, f0, 0.0)
-    return contour, np.arange(len(contour), dtype=np.float64) * cfg.hop_length
+    return contour
