@@ -112,7 +112,8 @@ class ProgressDisplay:
                 warned = True
                 self.console.print(
                     f"no song finished for {_QUIET_S / 60:.0f} minutes (the last was "
-                    f"{latest.last_song or 'none'}); long songs take long, so this may be well"
+                    f"{latest.last_song or 'none'}); long songs take long, and so do networks "
+                    "without a GPU, so this may be well"
                 )
             yield latest
 
@@ -120,10 +121,12 @@ class ProgressDisplay:
         elapsed = max(1e-9, time.monotonic() - self._start)
         rate = snapshot.audio_s / elapsed
         left = (self.total_s - snapshot.audio_s) / rate if rate > 0 else 0.0
-        eta = _clock(left) if rate > 0 else "?"
+        eta = f"ETA {_clock(left)}" if rate > 0 else "ETA ?"
+        if 0 < self.total_s <= snapshot.audio_s + 1e-3:  # networks, and writing, come after songs
+            eta = "the last clips are under way"
         return (
             f"{snapshot.audio_s / 3600:.2f} of {self.total_s / 3600:.2f} h  "
-            f"{rate:.1f}x real time  ETA {eta}  {snapshot.songs} songs  "
+            f"{rate:.1f}x real time  {eta}  {snapshot.songs} songs  "
             f"{snapshot.quarantined} quarantined"
         )
 

@@ -513,7 +513,7 @@ def _speakers(contents: _Contents) -> str:
             f"{kept[name]} of {planned[name]}",
             str(everyone[name].clips),
             _bar(everyone[name].samples / longest) + _duration(everyone[name].samples / rate),
-            *_pitch_cells(everyone[name].pitch, scale),
+            *_pitch_cells(everyone[name].clips, everyone[name].pitch, scale),
         ]
         for name in shown
     ]
@@ -562,10 +562,12 @@ def _bar(share: float) -> str:
     return f'<span class="bar" aria-hidden="true"><i style="width:{100 * share:.1f}%"></i></span>'
 
 
-def _pitch_cells(pitch: NDArray[np.int64], scale: tuple[float, float]) -> tuple[str, str]:
-    """The pitch range in words and as a picture."""
+def _pitch_cells(
+    clips: int, pitch: NDArray[np.int64], scale: tuple[float, float]
+) -> tuple[str, str]:
+    """The pitch range in words and as a picture; nothing where there is no clip."""
     if not pitch.any():
-        return "no voiced frame", ""
+        return "no voiced frame" if clips else "", ""
     low, lower, median, upper, high = _pitch_percentiles(pitch, (5, 25, 50, 75, 95))
     at = [_place(midi, scale) for midi in (low, lower, median, upper, high)]
     octaves = (scale[1] - scale[0]) / 12
