@@ -42,6 +42,7 @@ _NOT_IN_FINGERPRINT = {
     "xvector.checkpoint",
 }
 _NOT_OF_AN_ENCODER = {"device", "dtype", "checkpoint", "codebook"}
+_LISTS = {"f0.ensemble"}
 # Keys of f0 that mean something else to another method, or nothing.
 _OF_A_METHOD = {"voicing_threshold", "checkpoint", "ensemble", "crepe_hop_ms"}
 
@@ -425,8 +426,7 @@ def _check_keys(section: str, entries: Any, known: Collection[str], where: str) 
             raise UserError(f"{where}: unknown key '{full}'{_suggest(full, every)}")
         if isinstance(value, str) and "${" in value:
             raise UserError(f"{where}: {full} holds '${{'; interpolation is not supported")
-        is_list = isinstance(flatten(ExtractConfig()).get(full), list)
-        if is_list and not isinstance(value, list | tuple):
+        if full in _LISTS and not isinstance(value, list | tuple | None):
             raise UserError(f"{where}: {full} must be a list in brackets, [a, b], not {value!r}")
         if value == "???":  # OmegaConf would pass over it
             raise UserError(f"{where}: {full} is '???'; give it a value or leave it out")

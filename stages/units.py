@@ -100,9 +100,7 @@ def groups_of_wavs(
     resampled = (resample(clip, sample_rate, target_rate, resample_cfg) for clip in clips)
     for group in in_groups(resampled, target_rate):
         # A clip of two samples may resample to none.
-        yield [
-            torch.tensor(wav if len(wav) else np.zeros(1), dtype=torch.float32) for wav in group
-        ]
+        yield [torch.tensor(wav if len(wav) else np.zeros(1), dtype=torch.float32) for wav in group]
 
 
 def _normalize(

@@ -8,6 +8,7 @@ from typing import Literal
 from stages.f0.post import PostConfig
 
 _NETWORKS = ("crepe", "crepe-tiny", "fcpe", "rmvpe")
+_ENSEMBLE = ("crepe-tiny", "dio", "fcpe")  # docs/f0.md says why
 _PEERS = ("praat", "dio", "harvest", "crepe", "fcpe", "rmvpe")  # what so-vits-svc has too
 
 
@@ -35,7 +36,8 @@ class F0Config(PostConfig):
     checkpoint: file of weights of rmvpe, alone or in an ensemble; the other networks' weights come
       with their packages.
 
-    ensemble: the methods whose contours the method "ensemble" combines.
+    ensemble: the methods whose contours the method "ensemble" combines; None is crepe-tiny, dio and
+      fcpe with that method, and the only choice with others.
 
     crepe_hop_ms: crepe and crepe-tiny look at the clip this often; None: at every frame.
 
@@ -62,7 +64,7 @@ class F0Config(PostConfig):
     voicing_threshold: float | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint: str | None = None
-    ensemble: tuple[str, ...] = ("crepe-tiny", "dio", "fcpe")
+    ensemble: tuple[str, ...] | None = None
     crepe_hop_ms: float | None = None
     align: Literal["sample", "peer"] = "sample"
 
@@ -79,8 +81,7 @@ class F0Config(PostConfig):
             raise ValueError(
                 f"f0.voicing_threshold must lie between 0 and 1, not {self.voicing_threshold}"
             )
-        object.__setattr__(self, "ensemble", tuple(self.ensemble))
-        self._check_ensemble()
+        self._settle_ensemble()
         if self.checkpoint is not None and "rmvpe" not in self.members:
             raise ValueError(f"f0.checkpoint must be empty: {self.method} reads no file of weights")
         if self.checkpoint is None and "rmvpe" in self.members:
@@ -101,16 +102,23 @@ class F0Config(PostConfig):
             names = ", ".join(_PEERS)
             raise ValueError(f"f0.align=peer exists for {names}; so-vits has no {self.method}")
 
-    def _check_ensemble(self) -> None:
+    def _settle_ensemble(self) -> None:
         if self.method != "ensemble":
+            if self.ensemble is not None:
+                raise ValueError(
+                    f"f0.ensemble must be empty with f0.method={self.method}; "
+                    "set f0.method=ensemble"
+                )
             return
+        members = _ENSEMBLE if self.ensemble is None else tuple(self.ensemble)
+        object.__setattr__(self, "ensemble", members)
         known = [name for name in _method_names() if name != "ensemble"]
-        for name in self.ensemble:
+        for name in members:
             if name not in known:
                 raise ValueError(f"f0.ensemble names '{name}'; it may name {', '.join(known)}")
-        if len(self.ensemble) < 2 or len(set(self.ensemble)) < len(self.ensemble):
+        if len(members) < 2 or len(set(members)) < len(members):
             raise ValueError(
-                f"f0.ensemble must name two methods or more, each once, not {list(self.ensemble)}"
+                f"f0.ensemble must name two methods or more, each once, not {list(members)}"
             )
         if self.voicing_threshold is not None:
             raise ValueError("f0.voicing_threshold must be empty: an ensemble has a vote in place")
@@ -118,7 +126,7 @@ class F0Config(PostConfig):
     @property
     def members(self) -> tuple[str, ...]:
         """The methods that run."""
-        return self.ensemble if self.method == "ensemble" else (self.method,)
+        return (self.method,) if self.ensemble is None else self.ensemble
 
     @property
     def networks(self) -> tuple[str, ...]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.checkpoint import CheckpointError, save_safetensors
 from models.batching import Batcher
+from models.checkpoint import CheckpointError, save_safetensors
 from models.encoders.whisper import (
     WINDOW_SAMPLES,
     WhisperEncoder,

@@ -18,7 +18,6 @@ from pipeline.config import (
     to_yaml,
 )
 from pipeline.errors import UserError
-from stages.f0 import F0Config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -81,7 +80,7 @@ def test_printed_settings_read_back(tmp_path: Path) -> None:
         ("encoders.mfcc={}", "mfcc is named twice, by encoder.name and by encoders.mfcc"),
         ("encoders.log-mel.checkpoint=${oc.env:HOME}", "interpolation"),
         ("f0.ensemble=praat,dio", "f0.ensemble must be a list in brackets, .*, not 'praat,dio'"),
-        ("f0.ensemble=null", "f0.ensemble must be a list in brackets, .*, not None"),
+        ("f0.ensemble=[praat,dio]", "f0.ensemble must be empty with f0.method=fcpe"),
         ("f0.method", "section.key=value"),
         ("method=dio", "section.key=value"),
     ],
@@ -143,6 +142,15 @@ def test_settings_over_those_of_another_run() -> None:
     assert base["encoder"]["name"] == "log-mel"
 
 
+def test_an_ensembles_members_are_settled_and_counted() -> None:
+    plain, settled = load_config(), load_config(None, ["f0.method=ensemble"])
+    named = load_config(None, ["f0.method=ensemble", "f0.ensemble=[crepe-tiny,dio,fcpe]"])
+    assert plain.f0.ensemble is None
+    assert settled.f0.members == ("crepe-tiny", "dio", "fcpe") == named.f0.members
+    assert fingerprinted(settled) == fingerprinted(named)
+    assert fingerprinted(settled)["f0.ensemble"] == ["crepe-tiny", "dio", "fcpe"]
+
+
 def test_another_method_of_f0_leaves_what_the_first_one_read() -> None:
     settings = ["f0.ensemble=[rmvpe,crepe]", "f0.checkpoint=r.pt", "f0.crepe_hop_ms=20"]
     base = dataclasses.asdict(
@@ -152,7 +160,7 @@ def test_another_method_of_f0_leaves_what_the_first_one_read() -> None:
     assert (same.ensemble, same.crepe_hop_ms) == (("rmvpe", "crepe"), 20)
     other = load_config(None, ["f0.method=fcpe"], base).f0
     assert (other.method, other.median_ms, other.f0_min) == ("fcpe", 30, 70)
-    assert (other.checkpoint, other.crepe_hop_ms, other.ensemble) == (None, None, F0Config.ensemble)
+    assert (other.checkpoint, other.crepe_hop_ms, other.ensemble) == (None, None, None)
 
 
 def test_paths_of_weights_hold_in_any_folder(

@@ -485,6 +485,7 @@ def test_filling_without_any_pitch() -> None:
         ({"method": "ensemble", "ensemble": ("praat",)}, "two methods or more"),
         ({"method": "ensemble", "ensemble": ("praat", "praat")}, "each once"),
         ({"method": "ensemble", "voicing_threshold": 0.5}, "a vote"),
+        ({"method": "praat", "ensemble": ("dio", "fcpe")}, "set f0.method=ensemble"),
         ({"crepe_hop_ms": 20.0}, "fcpe is not crepe"),
         ({"method": "crepe", "crepe_hop_ms": 0.5}, "crepe_hop_ms must lie"),
         ({"method": "crepe", "crepe_hop_ms": 20, "align": "peer"}, "crepe_hop_ms must be empty"),

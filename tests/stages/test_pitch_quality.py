@@ -139,7 +139,8 @@ def vowel(f0_hz: float, seconds: float = 3.0, vibrato_hz: float = 5.5) -> NDArra
 
 def suspicion(wav: NDArray[np.floating], sample_rate: int = RATE) -> float:
     wav = wav.astype(np.float32)
-    return second_voice(wav, sample_rate, estimate_f0(wav, sample_rate, F0Config(method="praat")), HOP)
+    f0 = estimate_f0(wav, sample_rate, F0Config(method="praat"))
+    return second_voice(wav, sample_rate, f0, HOP)
 
 
 @pytest.mark.parametrize("semitones", [-7.5, -3, 2.5, 4, 9])
