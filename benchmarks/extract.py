@@ -343,6 +343,7 @@ class CpuClock(StageClock):
 
 def measure_stages(corpus: Path, config: ExtractConfig, dataset: Path) -> Measured:
     """What workers do, task by task in this process, without Ray: the same shards, in `dataset`."""
+    from pipeline.clips import ClipsOfSongs
     from pipeline.halves import CpuHalf, UnitsHalf
     from pipeline.job import Job
 
@@ -357,16 +358,17 @@ def measure_stages(corpus: Path, config: ExtractConfig, dataset: Path) -> Measur
 
     job = Job(dataset / "warm-up", tiny, config, "benchmark", {})
     cpu, units = CpuHalf(job, heartbeat), UnitsHalf(job)
+    assert isinstance(cpu.clips, ClipsOfSongs)
 
     def child_cpu_s() -> float:
-        pid = cpu.decoder.child_pid
+        pid = cpu.clips.decoder.child_pid
         return 0.0 if pid is None else sum(psutil.Process(pid).cpu_times()[:2])
 
     def run(costs: Costs) -> int:
         prepare = CpuClock(costs, child_cpu_s, {"write": "clip table"})
         finish = CpuClock(costs, child_cpu_s, {"write": "shard"})
         clips = 0
-        for index in cpu.tasks:
+        for index in units.tasks:
             table, ledger = cpu.prepare(index, (), prepare)
             units.finish(index, table, ledger, finish)
             clips += table.num_rows
@@ -375,8 +377,8 @@ def measure_stages(corpus: Path, config: ExtractConfig, dataset: Path) -> Measur
     run(Costs())
     read_s.clear()
     # The warm libraries and decode child stay, the plan does not.
-    cpu.job = units.job = Job(dataset, corpus, config, "benchmark", {})
-    cpu.tasks = units.tasks = load_plan(dataset)
+    cpu.clips.job = units.job = Job(dataset, corpus, config, "benchmark", {})
+    cpu.clips.tasks = units.tasks = load_plan(dataset)
     costs = Costs()
     before = time.process_time() + child_cpu_s(), time.perf_counter()
     clips = run(costs)
