@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import random
@@ -80,6 +81,8 @@ def start_extract(*words: object, **environment: str) -> psutil.Popen:
         text=True,
         start_new_session=True,
         env={**os.environ, **environment},
+        # Who runs the tests in the background may have it ignored.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
