@@ -27,7 +27,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -43,6 +42,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script
 
+from benchmarks.environment import environment
 from models.encoders import load_encoder
 from models.torchaudio_compat import import_torchaudio
 from tests.checkpoints import fill
@@ -275,7 +275,7 @@ def measure(
     context = multiprocessing.get_context("spawn")
     seconds = sum(len(clip) for clip in clips) / SAMPLE_RATE
     workers = []
-    with _environment(dict.fromkeys(THREADS, str(threads)) | KEEP_FREED_MEMORY):
+    with environment(dict.fromkeys(THREADS, str(threads)) | KEEP_FREED_MEMORY):
         for i in range(processes):
             pipe, theirs = context.Pipe()
             arguments = (theirs, candidate, threads, list(clips[i::processes]))
@@ -303,18 +303,6 @@ def measure(
         max(f.peak_mb for f in figures),
     )
     return best, ready[0][0]
-
-
-@contextmanager
-def _environment(settings: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ |= settings
-    try:
-        yield
-    finally:
-        for name in set(os.environ) - set(before):
-            del os.environ[name]
-        os.environ |= before
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
-import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.environment import environment
 
 SAMPLE_RATE = 44100
 HOP_LENGTH = 512
@@ -289,19 +290,7 @@ def _in_fresh_process(*arguments: Any) -> Cost:
     from benchmarks.extract import THREADS  # not at the top: every process would import Ray
     from pipeline.dag import KEEP_FREED_MEMORY
 
-    with _environment(dict.fromkeys(THREADS, "1") | KEEP_FREED_MEMORY):
+    with environment(dict.fromkeys(THREADS, "1") | KEEP_FREED_MEMORY):
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(_measure, *arguments).result()
-
-
-@contextmanager
-def _environment(settings: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ |= settings
-    try:
-        yield
-    finally:
-        for name in set(os.environ) - set(before):
-            del os.environ[name]
-        os.environ |= before

@@ -30,7 +30,7 @@ import pipeline
 import stages
 from pipeline.config import ExtractConfig
 from pipeline.errors import SongBug, StorageFault, UserError
-from pipeline.job import Job, TakenOver
+from pipeline.job import Job, TakenOver, f0_networks
 from pipeline.plan import Task
 from pipeline.progress import Board
 from pipeline.shards import storage_fault
@@ -192,8 +192,7 @@ def plan_pools(
     """
     workers = config.workers
     memory = math.ceil(worker_memory_gb(tasks) * 2**30)
-    makes_f0 = taken_over is None or not taken_over.f0
-    bundled = len(set(config.f0.networks) - {"rmvpe"}) if makes_f0 else 0
+    bundled = len(set(f0_networks(config, taken_over)) - {"rmvpe"})
     models_size = models_gb(weights or {}, bundled)
     units_memory = memory + math.ceil(models_size * 2**30)
     most = min(len(tasks), workers.max_workers or len(tasks))
@@ -237,7 +236,7 @@ def _wants_gpus(
     }
     if config.xvector.checkpoint is not None and not (taken_over and taken_over.xvector):
         devices["xvector.device"] = config.xvector.device
-    if config.f0.networks and not (taken_over and taken_over.f0):
+    if f0_networks(config, taken_over):
         devices["f0.device"] = config.f0.device
     per_worker = config.workers.gpus_per_worker
     if any(node.get("GPU", 0) >= per_worker for node in nodes):
@@ -434,7 +433,7 @@ def require_loadable(job: Job, pools: Pools) -> None:
 
     Raises: UserError when the worker dies of it, or cannot load them.
     """
-    if not job.weights and not (job.makes_f0 and job.config.f0.networks):
+    if not job.weights and not job.f0_networks:
         return
     gpus = job.config.workers.gpus_per_worker if pools.gpu else 0
     memory = pools.gpu_memory or pools.memory

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -381,7 +382,9 @@ class _Run:
     def log_from(self, step: int) -> Iterator[Any]:
         """The log, open for more, without lines of steps that will be done again."""
         lines = [line for line in self._lines() if json.loads(line)["step"] < step]
-        self._log.write_text("".join(lines), encoding="utf-8")
+        shorter = self._log.with_suffix(".tmp")  # a kill leaves the one or the other, never neither
+        shorter.write_text("".join(lines), encoding="utf-8")
+        os.replace(shorter, self._log)
         with self._log.open("a", encoding="utf-8") as file:
             yield file
 

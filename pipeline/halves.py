@@ -45,7 +45,7 @@ class CpuHalf:
 
     def __init__(self, job: Job, heartbeat: Heartbeat) -> None:
         _limit_threads(job)
-        pitch = Pitch(job) if job.makes_f0 and not job.config.f0.networks else None
+        pitch = Pitch(job) if job.makes_f0 and not job.f0_networks else None
         self.clips = (
             ClipsOfSongs(job, heartbeat, pitch)
             if job.taken_over is None
@@ -121,7 +121,7 @@ class UnitsHalf:
         self.job = job
         self.tasks = load_plan(job.dataset)
         self.pitch = None
-        if job.makes_f0 and job.config.f0.networks:
+        if job.f0_networks:
             if "f0.checkpoint" in job.weights:
                 require_unchanged("f0.checkpoint", job.weights["f0.checkpoint"])
             with _loading("f0"):
@@ -202,7 +202,7 @@ class UnitsHalf:
         """For the footer's environment: which packages had weights, what is not float32."""
         numerics: dict[str, str] = {}
         if self.pitch is not None:
-            packages = {_PACKAGE_OF[n] for n in self.job.config.f0.networks if n in _PACKAGE_OF}
+            packages = {_PACKAGE_OF[n] for n in self.job.f0_networks if n in _PACKAGE_OF}
             numerics |= {name: importlib.metadata.version(name) for name in packages}
         others = [f"{each.cfg.name} {each.cfg.dtype}" for each in self.encoders]
         others = [words for words in others if not words.endswith(" float32")]

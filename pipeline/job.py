@@ -54,3 +54,12 @@ class Job:
     @property
     def makes_f0(self) -> bool:
         return self.taken_over is None or not self.taken_over.f0
+
+    @property
+    def f0_networks(self) -> tuple[str, ...]:
+        return f0_networks(self.config, self.taken_over)
+
+
+def f0_networks(config: ExtractConfig, taken_over: TakenOver | None) -> tuple[str, ...]:
+    """The networks that find the pitch of a run; none where the pitch is taken over."""
+    return () if taken_over is not None and taken_over.f0 else config.f0.networks

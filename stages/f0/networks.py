@@ -7,9 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from stages.device import resolve_device
 from stages.errors import BadInput
 from stages.f0.config import F0Config
+from stages.frames import Track
 from stages.resample import ResampleConfig, resample
 from stages.types import Array
 
@@ -29,6 +33,11 @@ def at_16k(wavs: Iterable[Array], sample_rate: int) -> list[Array]:
             f"crepe, fcpe and rmvpe cannot bring {sample_rate} Hz to {SAMPLE_RATE} Hz, which have "
             "no small ratio: choose a usual audio.sample_rate (44100, 48000), or another f0.method"
         ) from error
+
+
+def every_10_ms(contours: Iterable[NDArray[np.float64]], sample_rate: int) -> list[Track]:
+    """Contours (F,) of fcpe or rmvpe, whose frame j belongs to sample 160 j at 16 kHz."""
+    return [(f0, np.arange(len(f0)) * (0.01 * sample_rate)) for f0 in contours]
 
 
 def network(method: str, cfg: F0Config) -> Any:

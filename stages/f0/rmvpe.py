@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.f0.config import F0Config
-from stages.f0.networks import SAMPLE_RATE, at_16k, network
+from stages.f0.networks import at_16k, every_10_ms, network
 from stages.frames import Track
 from stages.types import Array
 
@@ -24,11 +24,7 @@ def rmvpe(wavs: Sequence[Array], sample_rate: int, cfg: F0Config) -> Iterable[Tr
 
     Raises ValueError where the file is none of RMVPE's weights or cannot run on `cfg.device`.
     """
-    from models.f0.mel import HOP_LENGTH
-
-    contours = rmvpe_frames(wavs, sample_rate, cfg, _DEFAULT_VOICING)
-    hop = HOP_LENGTH * sample_rate / SAMPLE_RATE
-    return [(f0, np.arange(len(f0), dtype=np.float64) * hop) for f0 in contours]
+    return every_10_ms(rmvpe_frames(wavs, sample_rate, cfg, _DEFAULT_VOICING), sample_rate)
 
 
 def rmvpe_frames(
