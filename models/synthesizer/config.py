@@ -1,0 +1,102 @@
+"""What a synthesizer is built of, and what its spectrograms are.
+
+The names are those of VITS and HiFi-GAN; so-vits-svc's for the same are in `sovits.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The networks, as far as they are a matter of choice. The defaults are so-vits-svc's."""
+
+    inter_channels: int = 192  # of the latent z
+    hidden_channels: int = 192
+    filter_channels: int = 768  # inside the feed-forward layers
+    n_heads: int = 2
+    n_layers: int = 6  # of the prior encoder and the f0 predictor
+    kernel_size: int = 3
+    dropout: float = 0.1
+    decoder: Literal["nsf-hifigan", "nsf-snake-hifigan"] = "nsf-hifigan"
+    resblock: Literal["1", "2"] = "1"
+    resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)
+    resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
+    upsample_rates: tuple[int, ...] = (8, 8, 2, 2, 2)  # their product is the hop length
+    upsample_initial_channel: int = 512
+    upsample_kernel_sizes: tuple[int, ...] = (16, 16, 4, 4, 4)
+    gin_channels: int = 768  # of the speaker embedding
+    flow: Literal["residual", "transformer"] = "residual"
+    n_flows: int = 4
+    n_flow_layers: int = 3  # of a transformer flow
+    share_flow: bool = False  # one network for all flows
+    depthwise_conv: bool = False  # depthwise-separable convolutions in WN
+    predict_f0: bool = True  # with a predictor for conversion with pitch of its own
+    volume_embedding: bool = False
+    spectral_norm: bool = False  # in the discriminators, in place of weight normalisation
+
+    def __post_init__(self) -> None:
+        if len(self.upsample_rates) != len(self.upsample_kernel_sizes):
+            raise ValueError(
+                f"model.upsample_rates has {len(self.upsample_rates)} numbers and "
+                f"model.upsample_kernel_sizes {len(self.upsample_kernel_sizes)}; one each belongs "
+                "together"
+            )
+        if len(self.resblock_kernel_sizes) != len(self.resblock_dilation_sizes):
+            raise ValueError(
+                "model.resblock_kernel_sizes and model.resblock_dilation_sizes differ in length; "
+                "each kernel has its dilations"
+            )
+        if self.hidden_channels % self.n_heads:
+            raise ValueError(
+                f"model.hidden_channels is {self.hidden_channels}; it must be a multiple of "
+                f"model.n_heads, {self.n_heads}"
+            )
+        if self.inter_channels % 2:
+            raise ValueError(f"model.inter_channels is {self.inter_channels}; it must be even")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout is {self.dropout}; it must lie in 0 to 1")
+
+    @property
+    def hop_length(self) -> int:
+        """Samples of output for each frame."""
+        return math.prod(self.upsample_rates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesizerConfig(ModelConfig):
+    """The networks with what the data dictate: enough to build them.
+
+    source_rate: what the sine source takes a second for. so-vits-svc has 44100 there whatever the
+    rate of the audio is, and its voices are trained so.
+    """
+
+    units_dim: int
+    n_speakers: int
+    sample_rate: int = 44100
+    n_fft: int = 2048
+    source_rate: int = 44100
+
+    @property
+    def spec_channels(self) -> int:
+        return self.n_fft // 2 + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MelConfig:
+    """Spectrograms, linear for the posterior encoder and mel for the loss. Hz and samples."""
+
+    n_fft: int = 2048
+    win_length: int = 2048
+    n_mels: int = 80
+    f_min: float = 0.0
+    f_max: float | None = None  # None: half of the sample rate
+
+    def __post_init__(self) -> None:
+        if not 1 < self.win_length <= self.n_fft:
+            raise ValueError(
+                f"mel.win_length is {self.win_length}; it must lie in 2 to mel.n_fft, {self.n_fft}"
+            )

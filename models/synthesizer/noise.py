@@ -1,0 +1,63 @@
+"""Where a network's random numbers come from: the caller says, not a global generator.
+
+Each example has a generator of its own, from a key. So what is drawn for a clip depends on neither
+its neighbours in the batch nor the number of processes, and a step that is done again draws the
+same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Noise(Protocol):
+    """Random numbers in the shape, dtype and device of `like` (B, ...)."""
+
+    def normal(self, like: Tensor) -> Tensor: ...
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """In [0, 1)."""
+        ...
+
+
+class KeyedNoise:
+    """Example i draws from a generator that `keys[i]` seeds, in the order of the calls."""
+
+    def __init__(self, keys: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self._generators = [torch.Generator(device).manual_seed(key) for key in keys]
+
+    def normal(self, like: Tensor) -> Tensor:
+        return self._each(torch.randn, like)
+
+    def uniform(self, like: Tensor) -> Tensor:
+        return self._each(torch.rand, like)
+
+    def _each(self, draw: object, like: Tensor) -> Tensor:
+        if len(like) != len(self._generators):
+            raise ValueError(f"{len(like)} examples, but keys for {len(self._generators)}")
+        device = self._generators[0].device
+        drawn = [
+            draw(like.shape[1:], generator=generator, device=device)
+            for generator in self._generators
+        ]
+        return torch.stack(drawn).to(like)
+
+
+class NoNoise:
+    """0 for the normal numbers and one constant for the others: what the references were made with.
+
+    uniform: a number in [0, 1).
+    """
+
+    def __init__(self, uniform: float = 0.0) -> None:
+        self._uniform = uniform
+
+    def normal(self, like: Tensor) -> Tensor:
+        return torch.zeros_like(like)
+
+    def uniform(self, like: Tensor) -> Tensor:
+        return torch.full_like(like, self._uniform)

@@ -1,0 +1,134 @@
+"""Every setting of `train`: what is built, from what data, by which steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from models.synthesizer.config import MelConfig, ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which clips make the examples, and how a clip becomes one.
+
+    encoder: whose units; None where the dataset has one encoder's.
+    split: of the dataset, as its manifest names it.
+    validation: the share of songs that is held back to validate with, whole songs always.
+    max_frames: of an example; of a longer clip a stretch is taken, another one in each epoch.
+    expand: which unit a frame takes; so-vits-svc's `unit_interpolate_mode`.
+    volume_augment: clips are made louder or softer at random, down to a tenth.
+    key_shift: semitones, the most that clips are moved up or down, formants with them.
+    """
+
+    encoder: str | None = None
+    split: str = "train"
+    validation: float = 0.02
+    batch_size: int = 6  # clips a step, of all workers together
+    max_frames: int = 790
+    min_frames: int = 30  # shorter clips are left out, and counted
+    expand: Literal["nearest", "left"] = "nearest"
+    volume_augment: bool = False
+    key_shift: float = 0.0
+    shuffle_groups: int = 16  # row groups that are mixed at a time; each worker holds them
+    loader_threads: int = 2  # of each worker
+    prefetch: int = 4  # batches
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"data.validation is {self.validation}; it must lie in 0 to 1")
+        for name in ("batch_size", "max_frames", "shuffle_groups", "loader_threads", "prefetch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be 1 or more")
+        if not 0 <= self.key_shift <= 12:
+            raise ValueError(f"data.key_shift is {self.key_shift}; it must lie in 0 to 12")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What the losses weigh, and how much of a clip the decoder makes in a step."""
+
+    mel: float = 45.0
+    kl: float = 1.0
+    segment_frames: int = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, of the synthesizer and of the discriminators alike.
+
+    decay: the learning rate after an epoch as a share of that before.
+    clip_norm: gradients longer than this are shortened to it; None: only measured.
+    accumulate: parts of a batch that are worked on one after the other, for memory.
+    ema: decay of the weights' moving average, which then is the voice; None: without.
+    freeze: regular expressions; parameters whose names one of them finds stay as they are.
+    """
+
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.8, 0.99)
+    eps: float = 1e-9
+    weight_decay: float = 0.01
+    decay: float = 0.999875
+    warmup_steps: int = 0
+    clip_norm: float | None = None
+    accumulate: int = 1
+    ema: float | None = None
+    freeze: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(
+                f"optimizer.learning_rate is {self.learning_rate}; it must be above 0"
+            )
+        if self.accumulate < 1:
+            raise ValueError(f"optimizer.accumulate is {self.accumulate}; it must be 1 or more")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"optimizer.ema is {self.ema}; it must lie between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long, how exactly, and what is kept. Only `steps`, `seed` and `precision` matter to
+    the numbers."""
+
+    steps: int = 100_000
+    seed: int = 1234
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = False  # torch.compile
+    threads: int | None = None  # of torch in each worker; None: the cores, shared out
+    log_every: int = 50
+    validate_every: int = 1000
+    save_every: int = 1000
+    keep_last: int = 3
+    keep_best: bool = True  # by the validation's mel distance
+    validation_clips: int = 4  # that are measured, drawn and made audible, always the same
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "validate_every", "save_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"run.{name} is {getattr(self, name)}; it must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Every setting of `train`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mel: MelConfig = field(default_factory=MelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.batch_size % self.optimizer.accumulate:
+            raise ValueError(
+                f"data.batch_size is {self.data.batch_size}; it must be a multiple of "
+                f"optimizer.accumulate, {self.optimizer.accumulate}"
+            )
+        if self.data.min_frames < self.loss.segment_frames:
+            raise ValueError(
+                f"data.min_frames is {self.data.min_frames}; it must be loss.segment_frames, "
+                f"{self.loss.segment_frames}, or more"
+            )
