@@ -7,7 +7,7 @@ same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -23,6 +23,8 @@ class Noise(Protocol):
         """In [0, 1)."""
         ...
 
+    def between(self, like: Tensor, low: float, high: float) -> Tensor: ...
+
 
 class KeyedNoise:
     """Example i draws from a generator that `keys[i]` seeds, in the order of the calls."""
@@ -36,7 +38,10 @@ class KeyedNoise:
     def uniform(self, like: Tensor) -> Tensor:
         return self._each(torch.rand, like)
 
-    def _each(self, draw: object, like: Tensor) -> Tensor:
+    def between(self, like: Tensor, low: float, high: float) -> Tensor:
+        return low + (high - low) * self.uniform(like)
+
+    def _each(self, draw: Callable[..., Tensor], like: Tensor) -> Tensor:
         if len(like) != len(self._generators):
             raise ValueError(f"{len(like)} examples, but keys for {len(self._generators)}")
         device = self._generators[0].device
@@ -48,10 +53,7 @@ class KeyedNoise:
 
 
 class NoNoise:
-    """0 for the normal numbers and one constant for the others: what the references were made with.
-
-    uniform: a number in [0, 1).
-    """
+    """0, one constant for `uniform`, and the middle: what the references were made with."""
 
     def __init__(self, uniform: float = 0.0) -> None:
         self._uniform = uniform
@@ -61,3 +63,6 @@ class NoNoise:
 
     def uniform(self, like: Tensor) -> Tensor:
         return torch.full_like(like, self._uniform)
+
+    def between(self, like: Tensor, low: float, high: float) -> Tensor:
+        return torch.full_like(like, (low + high) / 2)

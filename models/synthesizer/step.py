@@ -1,0 +1,202 @@
+"""One step of adversarial training: the discriminators first, then the synthesizer.
+
+Every loss is normalised by the whole global batch, so that parts of it, worked on one after the
+other or by several workers, add up to the same gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from models.synthesizer import losses
+from models.synthesizer.batch import Batch
+from models.synthesizer.config import MelConfig
+from models.synthesizer.discriminators import MultiPeriodDiscriminator
+from models.synthesizer.mel import mel_of, spectrogram
+from models.synthesizer.noise import Noise
+from models.synthesizer.segments import slice_segments
+from models.synthesizer.synthesizer import Outputs, Synthesizer
+
+LOSSES = ("disc", "gen", "fm", "mel", "kl", "lf0", "total")
+
+Reduce = Callable[[Sequence[Tensor]], None]
+"""Adds up each tensor over the workers, in place."""
+
+Features = list[list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The global batch, of which a worker sees a share."""
+
+    examples: int
+    frames: int  # of all clips, without padding
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the losses count for, and how much of a clip the decoder makes."""
+
+    mel: float = 45.0
+    kl: float = 1.0
+    segment_frames: int = 20
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A part of the batch with what the synthesizer made of it."""
+
+    outputs: Outputs
+    wav: Tensor  # (B, 1, segment) the original
+    mel: Tensor  # (B, M, segment frames) of the original
+    share: float  # of the global batch
+
+
+class GanStep:
+    """Losses, gradients and both optimizers' steps; called once for each global batch."""
+
+    def __init__(
+        self,
+        generator: Synthesizer,
+        discriminator: MultiPeriodDiscriminator,
+        optim_g: Optimizer,
+        optim_d: Optimizer,
+        mel: MelConfig,
+        weights: Weights,
+        *,
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        clip_norm: float | None = None,
+        reduce: Reduce | None = None,
+    ) -> None:
+        self.generator, self.discriminator = generator, discriminator
+        self.optim_g, self.optim_d = optim_g, optim_d
+        self.mel, self.weights = mel, weights
+        self.spec_of = self._spectrogram
+        self.clip_norm = clip_norm
+        self.reduce = reduce or (lambda tensors: None)
+        self.device = next(generator.parameters()).device
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+
+    def __call__(
+        self, parts: Sequence[Batch], totals: Totals, noise: Callable[[Batch], Noise]
+    ) -> dict[str, float]:
+        """The losses (`LOSSES`) of the global batch before its updates, and the gradients' norms.
+
+        parts: this worker's share; of several, each is synthesized twice, so that only one is in
+        memory at a time. noise: that of a part, the same each time it is asked for.
+        """
+        found = torch.zeros(len(LOSSES), device=self.device)
+        kept = self._make(parts[0], totals, noise) if len(parts) == 1 else None
+
+        for part in parts:
+            with torch.no_grad():
+                made = kept or self._make(part, totals, noise)
+            disc = self._discriminator_loss(made)
+            self.scaler.scale(disc).backward()
+            found[0] += disc.detach()
+        norm_d = self._update(self.optim_d)
+
+        for part in parts:
+            made = kept or self._make(part, totals, noise)
+            terms = self._generator_losses(made, totals)
+            total = torch.stack(terms).sum()
+            self.scaler.scale(total).backward()
+            found[1:] += torch.stack([*terms, total]).detach()
+        norm_g = self._update(self.optim_g)
+        self.scaler.update()
+
+        self.reduce([found])
+        values = torch.stack([*found, norm_d, norm_g]).tolist()  # the one wait for the device
+        return dict(zip((*LOSSES, "grad_norm_d", "grad_norm_g"), values, strict=True))
+
+    def _make(self, part: Batch, totals: Totals, noise: Callable[[Batch], Noise]) -> _Made:
+        segment, hop = self.weights.segment_frames, self.generator.config.hop_length
+        spec = self.spec_of(part)
+        with self._autocast():
+            outputs = self.generator(part, spec, noise(part), segment)
+        wav = slice_segments(part.wav.unsqueeze(1), outputs.starts * hop, segment * hop)
+        mel = mel_of(
+            slice_segments(spec, outputs.starts, segment),
+            self.mel,
+            self.generator.config.sample_rate,
+        )
+        return _Made(outputs, wav, mel, len(part) / totals.examples)
+
+    def _spectrogram(self, part: Batch) -> Tensor:
+        """(B, n_fft // 2 + 1, F), 0 in padding."""
+        return spectrogram(part.wav, self.mel, self.generator.config.hop_length, part.lengths)
+
+    def _discriminator_loss(self, made: _Made) -> Tensor:
+        both = torch.cat([made.wav, made.outputs.wav.detach().to(made.wav)])
+        with self._autocast():
+            scores, _ = self.discriminator(both)
+        real, fake = zip(*(score.float().chunk(2) for score in scores), strict=True)
+        return losses.discriminator_loss(real, fake) * made.share
+
+    def _generator_losses(self, made: _Made, totals: Totals) -> list[Tensor]:
+        """gen, fm, mel, kl, lf0: as they are summed up."""
+        out, config = made.outputs, self.generator.config
+        wav = out.wav.float()
+        with _frozen(self.discriminator), self._autocast():
+            with torch.no_grad():
+                _, real = self.discriminator(made.wav)
+            scores, fake = self.discriminator(out.wav)
+        mel = mel_of(
+            spectrogram(wav.squeeze(1), self.mel, config.hop_length), self.mel, config.sample_rate
+        )
+        mel_loss = (made.mel - mel).abs().mean() * self.weights.mel
+        lf0 = mel_loss.new_zeros(())
+        if out.lf0 is not None and out.lf0_hat is not None:
+            lf0 = nn.functional.mse_loss(out.lf0_hat.float(), out.lf0.float())
+        kl = losses.kl_loss(
+            out.z_p.float(),
+            out.logs_q.float(),
+            out.m_p.float(),
+            out.logs_p.float(),
+            out.mask,
+            total_frames=totals.frames,
+        )
+        return [
+            losses.generator_loss([score.float() for score in scores]) * made.share,
+            losses.feature_loss(real, fake) * made.share,
+            mel_loss * made.share,
+            kl * self.weights.kl,
+            lf0 * made.share,
+        ]
+
+    def _update(self, optimizer: Optimizer) -> Tensor:
+        """Adds up the gradients over the workers and takes a step; the norm of the gradients."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        self.reduce(gradients)
+        self.scaler.unscale_(optimizer)
+        norm = nn.utils.get_total_norm(gradients)
+        if self.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        self.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+
+@contextmanager
+def _frozen(network: nn.Module) -> Iterator[None]:
+    """No gradients for the network's weights in here: they would be thrown away."""
+    learning = [p for p in network.parameters() if p.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
