@@ -1,13 +1,11 @@
-"""The settings of a run: owners' dataclasses composed, YAML and key=value merged, fingerprinted."""
+"""The settings of `extract`: the owners' dataclasses composed, merged, fingerprinted."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import hashlib
 import json
-import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,11 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from pipeline.errors import UserError
+from pipeline.settings import (
+    build_settings,
+    check_settings,
+    dump_yaml,
+    flatten,
+    read_settings,
+    suggest,
+)
 from pipeline.weights import Weights, read_weights
 from stages.chain import ChainConfig
 from stages.f0 import check_networks
@@ -42,7 +44,6 @@ _NOT_IN_FINGERPRINT = {
     "xvector.checkpoint",
 }
 _NOT_OF_AN_ENCODER = {"device", "dtype", "checkpoint", "codebook"}
-_LISTS = {"f0.ensemble"}
 # Keys of f0 that mean something else to another method, or nothing.
 _OF_A_METHOD = {"voicing_threshold", "checkpoint", "ensemble", "crepe_hop_ms"}
 
@@ -138,33 +139,19 @@ def load_config(
     leaves one out.
     Raises: UserError naming the key or the line that is wrong.
     """
-    try:
-        file = {} if path is None else _checked(_read_yaml(path), str(path))
-        both = OmegaConf.merge(file, _checked(_parse_overrides(overrides), "override"))
-        given: Any = OmegaConf.to_container(both)
-        before = {} if base is None else _checked(copy.deepcopy(dict(base)), "the source")
-        name = before.get("encoder", {}).get("name")
-        if given.get("encoder", {}).get("name", name) != name:
-            before["encoder"] = {}
-        f0 = before.get("f0", {})
-        if given.get("f0", {}).get("method", f0.get("method")) != f0.get("method"):
-            before["f0"] = {key: v for key, v in f0.items() if key not in _OF_A_METHOD}
-        for name in [name for name, s in given.get("encoders", {}).items() if s is None]:
-            del given["encoders"][name]
-            before.get("encoders", {}).pop(name, None)
-        _make_paths_absolute(given)
-        merged = OmegaConf.merge(OmegaConf.structured(ExtractConfig), before, given)
-        for key, value in _flat(OmegaConf.to_container(merged)).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{key} is {value}; it must be a finite number")
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise UserError(f"{key}{str(error).splitlines()[0]}") from error
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    assert isinstance(config, ExtractConfig)
-    return config
+    given = read_settings(ExtractConfig, path, overrides)
+    before = check_settings(ExtractConfig, copy.deepcopy(dict(base or {})), "the source")
+    name = before.get("encoder", {}).get("name")
+    if given.get("encoder", {}).get("name", name) != name:
+        before["encoder"] = {}
+    f0 = before.get("f0", {})
+    if given.get("f0", {}).get("method", f0.get("method")) != f0.get("method"):
+        before["f0"] = {key: v for key, v in f0.items() if key not in _OF_A_METHOD}
+    for name in [name for name, s in given.get("encoders", {}).items() if s is None]:
+        del given["encoders"][name]
+        before.get("encoders", {}).pop(name, None)
+    _make_paths_absolute(given)
+    return build_settings(ExtractConfig, before, given)
 
 
 def _make_paths_absolute(sections: dict[str, Any]) -> None:
@@ -197,7 +184,7 @@ def check_models(
         if encoder.name not in ENCODERS:
             key = "encoder.name" if section == "encoder" else section
             raise UserError(
-                f"{key}: encoder '{encoder.name}' is unknown{_suggest(encoder.name, ENCODERS)}"
+                f"{key}: encoder '{encoder.name}' is unknown{suggest(encoder.name, ENCODERS)}"
             )
         with naming(section):
             check_encoder(encoder.name, encoder.checkpoint, **encoder.options())
@@ -286,26 +273,10 @@ def naming(section: str) -> Iterator[None]:
         raise UserError(words) from error
 
 
-def flatten(config: ExtractConfig) -> dict[str, Any]:
-    """`{"slice.threshold_db": -40.0, ..., "encoders.log-mel.device": "auto"}` for every key."""
-    return _flat(dataclasses.asdict(config))
-
-
-def _flat(sections: Any) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for section, values in sections.items():
-        for name, value in values.items():
-            if section == "encoders":
-                flat |= {f"{section}.{name}.{key}": each for key, each in value.items()}
-            else:  # a list, where there is one, as JSON gives it back
-                flat[f"{section}.{name}"] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
 def to_yaml(config: ExtractConfig) -> str:
     values = dataclasses.asdict(config)
     values["encoder"] = {"name": config.encoder.name, **values["encoder"]}
-    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    return dump_yaml(values)
 
 
 def fingerprinted(
@@ -337,110 +308,3 @@ def fingerprint(settings: dict[str, Any]) -> str:
     """SHA-256 (hex) of `fingerprinted` settings."""
     canonical = json.dumps(settings, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        loaded = OmegaConf.load(path)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no configuration file {path}") from error
-    except OSError as error:  # OmegaConf also raises it, without strerror, for a lone number
-        raise UserError(f"cannot read settings from {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    except OmegaConfBaseException as error:  # null as a key
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path} must hold `section: {{key: value}}`, not a list")
-    return dict(OmegaConf.to_container(loaded, resolve=False))  # type: ignore[arg-type]
-
-
-def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    seen: dict[str, str] = {}
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals or "." not in key:
-            raise UserError(f"'{item}' is not an override; write section.key=value")
-        if key in seen:
-            raise UserError(f"{key} is given twice: '{seen[key]}' and '{item}'")
-        seen[key] = item
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"the value of '{item}' is not valid YAML") from error
-        section, _, name = key.partition(".")
-        if section == "encoders" and "." in name:
-            name, _, setting = name.partition(".")
-            value = {setting: value}
-        values = nested.setdefault(section, {})
-        before = values.setdefault(name, value)
-        if before is not value:
-            both = isinstance(before, dict) and isinstance(value, dict)
-            if not both or before.keys() & value.keys():
-                raise UserError(f"'{item}' gives again what another setting gives")
-            before |= value
-    return nested
-
-
-def _checked(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """`values`, after refusing unknown keys (with a suggestion) and interpolations."""
-    known = _known_keys()
-    for section, entries in values.items():
-        _refuse_other_than_text(section, f"{where}: the section")
-        if section not in known:
-            raise UserError(f"{where}: unknown section '{section}'{_suggest(section, known)}")
-        if entries is None:
-            values[section] = {}
-        elif section == "encoders":
-            _check_further(entries, where)
-        else:
-            _check_keys(section, entries, known[section], where)
-    return values
-
-
-def _check_further(encoders: Any, where: str) -> None:
-    """Of the section `encoders`: settings by the name of the encoder; null leaves one out."""
-    if not isinstance(encoders, dict):
-        raise UserError(f"{where}: 'encoders' must hold `name: {{key: value}}`, not {encoders!r}")
-    keys = {field.name for field in dataclasses.fields(EncoderSettings)}
-    for name, entries in encoders.items():
-        _refuse_other_than_text(name, f"{where}: in 'encoders', the name")
-        if entries is not None:
-            _check_keys(f"encoders.{name}", entries, keys, where)
-        elif where != "override":
-            raise UserError(f"{where}: encoders.{name} is empty; write {{}} for its defaults")
-
-
-def _check_keys(section: str, entries: Any, known: Collection[str], where: str) -> None:
-    if not isinstance(entries, dict):
-        raise UserError(f"{where}: '{section}' must hold keys, not {entries!r}")
-    for name, value in entries.items():
-        _refuse_other_than_text(name, f"{where}: in '{section}', the key")
-        full = f"{section}.{name}"
-        if name not in known:
-            every = [f"{s}.{n}" for s, names in _known_keys().items() for n in names]
-            every += [f"{section}.{n}" for n in known]
-            raise UserError(f"{where}: unknown key '{full}'{_suggest(full, every)}")
-        if isinstance(value, str) and "${" in value:
-            raise UserError(f"{where}: {full} holds '${{'; interpolation is not supported")
-        if full in _LISTS and not isinstance(value, list | tuple | None):
-            raise UserError(f"{where}: {full} must be a list in brackets, [a, b], not {value!r}")
-        if value == "???":  # OmegaConf would pass over it
-            raise UserError(f"{where}: {full} is '???'; give it a value or leave it out")
-
-
-def _known_keys() -> dict[str, set[str]]:
-    return {section: set(values) for section, values in dataclasses.asdict(ExtractConfig()).items()}
-
-
-def _refuse_other_than_text(name: object, what: str) -> None:
-    if not isinstance(name, str):
-        raise UserError(f"{what} {name!r} is not text (YAML reads on, off, yes and no as booleans)")
-
-
-def _suggest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else f" (known: {', '.join(sorted(known))})"

@@ -1,0 +1,318 @@
+"""Settings in general: a frozen dataclass of sections, filled from YAML files and key=value words.
+
+A schema is a dataclass. Each of its fields is a section, itself a dataclass, or sections by name
+(`dict[str, Section]`), which words write as section.name.key=value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.errors import UserError
+
+T = TypeVar("T")
+Hints = Mapping[str, Any]
+
+_WORDS = {int: "whole numbers", float: "numbers", str: "texts"}
+
+
+def load_settings(schema: type[T], path: Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Defaults, then the YAML file at `path`, then `key=value` overrides.
+
+    Raises: UserError naming the key or the line that is wrong.
+    """
+    return build_settings(schema, read_settings(schema, path, overrides))
+
+
+def read_settings(
+    schema: type[Any], path: Path | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What the file gives, and over it what the overrides give, by section: no defaults.
+
+    An override `section.name=null` of sections by name is None.
+    Raises: UserError.
+    """
+    file = {} if path is None else check_settings(schema, _read_yaml(path), str(path))
+    words = check_settings(schema, _parse_overrides(schema, overrides), "override")
+    with _in_words():
+        both: Any = OmegaConf.to_container(OmegaConf.merge(file, words))
+    return dict(both)
+
+
+def check_settings(schema: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]:
+    """`values`, after refusing unknown keys (with a suggestion), wrong lists and interpolations.
+
+    In place: an empty section becomes {}, lists become tuples, numbers that stand for words become
+    words. where: for the message.
+    Raises: UserError.
+    """
+    known = _sections(schema)
+    for name, entries in values.items():
+        _refuse_other_than_text(name, f"{where}: the section")
+        if name not in known:
+            raise UserError(f"{where}: unknown section '{name}'{suggest(name, known)}")
+        if entries is None:
+            values[name] = {}
+        elif known[name].by_name:
+            _check_named(schema, name, entries, where)
+        else:
+            _check_keys(schema, name, entries, known[name].keys, where)
+    return values
+
+
+def build_settings(schema: type[T], *layers: Mapping[str, Any]) -> T:
+    """The defaults, and each layer of checked settings over those before it.
+
+    Raises: UserError.
+    """
+    with _in_words():
+        merged = OmegaConf.merge(OmegaConf.structured(schema), *layers)
+        values: Any = OmegaConf.to_container(merged)
+        for key, value in _flat(schema, values).items():
+            if any(
+                isinstance(number, float) and not math.isfinite(number) for number in _in(value)
+            ):
+                raise UserError(f"{key} is {value}; it must be a finite number")
+        settings: T = _build(schema, values)
+    return settings
+
+
+def flatten(settings: Any) -> dict[str, Any]:
+    """`{"slice.threshold_db": -40.0, ..., "encoders.log-mel.device": "auto"}` for every key.
+
+    Tuples as lists, as JSON gives them back.
+    """
+    return _flat(type(settings), dataclasses.asdict(settings))
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """Sections as a YAML file, which `load_settings` reads back; a list is one line."""
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
+def suggest(word: str, known: Iterable[object]) -> str:
+    """Words after an unknown one: the nearest known, or all of them."""
+    names = sorted(str(each) for each in known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else f" (known: {', '.join(names)})"
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Tuples in brackets on one line."""
+
+
+_Dumper.add_representer(
+    tuple,
+    lambda dumper, value: dumper.represent_sequence(
+        "tag:yaml.org,2002:seq", value, flow_style=True
+    ),
+)
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Faults of OmegaConf, and values that a schema refuses, as UserError."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise UserError(f"{key}{str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class _Section:
+    keys: Hints  # of the section, or of each of those by name
+    by_name: bool
+
+
+def _sections(schema: type[Any]) -> dict[str, _Section]:
+    found = {}
+    for name, hint in get_type_hints(schema).items():
+        by_name = get_origin(hint) is dict
+        section = get_args(hint)[1] if by_name else hint
+        found[name] = _Section(get_type_hints(section), by_name)
+    return found
+
+
+def _build(kind: type[T], values: Mapping[str, Any]) -> T:
+    """`kind` of plain values. OmegaConf's own leaves lists inside of tuples."""
+    hints = get_type_hints(kind)
+    return kind(**{name: _as(hints[name], value) for name, value in values.items()})
+
+
+def _as(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value)  # type: ignore[arg-type]
+    if isinstance(value, dict):
+        return {name: _build(get_args(hint)[1], each) for name, each in value.items()}
+    return _tuples(value)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _lists(value: Any) -> Any:
+    return list(map(_lists, value)) if isinstance(value, list | tuple) else value
+
+
+def _in(value: Any) -> Iterator[Any]:
+    """The value, or those in it where it is a list."""
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from _in(each)
+    else:
+        yield value
+
+
+def _flat(schema: type[Any], sections: Mapping[str, Any]) -> dict[str, Any]:
+    known = _sections(schema)
+    flat: dict[str, Any] = {}
+    for section, values in sections.items():
+        for name, value in values.items():
+            if known[section].by_name:
+                flat |= {f"{section}.{name}.{key}": _lists(each) for key, each in value.items()}
+            else:
+                flat[f"{section}.{name}"] = _lists(value)
+    return flat
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no configuration file {path}") from error
+    except OSError as error:  # OmegaConf also raises it, without strerror, for a lone number
+        raise UserError(f"cannot read settings from {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except OmegaConfBaseException as error:  # null as a key
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path} must hold `section: {{key: value}}`, not a list")
+    return dict(OmegaConf.to_container(loaded, resolve=False))  # type: ignore[arg-type]
+
+
+def _parse_overrides(schema: type[Any], overrides: Sequence[str]) -> dict[str, Any]:
+    by_name = {name for name, section in _sections(schema).items() if section.by_name}
+    nested: dict[str, Any] = {}
+    seen: dict[str, str] = {}
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or "." not in key:
+            raise UserError(f"'{item}' is not an override; write section.key=value")
+        if key in seen:
+            raise UserError(f"{key} is given twice: '{seen[key]}' and '{item}'")
+        seen[key] = item
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"the value of '{item}' is not valid YAML") from error
+        section, _, name = key.partition(".")
+        if section in by_name and "." in name:
+            name, _, setting = name.partition(".")
+            value = {setting: value}
+        values = nested.setdefault(section, {})
+        before = values.setdefault(name, value)
+        if before is not value:
+            both = isinstance(before, dict) and isinstance(value, dict)
+            if not both or before.keys() & value.keys():
+                raise UserError(f"'{item}' gives again what another setting gives")
+            before |= value
+    return nested
+
+
+def _check_named(schema: type[Any], section: str, named: Any, where: str) -> None:
+    """Of sections by name: settings by the name; an override of null leaves one out."""
+    if not isinstance(named, dict):
+        raise UserError(f"{where}: '{section}' must hold `name: {{key: value}}`, not {named!r}")
+    for name, entries in named.items():
+        _refuse_other_than_text(name, f"{where}: in '{section}', the name")
+        if entries is not None:
+            keys = _sections(schema)[section].keys
+            _check_keys(schema, f"{section}.{name}", entries, keys, where)
+        elif where != "override":
+            raise UserError(f"{where}: {section}.{name} is empty; write {{}} for its defaults")
+
+
+def _check_keys(schema: type[Any], section: str, entries: Any, known: Hints, where: str) -> None:
+    if not isinstance(entries, dict):
+        raise UserError(f"{where}: '{section}' must hold keys, not {entries!r}")
+    for name, value in entries.items():
+        _refuse_other_than_text(name, f"{where}: in '{section}', the key")
+        full = f"{section}.{name}"
+        if name not in known:
+            every = [f"{s}.{n}" for s, at in _sections(schema).items() for n in _own_keys(at)]
+            every += [f"{section}.{n}" for n in known]
+            raise UserError(f"{where}: unknown key '{full}'{suggest(full, every)}")
+        if any(isinstance(each, str) and "${" in each for each in _in(value)):
+            raise UserError(f"{where}: {full} holds '${{'; interpolation is not supported")
+        if any(each == "???" for each in _in(value)):  # OmegaConf would pass over it
+            raise UserError(f"{where}: {full} is '???'; give it a value or leave it out")
+        entries[name] = _of_kind(known[name], value, f"{where}: {full}")
+
+
+def _own_keys(section: _Section) -> Iterable[str]:
+    return () if section.by_name else section.keys
+
+
+def _of_kind(hint: Any, value: Any, what: str) -> Any:
+    """`value` as `hint` wants it, as far as OmegaConf has no words for it."""
+    options = [hint]
+    if get_origin(hint) in (Union, types.UnionType):
+        options = list(get_args(hint))
+        if value is None and type(None) in options:
+            return None
+    for option in options:
+        if get_origin(option) is tuple:
+            return _tuple_of(option, value, what)
+        if get_origin(option) is Literal and type(value) is int and str(value) in get_args(option):
+            return str(value)
+    return value
+
+
+def _tuple_of(hint: Any, value: Any, what: str) -> tuple[Any, ...]:
+    """Raises UserError unless `value` is a list of what `hint`, a tuple's, holds."""
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{what} must be a list in brackets, [a, b], not {value!r}")
+    kinds = get_args(hint)
+    if kinds[-1] is ...:
+        kinds = (kinds[0],) * len(value)
+    elif len(kinds) != len(value):
+        raise UserError(f"{what} must hold {len(kinds)} {_WORDS[kinds[0]]}, not {len(value)}")
+    return tuple(_member(kind, each, what) for kind, each in zip(kinds, value, strict=True))
+
+
+def _member(kind: Any, value: Any, what: str) -> Any:
+    if get_origin(kind) is tuple:
+        return _tuple_of(kind, value, f"{what}, each entry,")
+    if kind is float and isinstance(value, str):  # YAML reads 1e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    accepted = (int, float) if kind is float else (kind,)
+    if type(value) not in accepted:
+        raise UserError(f"{what} must hold {_WORDS[kind]}, not {value!r}")
+    return kind(value)
+
+
+def _refuse_other_than_text(name: object, what: str) -> None:
+    if not isinstance(name, str):
+        raise UserError(f"{what} {name!r} is not text (YAML reads on, off, yes and no as booleans)")
