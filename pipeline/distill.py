@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,10 +38,11 @@ from models.encoders.layouts.names import OURS
 from models.encoders.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from pipeline.bar import show_bar
 from pipeline.errors import UserError
-from pipeline.extract import lock
+from pipeline.lock import lock
 from pipeline.outputs import choose_device, require_safetensors
 from pipeline.reextract import read_source
 from pipeline.shards import Footer, iter_shards, read_dataset_info, read_footers
+from pipeline.step_log import StepLog, differences
 from stages.flac import decode_flac
 from stages.pcm import dequantise
 from stages.resample import resample
@@ -207,7 +207,7 @@ def _train(
     with (
         show_bar(console, title, stop - begin, done=reached - begin) as advance,
         ThreadPoolExecutor(1) as reader,
-        run.log_from(reached) as log,
+        run.log.open_from(reached) as log,
     ):
         ahead = reader.submit(clips.batch, reached)
         for step in range(reached, stop):
@@ -332,7 +332,7 @@ class _Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._settings = folder / "settings.json"
-        self._log = folder / "log.jsonl"
+        self.log = StepLog(folder / "log.jsonl")
         self._state = folder / "state.safetensors"
         self._pruned = folder / "pruned.safetensors"
 
@@ -347,15 +347,10 @@ class _Run:
             raise UserError(f"{self.folder} is a file where the run's folder should be") from error
         if not self._state.exists():
             self._settings.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            self._log.unlink(missing_ok=True)
+            self.log.path.unlink(missing_ok=True)
             return "prune", 0
         before = json.loads(self._settings.read_text(encoding="utf-8"))
-        settings = json.loads(json.dumps(settings))
-        differing = [
-            f"{key} was {before.get(key)} and is {settings.get(key)}"
-            for key in sorted(before.keys() | settings.keys())
-            if before.get(key) != settings.get(key)
-        ]
+        differing = differences(before, settings)
         if differing:
             raise UserError(
                 f"{self.folder} holds a run begun with other settings ({'; '.join(differing)}); "
@@ -378,25 +373,8 @@ class _Run:
     def pruned(self) -> Wav2Vec2:
         return _load(*read_checkpoint(self._pruned).take())
 
-    @contextmanager
-    def log_from(self, step: int) -> Iterator[Any]:
-        """The log, open for more, without lines of steps that will be done again."""
-        lines = [line for line in self._lines() if json.loads(line)["step"] < step]
-        shorter = self._log.with_suffix(".tmp")  # a kill leaves the one or the other, never neither
-        shorter.write_text("".join(lines), encoding="utf-8")
-        os.replace(shorter, self._log)
-        with self._log.open("a", encoding="utf-8") as file:
-            yield file
-
     def losses(self) -> list[float]:
-        return [float(json.loads(line)["loss"]) for line in self._lines()]
-
-    def _lines(self) -> list[str]:
-        """Whole ones: a kill may have cut the last."""
-        if not self._log.exists():
-            return []
-        lines = self._log.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("}\n")]
+        return [float(line["loss"]) for line in self.log.lines()]
 
     def end(self) -> None:
         """The student is written: only what a person may want to look at stays."""

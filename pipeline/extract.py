@@ -6,16 +6,13 @@ lock -> same settings? -> list -> plan -> what is missing -> run -> balance
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
 import os
 import shutil
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +32,7 @@ from pipeline.corpus import Corpus, Source, list_corpus
 from pipeline.errors import UserError
 from pipeline.job import Job, TakenOver
 from pipeline.ledger import Account, take_account
+from pipeline.lock import lock
 from pipeline.plan import (
     PlannedSong,
     Task,
@@ -59,8 +57,6 @@ from pipeline.shards import (
 )
 from pipeline.weights import Weights, read_weights
 from stages.errors import BadInput
-
-_LOCK_WAIT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -255,36 +251,6 @@ def _read_back(dataset: Path, tasks: dict[int, Task]) -> tuple[Account, list[dic
     account = take_account(list(tasks.values()), footers)
     account.problems += unreadable
     return account, environments
-
-
-@contextmanager
-def lock(dataset: Path) -> Iterator[None]:
-    """Hold DATASET/.lock. A run that died held no lock: the system releases it.
-
-    Raises: UserError when another run has it for some seconds.
-    """
-    try:
-        dataset.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise UserError(f"{dataset} is a file; name a folder for the dataset") from error
-    with (dataset / ".lock").open("a+") as file:
-        deadline = time.monotonic() + _LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    file.seek(0)
-                    who = file.read().strip() or "another process"
-                    raise UserError(
-                        f"{dataset} is in use by {who}; wait for it to end or stop it"
-                    ) from error
-                time.sleep(0.2)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
-        yield
 
 
 def _remove_dataset(dataset: Path) -> None:

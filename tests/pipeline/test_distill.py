@@ -22,7 +22,7 @@ from models.encoders import load_encoder
 from models.encoders.distill import DistillConfig
 from pipeline.distill import Clips, DistillOptions, DistillOutcome, distill
 from pipeline.errors import UserError
-from pipeline.extract import lock
+from pipeline.lock import lock
 from tests.conftest import ROOT
 
 TRAINING = DistillConfig(
