@@ -1,0 +1,1 @@
+"""The text-conditioned synthesizer: phonemes in the place of content units."""

@@ -1,0 +1,69 @@
+"""What the text-conditioned synthesizer is built of. The defaults are Bert-VITS2's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from models.synthesizer.config import ModelConfig
+
+SPEAKER_LAYER = 2  # where in a transformer the speaker comes in; the first layer is 0
+_NOT_HERE = ("share_flow", "depthwise_conv", "predict_f0", "volume_embedding")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSynthesizerConfig(ModelConfig):
+    """The networks, with what the data dictate: enough to build them.
+
+    Of ModelConfig, `share_flow`, `depthwise_conv`, `predict_f0` and `volume_embedding` are no
+    options here.
+    """
+
+    n_speakers: int  # 2 or more; 0: the voice is heard from the spectrogram
+    n_fft: int = 2048
+    n_symbols: int = 112
+    n_tones: int = 11
+    n_languages: int = 3
+    bert_channels: int = 1024  # of the Chinese language model
+    ja_bert_channels: int = 768  # of the Japanese one
+    decoder: Literal["hifigan"] = "hifigan"
+    upsample_kernel_sizes: tuple[int, ...] = (16, 16, 8, 2, 2)
+    gin_channels: int = 256
+    flow: Literal["residual", "transformer"] = "transformer"
+    predict_f0: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in _NOT_HERE:
+            if getattr(self, name):
+                raise ValueError(
+                    f"model.{name} is no option of the text-conditioned synthesizer: leave it false"
+                )
+        if self.decoder != "hifigan":
+            raise ValueError(
+                f"model.decoder is {self.decoder}; without f0 there is no sine source: the "
+                "text-conditioned synthesizer has hifigan alone"
+            )
+        if self.n_speakers < 0 or self.n_speakers == 1:
+            raise ValueError(
+                f"model.n_speakers is {self.n_speakers}; it must be 2 or more, or 0 for a voice "
+                "that is heard from the spectrogram"
+            )
+        if self.gin_channels < 1:
+            raise ValueError(
+                f"model.gin_channels is {self.gin_channels}; the text-conditioned synthesizer "
+                "needs a speaker embedding, of 1 channel or more"
+            )
+        layers = {"n_layers": self.n_layers}
+        if self.flow == "transformer":
+            layers["n_flow_layers"] = self.n_flow_layers
+        for name, count in layers.items():
+            if count <= SPEAKER_LAYER:
+                raise ValueError(
+                    f"model.{name} is {count}; the speaker comes in before layer "
+                    f"{SPEAKER_LAYER + 1}, so it must be {SPEAKER_LAYER + 1} or more"
+                )
+
+    @property
+    def spec_channels(self) -> int:
+        return self.n_fft // 2 + 1
