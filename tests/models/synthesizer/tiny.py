@@ -29,6 +29,7 @@ VARIANTS = (
 def config_of(reference: dict[str, np.ndarray]) -> SynthesizerConfig:
     """The configuration that the arrays of svc_tiny_* and svc_train3_* were made with."""
     peer = json.loads(str(reference["config_json"]))
+    transformer = peer["use_transformer_flow"]
     return SynthesizerConfig(
         units_dim=peer["ssl_dim"],
         n_speakers=peer["n_speakers"],
@@ -49,9 +50,9 @@ def config_of(reference: dict[str, np.ndarray]) -> SynthesizerConfig:
         upsample_initial_channel=peer["upsample_initial_channel"],
         upsample_kernel_sizes=tuple(peer["upsample_kernel_sizes"]),
         gin_channels=peer["gin_channels"],
-        flow="transformer" if peer["use_transformer_flow"] else "residual",
-        n_flows=peer["n_flow_layer"],
-        n_flow_layers=peer["n_layers_trans_flow"],
+        flow="transformer" if transformer else "residual",
+        n_flows=peer["n_flow_layer"] if transformer else 4,
+        n_flow_layers=peer["n_layers_trans_flow" if transformer else "n_flow_layer"],
         share_flow=peer["flow_share_parameter"],
         depthwise_conv=peer["use_depthwise_conv"],
         predict_f0=peer["use_automatic_f0_prediction"],
