@@ -30,7 +30,7 @@ class ModelConfig:
     upsample_kernel_sizes: tuple[int, ...] = (16, 16, 4, 4, 4)
     gin_channels: int = 768  # of the speaker embedding
     flow: Literal["residual", "transformer"] = "residual"
-    n_flows: int = 4  # residual ones are always 4 in so-vits-svc, where n_flow_layer is the next line
+    n_flows: int = 4  # so-vits-svc has always 4 residual ones, of n_flow_layer layers each
     n_flow_layers: int = 4  # of the network in each flow; so-vits-svc's transformers have 3
     share_flow: bool = False  # one network for all flows
     depthwise_conv: bool = False  # depthwise-separable convolutions in WN
