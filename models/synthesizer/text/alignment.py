@@ -44,18 +44,29 @@ def monotonic_path(score: Tensor, symbols: Tensor, frames: Tensor) -> Tensor:
     score: (B, F, N), any device; the search is on the CPU, in float32. symbols, frames: (B,) how
     many of N and F are real.
 
-    Raises ValueError where there are fewer frames than symbols.
+    Raises ValueError where there are fewer frames than symbols, or no symbols, or either is more
+    than the score has.
     """
-    n, f = symbols.cpu(), frames.cpu()
-    if (n > f).any():
-        which = int((n > f).nonzero()[0])
-        raise ValueError(
-            f"{int(n[which])} symbols do not fit into {int(f[which])} frames: each takes one at "
-            "least; leave such a clip out"
-        )
+    _check(score, symbols.tolist(), frames.tolist())
     values = score.detach().to("cpu", torch.float32).contiguous().numpy()
-    found = torch.from_numpy(_search(values, n.numpy(), f.numpy())).to(score.device)
+    counts = (count.to("cpu", torch.int64).numpy() for count in (symbols, frames))
+    found = torch.from_numpy(_search(values, *counts)).to(score.device)
     return (found.unsqueeze(-1) == torch.arange(score.shape[2], device=score.device)).to(score)
+
+
+def _check(score: Tensor, symbols: list[int], frames: list[int]) -> None:
+    _, most_frames, most_symbols = score.shape
+    for n, f in zip(symbols, frames, strict=True):
+        if n > f:
+            raise ValueError(
+                f"{n} symbols do not fit into {f} frames: each takes one at least; leave such a "
+                "clip out"
+            )
+        if not 1 <= n <= most_symbols or f > most_frames:
+            raise ValueError(
+                f"{n} symbols and {f} frames, but scores for 1 to {most_symbols} symbols and "
+                f"{most_frames} frames"
+            )
 
 
 @numba.njit(nogil=True)

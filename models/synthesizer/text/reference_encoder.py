@@ -6,6 +6,8 @@ with Tacotron" (2018), section 3.2; as in Bert-VITS2 (commit 61130ac).
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,7 +28,7 @@ class ReferenceEncoder(nn.Module):
         channels = (1, *_FILTERS)
         self.convs = nn.ModuleList(
             Conv2d(given, made, kernel_size=3, stride=2, padding=1)
-            for given, made in zip(channels[:-1], channels[1:], strict=True)
+            for given, made in pairwise(channels)
         )
         bands = spec_channels
         for _ in self.convs:
