@@ -1,0 +1,53 @@
+"""Settings out of JSON, held against the types of dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal
+
+
+def typed(kind: Any, value: Any, where: str) -> Any:
+    """`value`, as JSON has it, as a `kind`: a dataclass, tuple, Literal, number, string or None.
+
+    Raises ValueError that names the field: `where` and the way into it.
+    """
+    if dataclasses.is_dataclass(kind):
+        return _typed_fields(kind, value, where)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        inner = next(a for a in arguments if a is not type(None))
+        return None if value is None else typed(inner, value, where)
+    if origin is Literal:
+        if value in arguments and type(value) in map(type, arguments):
+            return value
+        choices = ", ".join(map(str, arguments))
+        raise ValueError(f"{where} is {value!r}; there are {choices}")
+    if origin is tuple and isinstance(value, list):
+        return tuple(typed(arguments[0], one, f"{where}[{i}]") for i, one in enumerate(value))
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{where} is {value!r}, which is no {_words(kind)}")
+    return value
+
+
+def _typed_fields(kind: type, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {value!r}, which is no object with fields")
+    within = f"{where}." if where else ""
+    names = [field.name for field in dataclasses.fields(kind)]
+    missing = [within + name for name in names if name not in value]
+    unknown = [within + name for name in value if name not in names]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)} {'is' if len(unknown) == 1 else 'are'} unknown")
+    hints = typing.get_type_hints(kind)
+    return kind(**{name: typed(hints[name], value[name], within + name) for name in names})
+
+
+def _words(kind: Any) -> str:
+    names = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+    return names.get(kind, "list")
