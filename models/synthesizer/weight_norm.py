@@ -1,0 +1,135 @@
+"""Weight-normalised convolutions: a direction `weight_v` and a length `weight_g` for each output.
+
+The names, and their order after the bias, are those of torch's first `weight_norm`, in which the
+published voices are stored.
+
+Source: Salimans and Kingma, "Weight Normalization" (2016).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Conv1d(nn.Conv1d):
+    """nn.Conv1d, weight-normalised over each output channel."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _split_weight(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, _weight(self), self.bias)
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d, weight-normalised over each output channel."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _split_weight(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, _weight(self), self.bias)
+
+
+class ConvTranspose1d(nn.ConvTranspose1d):
+    """nn.ConvTranspose1d, weight-normalised over each input channel, as HiFi-GAN has it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _split_weight(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose1d(
+            x,
+            _weight(self),
+            self.bias,
+            self.stride,
+            self.padding,
+            self.output_padding,
+            self.groups,
+            self.dilation,
+        )
+
+
+class SeparableConv1d(nn.Module):
+    """A convolution of each channel alone, then one across channels of width 1."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        bias: bool = True,
+        weight_norm: bool = True,
+        **geometry: int,  # stride, padding, dilation
+    ) -> None:
+        super().__init__()
+        conv = Conv1d if weight_norm else nn.Conv1d
+        self.depth_conv = conv(
+            in_channels, in_channels, kernel_size, groups=in_channels, bias=bias, **geometry
+        )
+        self.point_conv = conv(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.point_conv(self.depth_conv(x))
+
+
+class SeparableConvTranspose1d(nn.Module):
+    """A transposed convolution of each channel alone, then one across channels of width 1."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        bias: bool = True,
+        weight_norm: bool = True,
+        **geometry: int,  # stride, padding, output_padding, dilation
+    ) -> None:
+        super().__init__()
+        up, point = (ConvTranspose1d, Conv1d) if weight_norm else (nn.ConvTranspose1d, nn.Conv1d)
+        self.depth_conv = up(
+            in_channels, in_channels, kernel_size, groups=in_channels, bias=bias, **geometry
+        )
+        self.point_conv = point(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.point_conv(self.depth_conv(x))
+
+
+_PLAIN = {Conv1d: nn.Conv1d, Conv2d: nn.Conv2d, ConvTranspose1d: nn.ConvTranspose1d}
+
+
+def fold_weight_norm(module: nn.Module) -> nn.Module:
+    """The module, with every convolution in it made a plain one of the same weight, in place.
+
+    For inference, where the weight is then not worked out at each call. The state dict has `weight`
+    in place of `weight_g` and `weight_v`.
+    """
+    for part in module.modules():
+        if type(part) in _PLAIN:
+            weight = nn.Parameter(_weight(part).detach())
+            del part.weight_g, part.weight_v
+            part.register_parameter("weight", weight)
+            part.__class__ = _PLAIN[type(part)]
+    return module
+
+
+def _split_weight(conv: nn.Module) -> None:
+    weight = conv.weight
+    del conv.weight
+    length = torch.linalg.vector_norm(weight.detach().flatten(1), dim=1)
+    conv.weight_g = nn.Parameter(length.view(-1, *[1] * (weight.dim() - 1)))
+    conv.weight_v = weight
+
+
+def _weight(conv: nn.Module) -> Tensor:
+    return torch._weight_norm(conv.weight_v, conv.weight_g, 0)
