@@ -236,7 +236,13 @@ def commit_file(dataset: Path, relative: str, write: Callable[[BinaryIO], Any]) 
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    descriptor = os.open(final.parent, os.O_RDONLY)
+    sync_folder(final.parent)
+    return final
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in `folder` on the disk. Raises OSError of the storage."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -244,7 +250,6 @@ def commit_file(dataset: Path, relative: str, write: Callable[[BinaryIO], Any]) 
             raise
     finally:
         os.close(descriptor)
-    return final
 
 
 def write_dataset_info(dataset: Path, info: dict[str, Any]) -> None:
