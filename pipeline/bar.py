@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -19,14 +20,17 @@ from rich.progress import (
 _LOG_EVERY_S = 30.0
 
 
+class Advance(Protocol):
+    """Is told how many steps were done since the last call, and what to say beside the title."""
+
+    def __call__(self, steps: int, note: str = "") -> None: ...
+
+
 @contextmanager
 def show_bar(
     console: Console, title: str, total: int | None, done: int = 0, in_bytes: bool = False
-) -> Iterator[Callable[[int], None]]:
-    """Gives a function that is told how many steps were done since the last call.
-
-    total: steps, None where nobody knows. done: those before the start.
-    """
+) -> Iterator[Advance]:
+    """total: steps, None where nobody knows. done: those before the start."""
     if not console.is_terminal:
         yield _lines(console, title, total, done)
         return
@@ -34,18 +38,23 @@ def show_bar(
     columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         row = progress.add_task(title, total=total, completed=done)
-        yield lambda steps: progress.update(row, advance=steps)
+
+        def advance(steps: int, note: str = "") -> None:
+            progress.update(row, advance=steps, description=f"{title} {note}".strip())
+
+        yield advance
 
 
-def _lines(console: Console, title: str, total: int | None, done: int) -> Callable[[int], None]:
+def _lines(console: Console, title: str, total: int | None, done: int) -> Advance:
     due = time.monotonic() + _LOG_EVERY_S
 
-    def advance(steps: int) -> None:
+    def advance(steps: int, note: str = "") -> None:
         nonlocal done, due
         done += steps
         if time.monotonic() >= due:
             due = time.monotonic() + _LOG_EVERY_S
             share = f"{done / total:.0%}" if total else f"{done}"
-            console.print(f"{title}: {share}", highlight=False, markup=False)
+            words = f"{title}: {share} {note}".strip()
+            console.print(words, highlight=False, markup=False)
 
     return advance

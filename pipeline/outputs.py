@@ -7,15 +7,15 @@ from pathlib import Path
 from pipeline.errors import UserError
 
 
-def choose_device(choice: str) -> str:
-    """ "cpu" or "cuda" for --device auto, cpu or cuda. Raises UserError."""
+def choose_device(choice: str, option: str = "--device") -> str:
+    """ "cpu" or "cuda" for `option` auto, cpu or cuda. Raises UserError."""
     import torch
 
     if choice not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device is '{choice}'; it is auto, cpu or cuda")
+        raise UserError(f"{option} is '{choice}'; it is auto, cpu or cuda")
     there = torch.cuda.is_available()
     if choice == "cuda" and not there:
-        raise UserError("--device is cuda, but torch finds no CUDA device; use auto or cpu")
+        raise UserError(f"{option} is cuda, but torch finds no CUDA device; use auto or cpu")
     return "cuda" if there and choice != "cpu" else "cpu"
 
 
