@@ -1,0 +1,79 @@
+"""What training makes small: least-squares adversarial losses, feature matching, and the KL term.
+
+Of a global batch that is worked on in parts, each part's loss is its contribution: they add up to
+the loss of the whole. `share` is the part's examples over those of the global batch.
+
+Sources: Mao et al., "Least Squares Generative Adversarial Networks" (2017); Kim et al.,
+"Conditional Variational Autoencoder with Adversarial Learning" (2021), VITS.
+B batch, C channels, F frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Features = Sequence[Sequence[Tensor]]
+"""Of each discriminator, what its layers make of a batch."""
+
+
+def discriminator_loss(
+    real: Sequence[Tensor], fake: Sequence[Tensor], share: float = 1.0
+) -> Tensor:
+    """Scores (B, N) of each discriminator: those of originals should be 1, the others 0."""
+    terms = [
+        (1 - _wide(r)).square().mean() + _wide(f).square().mean()
+        for r, f in zip(real, fake, strict=True)
+    ]
+    return torch.stack(terms).sum() * share
+
+
+def generator_loss(fake: Sequence[Tensor], share: float = 1.0) -> Tensor:
+    """Scores (B, N) that each discriminator gives what the generator made: they should be 1."""
+    return torch.stack([(1 - _wide(score)).square().mean() for score in fake]).sum() * share
+
+
+def feature_loss(real: Features, fake: Features, share: float = 1.0) -> Tensor:
+    """Twice the mean distance of each layer's features (B, ...), summed up over the layers.
+
+    No gradient flows to `real`.
+    """
+    terms = [
+        (_wide(r.detach()) - _wide(f)).abs().mean()
+        for originals, others in zip(real, fake, strict=True)
+        for r, f in zip(originals, others, strict=True)
+    ]
+    return 2 * torch.stack(terms).sum() * share
+
+
+def kl_loss(
+    z_p: Tensor,
+    logs_q: Tensor,
+    m_p: Tensor,
+    logs_p: Tensor,
+    mask: Tensor,
+    total_frames: float | None = None,
+) -> Tensor:
+    """How far the posterior is from the prior, at the z that was drawn (VITS, equation 4).
+
+    z_p: (B, C, F) the posterior's z, flown to the prior. logs_q: (B, C, F) log deviations of the
+    posterior; m_p, logs_p: of the prior. mask: (B, 1, F), 1 in frames and 0 in padding.
+    total_frames: of the global batch, without padding; None: those of `mask`.
+
+    Summed up over channels, averaged over frames.
+    """
+    terms = logs_p - logs_q - 0.5 + 0.5 * (z_p - m_p).square() * torch.exp(-2 * logs_p)
+    return (terms * mask).sum() / (mask.sum() if total_frames is None else total_frames)
+
+
+def kl_divergence(m_p: Tensor, logs_p: Tensor, m_q: Tensor, logs_q: Tensor) -> Tensor:
+    """KL(P || Q) of normal distributions, for each number; means and log deviations, any shape."""
+    variance = torch.exp(2 * logs_p) + (m_p - m_q).square()
+    return logs_q - logs_p - 0.5 + 0.5 * variance * torch.exp(-2 * logs_q)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 where it was narrower: sums of squares outgrow half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
