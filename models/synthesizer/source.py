@@ -1,0 +1,69 @@
+"""The sine source of a neural source-filter vocoder: harmonics of f0, mixed into one excitation.
+
+Source: Wang et al., "Neural Source-Filter Waveform Models for Statistical Parametric Speech
+Synthesis" (2019), as so-vits-svc has it (commit 730930d).
+
+B batch, N harmonics, F frames, T samples.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from models.synthesizer.noise import Noise
+
+HARMONICS = 9  # f0 and its overtones
+_AMPLITUDE = 0.1
+_VOICED_NOISE = 0.003  # standard deviation beside the sines
+_UNVOICED_NOISE = _AMPLITUDE / 3  # in their place
+
+
+class SineSource(nn.Module):
+    """f0 of each frame to an excitation of `hop_length` samples for each.
+
+    sample_rate: how many samples are taken for a second.
+    """
+
+    def __init__(self, sample_rate: int, hop_length: int) -> None:
+        super().__init__()
+        self.sample_rate, self.hop_length = sample_rate, hop_length
+        self.l_linear = nn.Linear(HARMONICS, 1)
+
+    def forward(self, f0: Tensor, noise: Noise) -> Tensor:
+        """(B, 1, T) within (-1, 1); f0 is (B, F) in Hz, 0 where unvoiced."""
+        mixed = self.l_linear.weight @ self.waves(f0, noise)
+        return torch.tanh(mixed + self.l_linear.bias)
+
+    @torch.no_grad()
+    def waves(self, f0: Tensor, noise: Noise) -> Tensor:
+        """(B, N, T): sines with a little noise where voiced, noise alone elsewhere.
+
+        f0 itself begins at phase 0, its overtones wherever chance has them.
+        """
+        chance = noise.uniform(f0.new_empty(len(f0), HARMONICS - 1))
+        initial = torch.cat([torch.zeros_like(chance[:, :1]), chance], dim=1)  # (B, N) cycles
+        waves = sines(f0, self.sample_rate, self.hop_length, initial)
+        voiced = (f0 > 0).repeat_interleave(self.hop_length, dim=1).unsqueeze(1)  # (B, 1, T)
+        deviation = torch.where(voiced, _VOICED_NOISE, _UNVOICED_NOISE).to(waves)
+        return _AMPLITUDE * waves * voiced + deviation * noise.normal(waves)
+
+
+def sines(f0: Tensor, sample_rate: int, hop_length: int, initial: Tensor) -> Tensor:
+    """sin of the phase (B, N, T) of f0 (B, F) in Hz and its multiples, steady within a frame.
+
+    initial: (B, N) phases before the first sample, in cycles.
+
+    A sample advances the phase by n * f0 / sample_rate, in f0's precision. Phases are summed up in
+    float64, over frames instead of samples: they are exact however long the clip is.
+    """
+    numbers = torch.arange(1, initial.shape[1] + 1, dtype=f0.dtype, device=f0.device)
+    step = (f0.unsqueeze(1) * numbers[:, None] / sample_rate % 1).double()  # (B, N, F) cycles
+    ends = step.cumsum(-1) * hop_length + initial.unsqueeze(-1)
+    begins = ends - step * hop_length
+    sample = torch.arange(1, hop_length + 1, dtype=torch.float64, device=f0.device)
+    cycles = begins.unsqueeze(-1) + step.unsqueeze(-1) * sample  # (B, N, F, hop_length)
+    within = (cycles - cycles.round()).to(f0.dtype)
+    return torch.sin(2 * math.pi * within).flatten(2)
