@@ -1,0 +1,81 @@
+"""The snake activation, computed at twice the rate so that what it bends does not alias.
+
+Sources: Ziyin et al., "Neural Networks Fail to Learn Periodic Functions and How to Fix It" (2020);
+Lee et al., "BigVGAN" (2023).
+
+B batch, C channels, T samples.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_TAPS = 12  # of the low-pass filters, up and down
+_REACH = _TAPS // 2 - 1  # samples of the lower rate beyond either end that the filters see
+_KAISER_BETA = 4.663800127934911  # for 51 dB, by Kaiser's formula: a transition of 0.6 of the band
+
+
+class Snake(nn.Module):
+    """x + sin^2(a x) / b at twice the rate, with a and b of each channel; (B, C, T) to the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.act = _Sine(channels)
+        self.upsample = _Filter()
+        self.downsample = _Down()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._down(self.act(self._up(x)))
+
+    def _up(self, x: Tensor) -> Tensor:
+        """(B, C, 2T)."""
+        channels, around = x.shape[1], 3 * _REACH  # what the padding adds to either end
+        x = F.pad(x, (_REACH, _REACH), mode="replicate")
+        taps = 2 * self.upsample.filter.expand(channels, -1, -1)
+        return F.conv_transpose1d(x, taps, stride=2, groups=channels)[..., around:-around]
+
+    def _down(self, x: Tensor) -> Tensor:
+        """(B, C, T) of (B, C, 2T)."""
+        channels = x.shape[1]
+        x = F.pad(x, (_REACH, _REACH + 1), mode="replicate")
+        taps = self.downsample.lowpass.filter.expand(channels, -1, -1)
+        return F.conv1d(x, taps, stride=2, groups=channels)
+
+
+class _Sine(nn.Module):
+    """alpha and beta are the logarithms of a and b."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.alpha.exp().unsqueeze(1), self.beta.exp().unsqueeze(1)  # (C, 1)
+        return x + torch.sin(x * a).square() / (b + 1e-9)
+
+
+class _Filter(nn.Module):
+    """Holds a low-pass filter at half of the band, under the name that checkpoints give it."""
+
+    filter: Tensor  # (1, 1, taps)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("filter", _lowpass().view(1, 1, -1))
+
+
+class _Down(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lowpass = _Filter()
+
+
+def _lowpass() -> Tensor:
+    """A sinc under a Kaiser window; its sum is 1."""
+    window = torch.kaiser_window(_TAPS, periodic=False, beta=_KAISER_BETA)
+    time = torch.arange(_TAPS) - (_TAPS - 1) / 2
+    taps = window * torch.sinc(time / 2)
+    return taps / taps.sum()
