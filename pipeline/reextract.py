@@ -12,16 +12,11 @@ from typing import Any
 
 from pipeline.changes import Asked
 from pipeline.clips import damaged_source, origin_of
-from pipeline.config import (
-    ExtractConfig,
-    counted,
-    fingerprinted,
-    flatten,
-    load_config,
-)
+from pipeline.config import ExtractConfig, counted, fingerprinted, load_config
 from pipeline.errors import UserError
 from pipeline.job import TakenOver
 from pipeline.plan import Task, load_plan
+from pipeline.settings import flatten
 from pipeline.shards import Footer, iter_shards, read_dataset_info, read_footers
 from pipeline.weights import Weights, read_weights
 from stages.units import EncoderConfig

@@ -25,11 +25,14 @@ from models.synthesizer.mel import mel_of, spectrogram
 from models.synthesizer.noise import KeyedNoise
 from models.synthesizer.step import LOSSES
 from models.synthesizer.synthesizer import Synthesizer
+from pipeline.examples import collate
 from stages.f0 import F0Config, estimate_f0
 from stages.types import Array
 
-if TYPE_CHECKING:  # slow to import
-    from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # slow to import
+
+    from pipeline.dataset import ShardDataset
 
 PATHS = ("posterior", "prior")
 LONGEST_S = 10.0  # of a clip; validation is to cost little beside the steps
@@ -127,22 +130,32 @@ class Metrics:
         sounds = {"original": self.originals[number], **made}
         figure = draw(sounds, f"{clip_id}, step {step}", self.mel, self.sample_rate,
                       self.hop_length)  # fmt: skip
-        name = f"clip {number + 1}"
-        self.writer.add_image(f"mel/{name}", _pixels(figure), step, dataformats="HWC")
+        name, picture = f"clip {number + 1}", _pixels(figure)
+        self.writer.add_image(f"mel/{name}", picture, step, dataformats="HWC")
         for path, sound in sounds.items():
             if path != "original" or self._fresh:
                 self.writer.add_audio(
                     f"{path}/{name}", sound.wav.clip(-1, 1), step, sample_rate=self.sample_rate
                 )
         if number == 0:
-            self._write(step, figure, sounds)
+            self._write(step, picture, sounds)
 
-    def _write(self, step: int, figure: Figure, sounds: Mapping[str, Sound]) -> None:
+    def _write(self, step: int, picture: Array, sounds: Mapping[str, Sound]) -> None:
+        from matplotlib.image import imsave
+
         self.folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(picture_path(self.folder.parent, step))
+        imsave(picture_path(self.folder.parent, step), picture)
         for path, sound in sounds.items():
             name = "original" if path == "original" else f"step-{step:08d}-{path}"
             sf.write(self.folder / f"{name}.wav", sound.wav.clip(-1, 1), self.sample_rate)
+
+
+def fixed_clips(validation: ShardDataset, training: ShardDataset, count: int) -> list[Batch]:
+    """`count` clips for `Metrics`, always the same ones, from the start to the end of what is held
+    back; of what is trained on, where nothing is."""
+    dataset = validation if len(validation) else training
+    places = np.linspace(0, len(dataset) - 1, min(count, len(dataset)))
+    return [collate([dataset[round(place)]]) for place in places]
 
 
 def picture_path(run: Path, step: int) -> Path:
@@ -230,12 +243,12 @@ def draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.4), dpi=100, layout="constrained")
+    figure = Figure(figsize=(4 * len(sounds), 3.4), dpi=100)
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots(1, len(sounds), sharey=True, squeeze=False)[0]
+    figure.subplots_adjust(left=0.06, right=0.91, bottom=0.15, top=0.84, wspace=0.05)
     first = next(iter(sounds.values())).mel
-    bands, hz = _ticks(mel, sample_rate)
     for each, (name, sound) in zip(axes, sounds.items(), strict=True):
         seconds = sound.mel.shape[1] * hop_length / sample_rate
         image = each.imshow(
@@ -244,9 +257,10 @@ def draw(
         )  # fmt: skip
         each.set_title(name, fontsize=10)
         each.set_xlabel("time (s)")
-        each.set_yticks(bands, hz)
+    axes[0].set_yticks(*_ticks(mel, sample_rate))
     axes[0].set_ylabel("frequency (Hz), mel scale")
-    figure.colorbar(image, ax=axes, label="log magnitude")
+    beside = figure.add_axes((0.925, 0.15, 0.012, 0.69))
+    figure.colorbar(image, cax=beside, label="log magnitude")
     return figure
 
 
