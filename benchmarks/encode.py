@@ -270,7 +270,7 @@ def measure(
 ) -> tuple[Figure, list[np.ndarray]]:
     """Best of the repeats, each over all clips; and the units of the first clip or batch."""
     from benchmarks.extract import THREADS  # not at the top: every worker would import Ray
-    from pipeline.dag import KEEP_FREED_MEMORY
+    from pipeline.cluster import KEEP_FREED_MEMORY
 
     context = multiprocessing.get_context("spawn")
     seconds = sum(len(clip) for clip in clips) / SAMPLE_RATE

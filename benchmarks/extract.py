@@ -41,9 +41,9 @@ import numpy as np
 import psutil
 import soundfile as sf
 
+from pipeline.cluster import KEEP_FREED_MEMORY
 from pipeline.config import ExtractConfig, load_config
 from pipeline.corpus import Corpus, list_corpus
-from pipeline.dag import KEEP_FREED_MEMORY
 from pipeline.demo import make_demo_corpus
 from pipeline.extract import plan_songs
 from pipeline.ledger import QUARANTINED

@@ -141,8 +141,11 @@ def ray_session(address: str | None, job: Job, missing: dict[int, Task]) -> Iter
     import ray
 
     from pipeline import dag
+    from pipeline.cluster import connected
 
-    with dag.connected(address, job.config):
+    workers = job.config.workers
+    threads = max(1, int(workers.cpus_per_worker or 1))  # torch gets its own in the worker
+    with connected(address, threads, workers.object_store_gb):
         nodes = [node["Resources"] for node in dag.living_nodes()]
         pools = dag.plan_pools(nodes, missing, job.config, job.weights, job.threads, job.taken_over)
         job = replace(job, threads=pools.threads)

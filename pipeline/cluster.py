@@ -1,0 +1,107 @@
+"""A connection to Ray: to a cluster, or to one of this machine that ends with the command."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Before Ray starts.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Ray writes to our terminal what is no trouble of ours (restartable actors, lost workers).
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+
+import ray
+
+import models
+import pipeline
+import stages
+from pipeline.errors import StorageFault, UserError
+
+# glibc gives freed buffers of some MB back to the system at once, and the next clip's faults them
+# in again, page by page: half the time of WORLD's estimators. A worker keeps them.
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+}
+
+
+@contextmanager
+def connected(
+    address: str | None, threads: int = 1, object_store_gb: float | None = None
+) -> Iterator[None]:
+    """A Ray connection: to `address`, or to a cluster of this machine that ends with the run.
+
+    threads: of a worker's libraries. object_store_gb: of this machine's cluster; None: a tenth of
+    the memory, at most 4.
+
+    Raises: UserError where no cluster answers; StorageFault for what fails of it in the block.
+    """
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+    environment: dict[str, str] = dict.fromkeys(names, str(threads)) | KEEP_FREED_MEMORY
+    runtime_env: dict[str, Any] = {"env_vars": environment}
+    quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
+    if address is None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(_source_root()), *_python_path()])
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        store_gb = object_store_gb or min(4.0, max(0.1, memory / 2**30 / 10))
+        _init(
+            "local",
+            num_cpus=len(os.sched_getaffinity(0)),
+            object_store_memory=int(store_gb * 2**30),
+            include_dashboard=False,
+            runtime_env=runtime_env,
+            **quiet,
+        )
+    else:
+        _require_answer(address)
+        # Other machines get our code from here; the libraries must be installed there.
+        runtime_env["py_modules"] = [str(Path(m.__path__[0])) for m in (pipeline, stages, models)]
+        try:
+            _init(address, runtime_env=runtime_env, **quiet)
+        except ConnectionError as error:
+            raise UserError(f"no Ray cluster is found by {address}: {error}") from error
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        words = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise StorageFault(f"the Ray cluster failed: {words}") from error
+    finally:
+        ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself tries an address for five minutes before it says that nobody is there."""
+    host, _, port = address.rpartition(":")
+    if address == "auto":
+        return
+    if "//" in address or not host or not port.isdigit():
+        raise UserError(f"--ray-address {address} is not HOST:PORT (of `ray start --head`) or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(f"no Ray cluster answers at {address}: {error}") from error
+
+
+def _init(address: str, **options: Any) -> None:
+    """`ray.init`, without the line by which it announces its log level on our stderr."""
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        ray.init(address, **options)
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+def _source_root() -> Path:
+    return Path(pipeline.__path__[0]).parent
+
+
+def _python_path() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
