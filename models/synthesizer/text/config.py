@@ -30,6 +30,7 @@ class TextSynthesizerConfig(ModelConfig):
     upsample_kernel_sizes: tuple[int, ...] = (16, 16, 8, 2, 2)
     gin_channels: int = 256
     flow: Literal["residual", "transformer"] = "transformer"
+    n_flow_layers: int = 3  # of a transformer flow; Bert-VITS2's residual ones have 4
     predict_f0: bool = False
 
     def __post_init__(self) -> None:

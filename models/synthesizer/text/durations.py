@@ -305,6 +305,22 @@ class DurationDiscriminator(nn.Module):
         return self.output_layer((x * mask).transpose(1, 2))
 
 
+def duration_loss(
+    nll: Tensor,
+    predicted: Tensor,
+    found: Tensor,
+    mask: Tensor,
+    total_symbols: float | None = None,
+) -> Tensor:
+    """Of both predictors, per symbol: negative log likelihood, and squares of log durations.
+
+    nll: (B,) of StochasticDurationPredictor. predicted, found: (B, 1, N) log durations, 0 in
+    padding. total_symbols: of the global batch, without padding; None: those of `mask`.
+    """
+    total = nll.sum() + (predicted - found).square().sum()
+    return total / (mask.sum() if total_symbols is None else total_symbols)
+
+
 def _flows(channels: int, kernel_size: int) -> nn.ModuleList:
     flows: list[nn.Module] = [ElementwiseAffine(2)]
     for _ in range(_FLOWS):
