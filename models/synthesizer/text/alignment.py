@@ -101,7 +101,7 @@ def path_of_durations(durations: Tensor, frames: int) -> Tensor:
     durations: (B, N), whole numbers in any dtype, whose dtype the path has. What goes beyond
     `frames` is cut.
     """
-    ends = torch.cumsum(durations, dim=1)
+    ends = torch.cumsum(durations.long(), dim=1)  # exact in any dtype
     time = torch.arange(frames, device=durations.device).unsqueeze(-1)  # (F, 1)
     before_end = (time < ends.unsqueeze(1)).to(durations)  # (B, F, N)
     return before_end - F.pad(before_end, (1, 0))[..., :-1]

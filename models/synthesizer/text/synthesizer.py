@@ -160,7 +160,7 @@ class TextSynthesizer(nn.Module):
         drawn = self.sdp.sample(hidden, text_mask, g, noise, duration_noise_scale)
         log_durations = sdp_ratio * drawn + (1 - sdp_ratio) * self.dp(hidden, text_mask, g)
         durations = torch.ceil(torch.exp(log_durations) * text_mask * length_scale).squeeze(1)
-        frames = durations.sum(1).clamp(min=1).long()
+        frames = durations.long().sum(1).clamp(min=1)
         longest = int(frames.max())
         path = path_of_durations(durations, longest)
         mask = _mask(frames, longest, m_p)

@@ -100,3 +100,9 @@ def test_durations_of_a_path_give_the_path() -> None:
     score = torch.randn(1, 20, 6, generator=torch.Generator().manual_seed(7))
     path = monotonic_path(score, torch.tensor([6]), torch.tensor([20]))
     assert torch.equal(path_of_durations(path.sum(1), 20), path)
+
+
+def test_durations_add_up_exactly_in_half_precision() -> None:
+    durations = torch.tensor([[255.0, 4.0, 300.0]], dtype=torch.bfloat16)
+    path = path_of_durations(durations, 559)
+    assert path.long().sum(1).tolist() == [[255, 4, 300]]

@@ -291,6 +291,20 @@ def test_an_example_does_not_depend_on_its_neighbours(case: Case) -> None:
     assert torch.equal(sung.path[1:, :end, :5], sung_alone.path)
 
 
+@pytest.mark.parametrize("case", ["base", "refenc"], indirect=True)
+def test_learns_in_half_precision(case: Case) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        out = case.network.train()(
+            case.text, case.spec, case.frames, case.speaker, KeyedNoise([1]), 4, 0.01
+        )
+    assert out.path.sum() == case.frames.sum()
+    assert out.duration_nll.dtype == torch.float32
+    loss = out.wav.float().square().mean() + (out.z_p - out.m_p).square().mean()
+    (loss + out.duration_nll.sum() + out.log_durations_hat.square().sum()).backward()
+    gradients = [p.grad for p in case.network.parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
 def test_noise_on_the_alignment_moves_it(case: Case) -> None:
     quiet = case.train().path
     assert torch.equal(case.train(alignment_noise=1.0).path, quiet), "NoNoise adds none"
