@@ -1,0 +1,125 @@
+"""What the tensors of a network are called and shaped, and whether those of a file are they.
+
+Networks are laid out on the meta device: no memory, no random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.checkpoint import CheckpointError
+
+_SHOWN = 4  # names in an error, and then how many more
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The state dict of a network, in its order.
+
+    first: of each name the first one of the same tensor: itself, but where flows share a network.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    first: dict[str, str]
+    buffers: frozenset[str]
+
+    @property
+    def parameters(self) -> list[str]:
+        """As an optimizer numbers them."""
+        return [k for k, first in self.first.items() if k == first and k not in self.buffers]
+
+    def without(self, start: str) -> Layout:
+        """Without the names that begin with `start`."""
+        kept = {name: shape for name, shape in self.shapes.items() if not name.startswith(start)}
+        return Layout(kept, {name: self.first[name] for name in kept}, self.buffers & set(kept))
+
+
+def layout_of(build: Callable[[], nn.Module]) -> Layout:
+    """The layout of the network that `build` makes."""
+    with torch.device("meta"):
+        network = build()
+    state = network.state_dict(keep_vars=True)
+    owners: dict[int, str] = {}
+    first = {name: owners.setdefault(id(tensor), name) for name, tensor in state.items()}
+    parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return Layout(shapes, first, frozenset(state.keys() - parameters))
+
+
+def fitted(
+    path: Path, what: str, content: Mapping[str, Any], layout: Layout, shared_once: bool = False
+) -> dict[str, Tensor]:
+    """The tensors of `content` in the layout's order: float32 copies on the CPU, shared ones once.
+
+    what: the network, for errors. shared_once: a tensor of several names is there under the first.
+
+    Raises CheckpointError that names what is missing, misshapen, beside the point, not a finite
+    number, and names of one tensor under which different numbers are.
+    """
+    wanted = {k: s for k, s in layout.shapes.items() if not shared_once or layout.first[k] == k}
+    _require_names_and_shapes(path, what, content, wanted)
+    tensors: dict[str, Tensor] = {}
+    for name in layout.shapes:
+        first = layout.first[name]
+        if first in tensors:
+            tensors[name] = tensors[first]
+        else:
+            tensors[name] = content[name].to("cpu", torch.float32, copy=True).contiguous()
+    unequal = [
+        f"{name} (not as {layout.first[name]})"
+        for name in wanted
+        if layout.first[name] != name and not torch.equal(content[name].float(), tensors[name])
+    ]
+    infinite = [name for name in wanted if not torch.isfinite(tensors[name]).all()]
+    _raise(
+        path,
+        what,
+        [
+            ("has different numbers where the flows share one network", unequal),
+            ("has numbers that are infinite or none", infinite),
+        ],
+    )
+    return tensors
+
+
+def _require_names_and_shapes(
+    path: Path, what: str, content: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    both = [name for name in wanted if name in tensors]
+    missing = [name for name in wanted if name not in content]
+    surplus = [str(name) for name in content if name not in wanted]
+    misshapen = [
+        f"{name} (has {tuple(tensors[name].shape)}, wanted is {wanted[name]})"
+        for name in both
+        if tuple(tensors[name].shape) != wanted[name]
+    ]
+    others = [name for name in wanted if name in content and name not in tensors]
+    others += [f"{k} ({tensors[k].dtype})" for k in both if not tensors[k].is_floating_point()]
+    _raise(
+        path,
+        what,
+        [
+            (f"lacks {len(missing)} of {len(wanted)} tensors:", missing),
+            ("has another shape in", misshapen),
+            ("has no real numbers in", others),
+            (f"has besides {len(surplus)} that do not belong to it:", surplus),
+        ],
+    )
+
+
+def _raise(path: Path, what: str, faults: list[tuple[str, list[str]]]) -> None:
+    sentences = [f"{start} {_first_few(names)}" for start, names in faults if names]
+    if sentences:
+        raise CheckpointError(f"{path} does not fit {what}: it {'; it '.join(sentences)}")
+
+
+def _first_few(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
