@@ -1,1 +1,21 @@
-"""The singing voice synthesizer."""
+"""The singing voice synthesizer.
+
+`from_sovits` and `to_sovits` are at hand here, and need torch only once they are asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from models.synthesizer.sovits import from_sovits, to_sovits
+
+__all__ = ["from_sovits", "to_sovits"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from models.synthesizer import sovits
+
+    return getattr(sovits, name)
