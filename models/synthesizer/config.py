@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+_DISCRIMINATOR_CHANNELS = (64, 128, 256, 512, 1024)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -37,6 +39,7 @@ class ModelConfig:
     predict_f0: bool = True  # with a predictor for conversion with pitch of its own
     volume_embedding: bool = False
     spectral_norm: bool = False  # in the discriminators, in place of weight normalisation
+    discriminator_channels: int = 1024  # of their widest layers; so-vits-svc has no other number
 
     def __post_init__(self) -> None:
         if len(self.upsample_rates) != len(self.upsample_kernel_sizes):
@@ -57,6 +60,11 @@ class ModelConfig:
             )
         if self.inter_channels % 2:
             raise ValueError(f"model.inter_channels is {self.inter_channels}; it must be even")
+        if self.discriminator_channels not in _DISCRIMINATOR_CHANNELS:
+            raise ValueError(
+                f"model.discriminator_channels is {self.discriminator_channels}; it must be one of "
+                f"{', '.join(map(str, _DISCRIMINATOR_CHANNELS))}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout is {self.dropout}; it must lie in 0 to 1")
 

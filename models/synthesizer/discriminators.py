@@ -9,13 +9,16 @@ B batch, C channels, T samples, N scores, p period.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.synthesizer import weight_norm
 
 PERIODS = (2, 3, 5, 7, 11)
+CHANNELS = 1024  # of the widest layers, in the papers and in every released checkpoint
 _SLOPE = 0.1  # of leaky ReLUs
 _SCALE_LAYERS = (  # channels in and out, kernel, stride, groups
     (1, 16, 15, 1, 1),
@@ -32,14 +35,17 @@ Verdict = tuple[Tensor, list[Tensor]]
 
 
 class MultiPeriodDiscriminator(nn.Module):
-    """All six of them. spectral_norm: in place of weight normalisation."""
+    """All six of them. spectral_norm: in place of weight normalisation.
 
-    def __init__(self, spectral_norm: bool = False) -> None:
+    channels: of the widest layers; all layers are narrower by the same factor.
+    """
+
+    def __init__(self, spectral_norm: bool = False, channels: int = CHANNELS) -> None:
         super().__init__()
         self.discriminators = nn.ModuleList(
             [
-                ScaleDiscriminator(spectral_norm),
-                *(PeriodDiscriminator(period, spectral_norm) for period in PERIODS),
+                ScaleDiscriminator(spectral_norm, channels),
+                *(PeriodDiscriminator(period, spectral_norm, channels) for period in PERIODS),
             ]
         )
 
@@ -50,14 +56,22 @@ class MultiPeriodDiscriminator(nn.Module):
 
 
 class ScaleDiscriminator(nn.Module):
-    def __init__(self, spectral_norm: bool = False) -> None:
+    def __init__(self, spectral_norm: bool = False, channels: int = CHANNELS) -> None:
         super().__init__()
         conv = _spectral(nn.Conv1d) if spectral_norm else weight_norm.Conv1d
+        less = CHANNELS // channels
         self.convs = nn.ModuleList(
-            conv(into, out, kernel, stride, padding=kernel // 2, groups=groups)
+            conv(
+                max(1, into // less),
+                out // less,
+                kernel,
+                stride,
+                padding=kernel // 2,
+                groups=max(1, groups // less),
+            )
             for into, out, kernel, stride, groups in _SCALE_LAYERS
         )
-        self.conv_post = conv(_SCALE_LAYERS[-1][1], 1, 3, padding=1)
+        self.conv_post = conv(channels, 1, 3, padding=1)
 
     def forward(self, wav: Tensor) -> Verdict:
         """wav: (B, 1, T). Features are (B, C, shorter and shorter)."""
@@ -66,15 +80,16 @@ class ScaleDiscriminator(nn.Module):
 
 
 class PeriodDiscriminator(nn.Module):
-    def __init__(self, period: int, spectral_norm: bool = False) -> None:
+    def __init__(self, period: int, spectral_norm: bool = False, channels: int = CHANNELS) -> None:
         super().__init__()
         self.period = period
         conv = _spectral(_ColumnConv) if spectral_norm else _NormedColumnConv
+        less = CHANNELS // channels
         self.convs = nn.ModuleList(
-            conv(into, out, (5, 1), (stride, 1), padding=(2, 0))
+            conv(max(1, into // less), out // less, (5, 1), (stride, 1), padding=(2, 0))
             for into, out, stride in _PERIOD_LAYERS
         )
-        self.conv_post = conv(_PERIOD_LAYERS[-1][1], 1, (3, 1), padding=(1, 0))
+        self.conv_post = conv(channels, 1, (3, 1), padding=(1, 0))
 
     def forward(self, wav: Tensor) -> Verdict:
         """wav: (B, 1, T), its end mirrored to a multiple of the period.
@@ -99,7 +114,7 @@ def _layers(convs: nn.ModuleList, last: nn.Module, x: Tensor) -> list[Tensor]:
 class _Columns:
     """A Conv2d of width 1 as a product of matrices: (B, p, T, C), each column for itself.
 
-    On a CPU, this takes 0.85 of the time that convolving takes, forward and backward.
+    On a CPU, this takes 0.8 of the time that convolving takes, forward and backward.
     """
 
     kernel_size: tuple[int, ...]
@@ -107,10 +122,32 @@ class _Columns:
     padding: tuple[int, ...]
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        around = self.padding[0]
+        windows = _Windows.apply(x, self.kernel_size[0], self.stride[0], self.padding[0])
+        return F.linear(windows, weight.flatten(1), bias)
+
+
+class _Windows(torch.autograd.Function):
+    """(B, p, T', C * size): each `stride` steps, `size` of them, of x (B, p, T, C).
+
+    The gradient is that of `unfold`, which works it out in twice the time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int, stride: int, around: int) -> Tensor:
+        ctx.steps = x.shape[2]
+        ctx.size, ctx.stride, ctx.around = size, stride, around
         padded = F.pad(x, (0, 0, around, around))
-        windows = padded.unfold(2, self.kernel_size[0], self.stride[0])  # (B, p, T', C, kernel)
-        return F.linear(windows.flatten(3), weight.flatten(1), bias)
+        return padded.unfold(2, size, stride).flatten(3)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        gradient = gradient.unflatten(3, (-1, ctx.size))  # (B, p, T', C, size)
+        batch, period, windows, channels, size = gradient.shape
+        padded = gradient.new_zeros(batch, period, ctx.steps + 2 * ctx.around, channels)
+        span = (windows - 1) * ctx.stride + 1
+        for i in range(size):
+            padded[:, :, i : i + span : ctx.stride] += gradient[..., i]
+        return padded[:, :, ctx.around : ctx.around + ctx.steps], None, None, None
 
 
 class _ColumnConv(_Columns, nn.Conv2d):
