@@ -113,7 +113,7 @@ class MultiHeadAttention(nn.Module):
             scores.scatter_add_(-1, index.expand_as(near), near)
         distance = _distance(scores)
         if self.proximal_bias:
-            scores -= torch.log1p(distance.abs())
+            scores -= torch.log1p(distance.abs().double())
         if self.block_length is not None:
             scores.masked_fill_(distance.abs() > self.block_length, _UNSEEN)
         if causal:
