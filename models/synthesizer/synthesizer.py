@@ -151,9 +151,7 @@ class Synthesizer(nn.Module):
         mixed = speaker @ self.emb_g.weight  # (B, G) or (B, F, G)
         return mixed.unsqueeze(-1) if mixed.dim() == 2 else mixed.transpose(1, 2)
 
-    def _predict_f0(
-        self, x: Tensor, f0: Tensor, voiced: Tensor, mask: Tensor, g: Tensor
-    ) -> Tensor:
+    def _predict_f0(self, x: Tensor, f0: Tensor, voiced: Tensor, mask: Tensor, g: Tensor) -> Tensor:
         if not self.config.predict_f0:
             raise ValueError("this voice was built without a pitch predictor (model.predict_f0)")
         centred = normalize_f0(mel_f0(f0).unsqueeze(1), mask, voiced)

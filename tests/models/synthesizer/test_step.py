@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -19,13 +21,34 @@ from tests.models.synthesizer.tiny import MEL, VARIANTS, batch_of, config_of
 
 WEIGHTS = Weights(mel=45.0, kl=1.0, segment_frames=8)
 
+# The references in float32 differ from the same steps in float64 by up to 2.5e-5 in a loss, 1.5e-4
+# in the norm of a gradient, and 5.6e-4 in that of one parameter; ten times that would be allowed.
+LOSS, GRADIENT = 1e-4, 1e-3
 
-def step_of(
-    arrays: dict[str, np.ndarray], filled: Filled, learning_rate: float = 1e-4
+
+Steps = Callable[..., GanStep]
+
+
+@pytest.fixture(scope="module")
+def discriminator(filled: Filled) -> MultiPeriodDiscriminator:
+    """It has 47 million parameters, which take a while to fill. Not to be changed."""
+    return filled(MultiPeriodDiscriminator())
+
+
+@pytest.fixture
+def step_of(filled: Filled, discriminator: MultiPeriodDiscriminator) -> Steps:
+    def make(arrays: dict[str, np.ndarray], learning_rate: float = 1e-4) -> GanStep:
+        judge = copy.deepcopy(discriminator)
+        return step_with((filled(Synthesizer(config_of(arrays))), judge), learning_rate)
+
+    return make
+
+
+def step_with(
+    networks: tuple[Synthesizer, MultiPeriodDiscriminator], learning_rate: float
 ) -> GanStep:
-    networks = filled(Synthesizer(config_of(arrays))), filled(MultiPeriodDiscriminator())
     optimizers = [
-        torch.optim.AdamW(each.parameters(), learning_rate, betas=(0.8, 0.99), eps=1e-9)
+        torch.optim.AdamW(each.parameters(), learning_rate, betas=(0.8, 0.99), eps=1e-9, fused=True)
         for each in networks
     ]
     return GanStep(*networks, *optimizers, MEL, WEIGHTS)
@@ -36,9 +59,9 @@ def totals_of(batch: Batch) -> Totals:
 
 
 @pytest.mark.parametrize("variant", ["base", "snake", "transflow_share"])
-def test_four_steps_of_the_peer(variant: str, reference: Reference, filled: Filled) -> None:
+def test_four_steps_of_the_peer(variant: str, reference: Reference, step_of: Steps) -> None:
     arrays = reference(f"svc_train3_{variant}")
-    step = step_of(arrays, filled)
+    step = step_of(arrays)
     step.spec_of = lambda part: torch.from_numpy(arrays["in/spec"])
     batch = batch_of(arrays)
     noise = NoNoise(float(arrays["rand"]))
@@ -46,14 +69,14 @@ def test_four_steps_of_the_peer(variant: str, reference: Reference, filled: Fill
     for number, expected in enumerate(arrays["steps"]):
         found = step([batch], totals_of(batch), lambda part: noise)
         for name, value in zip(columns, expected, strict=True):
-            assert found[name] == pytest.approx(value, rel=1e-4), f"{name} of step {number}"
+            assert found[name] == pytest.approx(value, rel=LOSS), f"{name} of step {number}"
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "oddrates"])
-def test_gradients_of_the_peer(variant: str, reference: Reference, filled: Filled) -> None:
+def test_gradients_of_the_peer(variant: str, reference: Reference, step_of: Steps) -> None:
     """Of both networks, from the same weights: a learning rate of 0 leaves D as it is."""
     arrays = reference(f"svc_tiny_{variant}")
-    step = step_of(arrays, filled, learning_rate=0.0)
+    step = step_of(arrays, learning_rate=0.0)
     step.spec_of = lambda part: torch.from_numpy(arrays["in/spec"])
     batch = batch_of(arrays)
     noise = NoNoise(float(arrays["train/rand"]))
@@ -70,7 +93,7 @@ def test_gradients_of_the_peer(variant: str, reference: Reference, filled: Fille
             if expected < 0:
                 assert name not in of, f"{name} has a gradient"
             else:
-                assert of.get(name, 0.0) == pytest.approx(expected, rel=1e-3, abs=1e-5), name
+                assert of.get(name, 0.0) == pytest.approx(expected, rel=GRADIENT, abs=1e-5), name
 
 
 def keep_norms(network: torch.nn.Module, norms: dict[str, float]) -> None:
@@ -109,21 +132,29 @@ def keyed(part: Batch) -> Noise:
     return KeyedNoise(part.noise_keys)
 
 
-def test_parts_add_up_to_the_batch(reference: Reference, filled: Filled) -> None:
+def test_parts_add_up_to_the_batch(reference: Reference, step_of: Steps) -> None:
     """Gradients of a batch and of its halves, one after the other, are the same."""
     arrays = reference("svc_tiny_base")
-    batch = two_clips(arrays)
+    batch = doubled(two_clips(arrays))
     found = {}
     for parts in (1, 2):
-        step = step_of(arrays, filled, learning_rate=0.0)
+        step = step_of(arrays, learning_rate=0.0)
+        step.generator.double()
+        step.discriminator.double()
         gradients: dict[str, Tensor] = {}
         keep_gradients(step, gradients)
         pieces = [batch.part(i, parts) for i in range(parts)]
         found[parts] = (step(pieces, totals_of(batch), keyed), gradients)
     for name, value in found[1][0].items():
-        assert found[2][0][name] == pytest.approx(value, rel=1e-5), name
+        assert found[2][0][name] == pytest.approx(value, rel=1e-6), name
     for name, gradient in found[1][1].items():
-        assert torch.allclose(found[2][1][name], gradient, rtol=1e-4, atol=1e-6), name
+        assert torch.allclose(found[2][1][name], gradient, rtol=1e-6, atol=1e-6), name
+
+
+def doubled(batch: Batch) -> Batch:
+    """In float64."""
+    names = ("units", "f0", "voiced", "volume", "wav")
+    return dataclasses.replace(batch, **{name: getattr(batch, name).double() for name in names})
 
 
 def keep_gradients(step: GanStep, gradients: dict[str, Tensor]) -> None:
@@ -142,18 +173,18 @@ def keep_gradients(step: GanStep, gradients: dict[str, Tensor]) -> None:
 
 
 def test_the_discriminator_learns_nothing_from_the_generators_turn(
-    reference: Reference, filled: Filled
+    reference: Reference, step_of: Steps
 ) -> None:
     arrays = reference("svc_tiny_base")
-    step = step_of(arrays, filled)
+    step = step_of(arrays)
     batch = batch_of(arrays)
     step([batch], totals_of(batch), lambda part: NoNoise())
     assert all(p.grad is None and p.requires_grad for p in step.discriminator.parameters())
 
 
-def test_long_gradients_are_cut(reference: Reference, filled: Filled) -> None:
+def test_long_gradients_are_cut(reference: Reference, step_of: Steps) -> None:
     arrays = reference("svc_tiny_base")
-    step = step_of(arrays, filled)
+    step = step_of(arrays)
     step.clip_norm = 1e-3
     gradients: dict[str, Tensor] = {}
     keep_gradients(step, gradients)
@@ -164,11 +195,11 @@ def test_long_gradients_are_cut(reference: Reference, filled: Filled) -> None:
     assert float(total) == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_bfloat16_is_near_float32(reference: Reference, filled: Filled) -> None:
+def test_bfloat16_is_near_float32(reference: Reference, step_of: Steps) -> None:
     arrays = reference("svc_tiny_base")
     batch = batch_of(arrays)
-    exact = step_of(arrays, filled)([batch], totals_of(batch), lambda part: NoNoise())
-    rough = step_of(arrays, filled)
+    exact = step_of(arrays)([batch], totals_of(batch), lambda part: NoNoise())
+    rough = step_of(arrays)
     rough.dtype = torch.bfloat16
     found = rough([batch], totals_of(batch), lambda part: NoNoise())
     for name in ("disc", "gen", "fm", "mel", "total"):

@@ -73,9 +73,7 @@ def test_trains_on_what_the_peer_trains_on(
         close(out.lf0_hat, arrays["train/pred_lf0"], MODULES)
 
 
-def test_an_example_does_not_depend_on_its_neighbours(
-    reference: Reference, filled: Filled
-) -> None:
+def test_an_example_does_not_depend_on_its_neighbours(reference: Reference, filled: Filled) -> None:
     arrays = reference("svc_tiny_base")
     network = filled(Synthesizer(config_of(arrays)))
     batch = batch_of(arrays)
