@@ -131,7 +131,7 @@ class Synthesizer(nn.Module):
     def _content(
         self, units: Tensor, voiced: Tensor, mask: Tensor, volume: Tensor | None
     ) -> Tensor:
-        """(B, H, F). Padding is not 0: voicing and volume are added everywhere, as the peer does."""
+        """(B, H, F). Padding is not 0, as in the peer: voicing and volume are added everywhere."""
         x = self.pre(units) * mask + self.emb_uv(voiced.long()).transpose(1, 2)
         if not self.config.volume_embedding:
             return x
