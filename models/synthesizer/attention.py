@@ -111,16 +111,22 @@ class MultiHeadAttention(nn.Module):
             index, inside = _band(scores.shape[-1], self.window, scores.device)
             near = (q @ self.emb_rel_k.transpose(1, 2)).masked_fill(~inside, 0)  # (B, N, Q, W)
             scores.scatter_add_(-1, index.expand_as(near), near)
-        distance = _distance(scores)
+        if self.proximal_bias or self.block_length is not None or causal:
+            self._weigh_distance(scores, causal)
+        if mask is not None:
+            scores.masked_fill_(~mask, _UNSEEN)
+        return F.softmax(scores, dim=-1)
+
+    def _weigh_distance(self, scores: Tensor, causal: bool) -> None:
+        """Lowers scores (B, N, Q, K) in place, by how many frames a key lies after its query."""
+        queries, keys = (torch.arange(n, device=scores.device) for n in scores.shape[-2:])
+        distance = keys - queries[:, None]
         if self.proximal_bias:
             scores -= torch.log1p(distance.abs().double())
         if self.block_length is not None:
             scores.masked_fill_(distance.abs() > self.block_length, _UNSEEN)
         if causal:
             scores.masked_fill_(distance > 0, _UNSEEN)
-        if mask is not None:
-            scores.masked_fill_(~mask, _UNSEEN)
-        return F.softmax(scores, dim=-1)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, H, F) -> (B, N, F, width)"""
@@ -155,12 +161,6 @@ def _band(length: int, window: int, device: torch.device) -> tuple[Tensor, Tenso
     keys = queries[:, None] + torch.arange(-window, window + 1, device=device)
     inside = (keys >= 0) & (keys < length)
     return keys.clamp(0, length - 1), inside
-
-
-def _distance(scores: Tensor) -> Tensor:
-    """How many frames each key lies after each query, (Q, K)."""
-    queries, keys = (torch.arange(n, device=scores.device) for n in scores.shape[-2:])
-    return keys - queries[:, None]
 
 
 class FFN(nn.Module):
