@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 KILLS ?= 20
 MINUTES ?= 10
+TEST_PROCESSES ?= 2
 
 .PHONY: setup demo test soak lint bench bench-encode bench-f0 clean
 
@@ -22,7 +23,7 @@ demo: setup
 	$(BIN)/python run_pipeline.py report demo/dataset
 
 test: setup
-	$(BIN)/python -m pytest -m 'not soak'
+	$(BIN)/python -m pytest -m 'not soak' --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 soak: setup
 	CANTOR_SOAK_KILLS=$(KILLS) $(BIN)/python -m pytest -m soak -s

@@ -11,6 +11,13 @@ from tests.checkpoints import write_rmvpe
 
 ROOT = Path(__file__).resolve().parent.parent
 
+_LONG = ("pipeline/test_kills.py",)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first: one of two processes is busy with them meanwhile."""
+    items.sort(key=lambda item: not any(file in item.nodeid for file in _LONG))
+
 
 @pytest.fixture(scope="session")
 def real_audio() -> Path:
