@@ -59,7 +59,7 @@ def _by_length(clips: Clips, frames: Clips, batch_size: int, bits: np.random.PCG
     A clip counts as up to a quarter longer than it is, so that a small dataset is not cut into the
     same batches in each epoch.
     """
-    longer = 1 + bits.random_raw(len(clips)) / 2**66
+    longer = 1 + bits.random_raw(len(clips)) / 2.0**66
     about_sorted = clips[np.argsort(frames[clips] * longer, kind="stable")]
     return _shuffled(about_sorted.reshape(-1, batch_size), bits)
 
