@@ -74,7 +74,8 @@ def fitted(
     unequal = [
         f"{name} (not as {layout.first[name]})"
         for name in wanted
-        if layout.first[name] != name and not torch.equal(content[name].float(), tensors[name])
+        if layout.first[name] != name
+        and not torch.equal(content[name].to(tensors[name]), tensors[name])
     ]
     infinite = [name for name in wanted if not torch.isfinite(tensors[name]).all()]
     _raise(

@@ -190,6 +190,7 @@ def to_sovits(
     if config.network != network.config:
         raise ValueError("config is not of this network: their settings differ")
     described = config_json(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, network, synthesizer_layout(network.config, _has_posterior(network)), training)
     if discriminator is not None:
         if not path.name.startswith("G_"):
@@ -307,8 +308,8 @@ def _write(path: Path, network: nn.Module, layout: Layout, training: Training | 
         "optimizer": optimizer,
         "learning_rate": training.learning_rate,
     }
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
 
 
 def _require_optimizer(state: Mapping[str, Any], network: nn.Module) -> None:

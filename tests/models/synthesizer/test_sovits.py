@@ -86,7 +86,6 @@ def test_a_tiny_voice_comes_in_and_goes_out_to_the_bit(
     assert checksum(network.state_dict()) == checksums(golden)[f"svc_tiny/{variant}"]["all"]
 
     out = tmp_path / "out"
-    out.mkdir()
     to_sovits(network, out / "G_801.pth")
     written = torch.load(out / "G_801.pth", weights_only=True)
     assert list(written) == ["model", "iteration", "optimizer", "learning_rate"]
@@ -140,7 +139,6 @@ def test_discriminators_go_out_beside_their_voice(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must be named like G_1000\.pth"):
         to_sovits(network, tmp_path / "voice.pth", discriminator=discriminator)
     out = tmp_path / "out"
-    out.mkdir()
     to_sovits(network, out / "G_9.pth", discriminator=discriminator)
     assert sorted(p.name for p in out.iterdir()) == ["D_9.pth", "G_9.pth", "config.json"]
     written = torch.load(out / "D_9.pth", weights_only=True, mmap=True)
@@ -380,6 +378,12 @@ def test_an_optimizer_goes_in_and_out(tmp_path: Path) -> None:
     # Their scheduler begins at a later epoch than 1 only with this.
     torch.optim.lr_scheduler.ExponentialLR(adam, 0.999875, last_epoch=written["iteration"] - 2)
 
+    to_sovits(
+        network,
+        tmp_path / "G_900.pth",
+        training=Training(epoch=8, learning_rate=1e-4, optimizer=None),
+    )
+    assert torch.load(tmp_path / "G_900.pth", weights_only=True)["iteration"] == 0  # as theirs must
     with pytest.raises(ValueError, match="is not of 354 parameters"):
         other = from_sovits(*sovits_files.write_voice(tmp_path, "base"))
         to_sovits(other, tmp_path / "G_901.pth", training=state)
@@ -423,7 +427,6 @@ def test_a_voice_goes_through_our_format_and_back(tmp_path: Path) -> None:
     assert (voice.encoder.name, voice.encoder.dim) == ("contentvec768l12", 768)
     assert (voice.sample_rate, voice.hop_length, voice.expand) == (44100, 64, "left")
     out = tmp_path / "out"
-    out.mkdir()
     write_voice(voice, out / "G_800.pth")
     again = read_voice(out / "G_800.pth", out / "config.json")
     assert_same_tensors(dict(again.tensors), tensors)
