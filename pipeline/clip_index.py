@@ -257,7 +257,8 @@ def _read_shard(folder: Folder, name: str, min_frames: int) -> _Shard:
     group = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     row = np.concatenate([np.arange(size, dtype=np.int32) for size in [0, *sizes]])
     clips = clips.append_column("group", pa.array(group)).append_column("row", pa.array(row))
-    kept = clips.filter(pc.field("num_samples") >= min_frames * footer.hop_length)
+    enough = pc.greater_equal(clips["num_samples"], max(1, min_frames) * footer.hop_length)
+    kept = clips.filter(enough)
     return _Shard(name, footer, len(sizes), kept, len(clips) - len(kept))
 
 
