@@ -260,7 +260,7 @@ class _Trainer:
             step=self.done,
         )
         held.callback(metrics.close)
-        log = held.enter_context(self.folder.log.open_from(self.done + 1))
+        log = held.enter_context(self.folder.log.open_from(self.done + 1 if self.done else 0))
 
         def after(line: dict[str, Any]) -> bool:
             last = self.done == run.steps

@@ -59,11 +59,11 @@ class RunFolder:
     def begin(self, dataset: str, settings: Mapping[str, Any], config_yaml: str) -> None:
         """Start, or go on with the same settings: all that the numbers depend on, by name.
 
-        Raises UserError where the run was begun with others.
+        Raises UserError where there are checkpoints made with others.
         """
         shutil.rmtree(self.folder / ".tmp", ignore_errors=True)
         before = self.settings()
-        if before is not None:
+        if before is not None and any((self.folder / "checkpoints").glob("step-*")):
             differing = differences(before, settings)
             if differing:
                 raise UserError(

@@ -141,7 +141,9 @@ def test_another_folder_is_not_taken_for_a_run(tmp_path: Path) -> None:
 
 def test_a_run_goes_on_with_its_settings_alone(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
+    run.begin("data", {"data.batch_size": 3}, "")  # nothing came of it
     run.begin("data", {"data.batch_size": 4, "dataset.speakers": ("a", "b")}, "a: 1\n")
+    Checkpoints(tmp_path / "checkpoints").save(1, fill(), {})
     run.begin("moved", {"data.batch_size": 4, "dataset.speakers": ("a", "b")}, "a: 2\n")
     run.require_ours()
     assert (tmp_path / "config.yaml").read_text() == "a: 2\n"
