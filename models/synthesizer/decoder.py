@@ -105,8 +105,7 @@ class ResBlock1(nn.Module):
         """(B, C, T) of x (B, C, T); mask: (B, 1, T), 0 where there is nothing to hear."""
         for i, (dilated, plain) in enumerate(zip(self.convs1, self.convs2, strict=True)):
             y = dilated(_masked(self.activations[2 * i](x), mask))
-            y = plain(_masked(self.activations[2 * i + 1](y), mask))
-            x = x + y
+            x = plain(_masked(self.activations[2 * i + 1](y), mask)).add_(x)
         return _masked(x, mask)
 
 
@@ -128,7 +127,7 @@ class ResBlock2(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, C, T) of x (B, C, T); mask: (B, 1, T), 0 where there is nothing to hear."""
         for conv, activation in zip(self.convs, self.activations, strict=True):
-            x = x + conv(_masked(activation(x), mask))
+            x = conv(_masked(activation(x), mask)).add_(x)
         return _masked(x, mask)
 
 
@@ -184,9 +183,7 @@ def _source_convs(config: ModelConfig) -> nn.ModuleList:
 def _resblocks(config: ModelConfig, activation: Activation) -> nn.ModuleList:
     """Stage after stage, in each one for each kernel size."""
     block = ResBlock1 if config.resblock == "1" else ResBlock2
-    shapes = list(
-        zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True),
-    )
+    shapes = list(zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True))
     return nn.ModuleList(
         block(width, kernel, dilations, activation)
         for width in _widths(config)[1:]
@@ -202,5 +199,5 @@ def _stage(blocks: nn.ModuleList, index: int, stages: int) -> Sequence[nn.Module
 def _average(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
     total = blocks[0](x)
     for block in blocks[1:]:
-        total = total + block(x)
-    return total / len(blocks)
+        total += block(x)
+    return total.div_(len(blocks))
