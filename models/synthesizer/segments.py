@@ -31,7 +31,7 @@ def random_starts(lengths: Tensor, size: int, noise: Noise) -> Tensor:
     """
     last = (lengths - size).clamp(min=0)
     chance = noise.uniform(torch.zeros_like(lengths, dtype=torch.float32))
-    return torch.minimum((chance * (last + 1)).long(), last)  # the product may round up to last + 1
+    return (chance * (last + 1)).long()
 
 
 def slice_segments(x: Tensor, starts: Tensor, size: int) -> Tensor:
