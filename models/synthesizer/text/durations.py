@@ -191,7 +191,7 @@ class StochasticDurationPredictor(nn.Module):
         """(B,) upper bound of the negative log likelihood of durations (B, 1, N), in frames."""
         x = self._condition(x, mask, g)
         given = self.post_proj(self.post_convs(self.post_pre(durations), mask)) * mask
-        drawn = noise.normal(durations.expand(-1, 2, -1)) * mask
+        drawn = noise.normal(durations.expand(-1, 2, -1))
         z_q, log_det = _run(self.post_flows, drawn, mask, x + given)
         logit, augmented = z_q.chunk(2, dim=1)
         log_det = log_det + ((F.logsigmoid(logit) + F.logsigmoid(-logit)) * mask).sum((1, 2))

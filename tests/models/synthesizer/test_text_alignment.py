@@ -54,6 +54,11 @@ def test_the_best_of_all_paths(scale: float) -> None:
         assert path[i].sum() == f, "padding is on no path"
 
 
+def test_a_hopeless_score_gives_a_path_all_the_same() -> None:
+    path = monotonic_path(torch.full((1, 6, 6), -1e12), torch.tensor([6]), torch.tensor([6]))
+    assert torch.equal(path[0], torch.eye(6))
+
+
 def test_the_scores_are_not_written_to() -> None:
     score = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(5))
     before = score.clone()
@@ -86,6 +91,14 @@ def test_the_likelihood_is_that_of_the_normal_distribution() -> None:
     each = torch.distributions.Normal(mean.unsqueeze(2), log_std.exp().unsqueeze(2))
     expected = each.log_prob(z.unsqueeze(3)).sum(1)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-10)
+
+
+def test_the_likelihood_of_half_precision_is_found_in_float32() -> None:
+    generator = torch.Generator().manual_seed(6)
+    halved = [torch.randn(2, 5, n, generator=generator).bfloat16() for n in (7, 3, 3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = log_likelihood(*halved)
+    assert torch.equal(found, log_likelihood(*(part.float() for part in halved)))
 
 
 def test_the_peers_path_of_durations(reference: Reference) -> None:

@@ -186,6 +186,13 @@ def test_the_peers_losses_and_gradients(case: Case, judge: nn.Module, filled: Fi
     np.testing.assert_allclose(norms, expected, rtol=rtol, atol=NO_GRADIENT)
 
 
+def loss_of(out: Outputs, total_symbols: float | None = None) -> Tensor:
+    """That of the durations."""
+    return duration_loss(
+        out.duration_nll, out.log_durations_hat, out.log_durations, out.text_mask, total_symbols
+    )
+
+
 def losses_of(case: Case, judge: nn.Module, filled: Filled) -> dict[str, Tensor]:
     """The losses of a step from these weights, named as in the references."""
     durations = filled(DurationDiscriminator(16, 16, 3, 0.1, gin_channels=12), "dur.")
@@ -204,9 +211,7 @@ def losses_of(case: Case, judge: nn.Module, filled: Filled) -> dict[str, Tensor]
     found = {
         "loss_disc": losses.discriminator_loss(real, fake),
         "loss_dur_disc": losses.discriminator_loss([of_predicted], [of_found]),
-        "loss_dur": duration_loss(
-            out.duration_nll, out.log_durations_hat, out.log_durations, out.text_mask
-        ),
+        "loss_dur": loss_of(out),
         "loss_kl": losses.kl_loss(out.z_p, out.logs_q, out.m_p, out.logs_p, out.mask),
         "loss_fm": losses.feature_loss(real_features, fake_features),
         "loss_gen": losses.generator_loss(fake),
@@ -277,6 +282,7 @@ def test_an_example_does_not_depend_on_its_neighbours(case: Case) -> None:
 
     with torch.no_grad():
         alone = case.network(short, spec, frames[1:], speakers[1:], NoNoise(), 4)
+        first = case.network(case.text, case.spec, frames[:1], speakers[:1], NoNoise(), 4)
         together = case.network(both, specs, frames, speakers, NoNoise(), 4)
     assert torch.equal(together.path[1:, :15, :5], alone.path)
     for name in ("wav", "starts", "duration_nll"):
@@ -284,11 +290,27 @@ def test_an_example_does_not_depend_on_its_neighbours(case: Case) -> None:
     for name in ("z_p", "m_p", "logs_p"):
         torch.testing.assert_close(getattr(together, name)[1:, :, :15], getattr(alone, name))
 
+    loss = sum(loss_of(out, total_symbols=14) for out in (first, alone))
+    torch.testing.assert_close(loss_of(together), loss)
+
     sung = case.network.infer(both, speakers, noise=NoNoise())
     sung_alone = case.network.infer(short, speakers[1:], noise=NoNoise())
     assert torch.equal(sung.frames[1:], sung_alone.frames)
     end = int(sung_alone.frames)
     assert torch.equal(sung.path[1:, :end, :5], sung_alone.path)
+
+
+def test_what_follows_a_text_is_silence_to_the_decoder(case: Case, filled: Filled) -> None:
+    heard: list[Tensor] = []
+    network = filled(TextSynthesizer(dataclasses.replace(case.config, n_flows=1)))
+    network.dec.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
+    text = changed(lambda part: torch.cat([part, part]), case.text)
+    text = dataclasses.replace(text, lengths=torch.tensor([9, 4]))
+    sung = network.infer(text, torch.tensor([1, 1]), noise=KeyedNoise([1, 2]))
+    end = int(sung.frames[1])
+    assert end < sung.frames[0] == heard[0].shape[2]
+    assert heard[0][1, :, :end].all()
+    assert not heard[0][1, :, end:].any()
 
 
 @pytest.mark.parametrize("case", ["base", "refenc"], indirect=True)
@@ -309,6 +331,7 @@ def test_noise_on_the_alignment_moves_it(case: Case) -> None:
     quiet = case.train().path
     assert torch.equal(case.train(alignment_noise=1.0).path, quiet), "NoNoise adds none"
     inputs = (case.text, case.spec, case.frames, case.speaker)
+    quiet = case.network(*inputs, KeyedNoise([3]), 4).path
     moved = case.network(*inputs, KeyedNoise([3]), 4, alignment_noise=1.0).path
     assert not torch.equal(moved, quiet)
     assert moved.sum() == quiet.sum()
