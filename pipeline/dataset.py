@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -98,7 +98,9 @@ class ShardDataset:
     def steps_per_epoch(self) -> int:
         return -(-len(self) // self.data.batch_size)
 
-    def batches(self, start_step: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Share]:
+    def batches(
+        self, start_step: int = 0, rank: int = 0, world_size: int = 1
+    ) -> Generator[Share, None, None]:
         """Worker `rank`'s share of each global batch from `start_step` on, through all epochs.
 
         Step and seed alone decide what is in a global batch; a share is its clips rank, rank +

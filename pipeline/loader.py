@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
@@ -132,7 +132,7 @@ def stream(
     room: int,
     threads: int,
     prefetch: int,
-) -> Iterator[B]:
+) -> Generator[B, None, None]:
     """What `make(step, cells)` gives of each step from `start_step` on, without end.
 
     read: the clips of a visit. plan_of: of an epoch; asked for in the order of the epochs.

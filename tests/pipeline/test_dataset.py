@@ -7,6 +7,7 @@ import gc
 import io
 import json
 import pickle
+import re
 import runpy
 import shutil
 import subprocess
@@ -38,7 +39,8 @@ from stages.f0 import F0Config, estimate_f0
 from tests.training_data import write_dataset
 
 RATE, HOP = 8000, 80
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 SMALL = DataConfig(batch_size=6, shuffle_groups=3, validation=0.2, max_frames=45)
 
 
@@ -115,6 +117,17 @@ def test_an_example_is_the_clip_on_the_frame_clock(
         assert data.identity.speakers[example.speaker] == row["speaker"]
         kinds = {example.wav.dtype, example.f0.dtype, example.voiced.dtype, example.volume.dtype}
         assert kinds == {example.units.dtype} == {np.dtype(np.float32)}
+
+
+def test_what_extract_made_can_be_trained_from(dataset: Path) -> None:
+    """One of its shards has no clips."""
+    data = ShardDataset(dataset, subset="all", data=DataConfig(batch_size=4, max_frames=120))
+    clips = pq.read_table(dataset / "data", columns=["clip_id"])["clip_id"].to_pylist()
+    batches = [share.batch for share in shares(data, data.steps_per_epoch)]
+    assert {clip for batch in batches for clip in batch.clip_ids} == set(clips)
+    assert data.identity.speakers == ("spk0", "spk1", "spk2")
+    assert {batch.units.shape[:2] for batch in batches} == {(4, 39)}
+    assert all(float(batch.f0.min()) > 50 for batch in batches)
 
 
 def test_a_clip_without_voice_has_f0_of_zero(copy: Path) -> None:
@@ -554,9 +567,18 @@ def to_learn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("learn"), sample_rate=RATE, hop_length=HOP)
 
 
+def test_the_code_in_the_documentation_runs(to_learn: Path) -> None:
+    text = (ROOT / "docs" / "training-data.md").read_text(encoding="utf-8")
+    found = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(found) == 3
+    for code in found:
+        assert "DATASET" in code
+        exec(compile(code.replace("DATASET", str(to_learn)), "training-data.md", "exec"), {})
+
+
 def test_the_plain_trainer_learns(to_learn: Path) -> None:
-    losses = runpy.run_path(str(EXAMPLES / "train_toy.py"))["train"](to_learn, 60)
-    assert np.mean(losses[-6:]) < 0.6 * np.mean(losses[:3])
+    losses = runpy.run_path(str(EXAMPLES / "train_toy.py"))["train"](to_learn, 40)
+    assert np.mean(losses[-6:]) < 0.7 * np.mean(losses[:3])
 
 
 @pytest.mark.ray
