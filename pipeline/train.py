@@ -268,7 +268,8 @@ class _Trainer:
                 metrics.log(self.done, {k: v for k, v in line.items() if k != "step"})
             if self.done % run.validate_every == 0 or last:
                 self._validate(metrics)
-                line["validation"] = self.validation
+                if self.validation:
+                    line["validation"] = self.validation
             log.write(json.dumps(line) + "\n")
             log.flush()
             due = self.done % run.save_every == 0 or last
@@ -279,7 +280,8 @@ class _Trainer:
         self.watch.begin(self.done, run.steps)
         if self.done == 0:
             self._validate(metrics)
-            log.write(json.dumps({"step": 0, "validation": self.validation}) + "\n")
+            if self.validation:
+                log.write(json.dumps({"step": 0, "validation": self.validation}) + "\n")
         self._train(after)
 
     def _train(self, after: Callable[[dict[str, Any]], bool]) -> None:
@@ -288,7 +290,7 @@ class _Trainer:
         Raises: Interrupted, with the state saved.
         """
         stream = self.data.batches(self.done, self.group.rank, self.group.size)
-        with closing(stream), _stop_asked() as asked:  # type: ignore[type-var]
+        with closing(stream), stop_asked() as asked:
             while self.done < self.config.run.steps:
                 begun = time.perf_counter()
                 share = next(stream)
@@ -533,7 +535,7 @@ def _faults_in_words() -> Iterator[None]:
 
 
 @contextmanager
-def _stop_asked() -> Iterator[threading.Event]:
+def stop_asked() -> Iterator[threading.Event]:
     """Set by the first Ctrl-C or SIGTERM; the second one does what it did before."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
