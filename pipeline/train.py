@@ -445,7 +445,7 @@ def _settings(
     counted = {key: value for key, value in flatten(config).items() if _counts(key)}
     identity = dataclasses.asdict(data.identity)
     clips = hashlib.blake2b("\0".join(data.index.clip_ids.to_pylist()).encode(), digest_size=8)
-    clips.update(data.index.group.tobytes())
+    clips.update(data.index.group.astype("<i8").tobytes())
     about = {f"dataset.{key}": value for key, value in identity.items()}
     about["dataset.clips"] = f"{len(data)} ({clips.hexdigest()})"
     return {**about, "init_from": start, **counted}

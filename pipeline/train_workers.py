@@ -35,12 +35,16 @@ _LOOK_S = 0.2  # how often the driver looks at how far the workers are
 
 @dataclass(frozen=True)
 class News:
-    """How far the workers are. lines: what they had to say since the last look."""
+    """How far the workers are. lines: what they had to say since the last look.
+
+    refused: there is something for the user to put right; nothing more will come.
+    """
 
     begun: tuple[int, int] | None  # steps done at the start, and wanted
     done: int
     losses: dict[str, float]
     lines: list[str]
+    refused: bool
 
 
 class Post:
@@ -79,7 +83,8 @@ class Post:
         return self._end or (Interrupted() if self._stop else None)
 
     def news(self) -> News:
-        news = News(self._begun, self._done, self._losses, self._lines)
+        refused = isinstance(self._end, UserError)
+        news = News(self._begun, self._done, self._losses, self._lines, refused)
         self._lines = []
         return news
 
@@ -186,7 +191,7 @@ def _train(job: dict[str, Any], workers: int, watch: Watch) -> Outcome:
 
 
 def _follow(fitting: threading.Thread, post: Any, watch: Watch) -> None:
-    """Pass on what the workers do until they end; the first Ctrl-C asks them to."""
+    """Pass on what the workers do until there is no more; the first Ctrl-C asks them to end."""
     import ray
 
     begun = None
@@ -201,7 +206,7 @@ def _follow(fitting: threading.Thread, post: Any, watch: Watch) -> None:
                 watch.begin(*begun)
             if news.losses:
                 watch.step(news.done, news.losses)
-            if not fitting.is_alive():
+            if news.refused or not fitting.is_alive():
                 return
             if asked.is_set():
                 ray.get(post.stop.remote())
