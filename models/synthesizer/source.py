@@ -47,8 +47,9 @@ class SineSource(nn.Module):
         initial = torch.cat([torch.zeros_like(chance[:, :1]), chance], dim=1)  # (B, N) cycles
         waves = sines(f0, self.sample_rate, self.hop_length, initial)
         voiced = (f0 > 0).repeat_interleave(self.hop_length, dim=1).unsqueeze(1)  # (B, 1, T)
+        amplitude = torch.where(voiced, _AMPLITUDE, 0.0).to(waves)
         deviation = torch.where(voiced, _VOICED_NOISE, _UNVOICED_NOISE).to(waves)
-        return _AMPLITUDE * waves * voiced + deviation * noise.normal(waves)
+        return waves.mul_(amplitude).addcmul_(deviation, noise.normal(waves))
 
 
 def sines(f0: Tensor, sample_rate: int, hop_length: int, initial: Tensor) -> Tensor:
@@ -64,6 +65,6 @@ def sines(f0: Tensor, sample_rate: int, hop_length: int, initial: Tensor) -> Ten
     ends = step.cumsum(-1) * hop_length + initial.unsqueeze(-1)
     begins = ends - step * hop_length
     sample = torch.arange(1, hop_length + 1, dtype=torch.float64, device=f0.device)
-    cycles = begins.unsqueeze(-1) + step.unsqueeze(-1) * sample  # (B, N, F, hop_length)
-    within = (cycles - cycles.round()).to(f0.dtype)
-    return torch.sin(2 * math.pi * within).flatten(2)
+    cycles = torch.addcmul(begins.unsqueeze(-1), step.unsqueeze(-1), sample)  # (B, N, F, hop)
+    within = cycles.sub_(cycles.round()).to(f0.dtype)
+    return within.mul_(2 * math.pi).sin_().flatten(2)
