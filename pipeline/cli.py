@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import sys
@@ -33,6 +34,16 @@ them all. Run the same command again to resume, or to add songs that are new in 
 
 extract --from DATASET NEW makes NEW from the shards of DATASET, whose audio and settings it takes
 over: units, f0 and x-vectors are computed where settings ask for others than DATASET has."""
+
+_TRAIN_HELP = """Train a singing voice on the shards of DATASET, in the folder RUN.
+
+Settings are section.key=value, e.g. run.steps=20000; --print-config lists them all, and configs/
+has presets for --config: sovits-44k-768.yaml and sovits-44k-256.yaml (so-vits-svc's networks),
+tiny.yaml (for trying things out on a CPU). Run the same command again to go on after a stop; the
+numbers are those of a run that was never stopped. More run.steps make a finished run longer.
+
+The voice is RUN/checkpoints/step-NNNNNNNN. RUN/validation has pictures and sound, RUN/log.jsonl a
+line a step, and `tensorboard --logdir RUN` shows everything."""
 
 
 def _console() -> Console:
@@ -106,12 +117,7 @@ def extract(
         named = "the folder of the new dataset" if source else "a CORPUS and a DATASET folder"
         raise UserError(f"name {named}; see extract --help")
     corpus, dataset, *settings = words
-    if re.match(r"\w+\.[\w.-]+=", dataset):
-        raise UserError(
-            f"'{dataset}' is a setting where the DATASET folder should be; write "
-            f"{'DATASET' if source else 'CORPUS, DATASET'}, "
-            f"then settings (a folder of that name is ./{dataset})"
-        )
+    _refuse_setting(dataset, "DATASET", "DATASET" if source else "CORPUS, DATASET")
     if source is None:
         resolved = load_config(config, settings)
     else:
@@ -151,11 +157,86 @@ def extract(
         raise typer.Exit(1)
 
 
+def _refuse_setting(word: str, place: str, order: str) -> None:
+    """Where a folder should be. order: of the words, for the message."""
+    if re.match(r"\w+\.[\w.-]+=", word):
+        raise UserError(
+            f"'{word}' is a setting where the {place} folder should be; write {order}, "
+            f"then settings (a folder of that name is ./{word})"
+        )
+
+
 def _refuse_with_from(speaker: str | None, retry: bool, redo: bool) -> None:
     given = {"--speaker": speaker, "--retry-quarantined": retry, "--redo-changed": redo}
     for option, value in given.items():
         if value:
             raise UserError(f"{option} is about songs; --from takes them as its dataset has them")
+
+
+@app.command(help=_TRAIN_HELP)
+def train(
+    dataset: Annotated[str, typer.Argument(help="Dataset folder.", show_default=False)] = "",
+    run: Annotated[str, typer.Argument(help="Folder of the run.", show_default=False)] = "",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved settings and stop.")
+    ] = False,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="Weights to begin with: a run, a voice, or so-vits-svc's G_*.pth with its "
+            "config.json (and D_*.pth) beside it. Speakers may be others."
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Processes that share each batch, by Ray Train.", min=1)
+    ] = 1,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster (HOST:PORT or 'auto'); default: this machine.")
+    ] = None,
+) -> None:
+    from pipeline.settings import dump_yaml, load_settings
+    from pipeline.train_config import TrainConfig
+
+    words = [word for word in (dataset, run, *(overrides or [])) if word]
+    if print_config:
+        settings = [word for word in words if "=" in word]
+        resolved = load_settings(TrainConfig, config, settings)
+        sys.stdout.write(dump_yaml(dataclasses.asdict(resolved)))
+        return
+    if len(words) < 2:
+        raise UserError("name a DATASET and a RUN folder; see train --help")
+    dataset, run, *settings = words
+    for word, place in ((dataset, "DATASET"), (run, "RUN")):
+        _refuse_setting(word, place, "DATASET, RUN")
+    resolved = load_settings(TrainConfig, config, settings)
+    console = _console()
+    try:
+        if workers > 1 or ray_address is not None:
+            from pipeline.train_workers import train_on_ray
+
+            outcome = train_on_ray(
+                dataset,
+                Path(run),
+                resolved,
+                workers=workers,
+                ray_address=ray_address,
+                init_from=init_from,
+                console=console,
+            )
+        else:
+            from pipeline.train import fit
+
+            outcome = fit(dataset, Path(run), resolved, init_from=init_from, console=console)
+    except KeyboardInterrupt as error:
+        raise Interrupted from error
+
+    from pipeline.train_summary import show_outcome
+
+    show_outcome(console, outcome)
 
 
 @app.command()

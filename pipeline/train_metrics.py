@@ -242,6 +242,7 @@ def draw(
     """The log mels side by side, in the colours of the first."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(4 * len(sounds), 3.4), dpi=100)
     FigureCanvasAgg(figure)
@@ -257,6 +258,7 @@ def draw(
         )  # fmt: skip
         each.set_title(name, fontsize=10)
         each.set_xlabel("time (s)")
+        each.xaxis.set_major_locator(MaxNLocator(6, prune="upper"))  # the next panel's 0 is there
     axes[0].set_yticks(*_ticks(mel, sample_rate))
     axes[0].set_ylabel("frequency (Hz), mel scale")
     beside = figure.add_axes((0.925, 0.15, 0.012, 0.69))

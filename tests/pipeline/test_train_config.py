@@ -70,6 +70,7 @@ def test_the_presets_are_so_vits_svcs_templates(preset: str, variant: str) -> No
     ours = flatten(load(preset=preset))
     model = {key.removeprefix("model."): v for key, v in ours.items() if key.startswith("model.")}
     assert (model.pop("flow"), model.pop("n_flows")) == ("residual", 4)
+    assert model.pop("discriminator_channels") == 1024  # theirs is written into the code
     assert not theirs["use_transformer_flow"]
     assert model == {key: theirs[THEIRS.get(key, key)] for key in model}
     assert ours["loss.segment_frames"] * 512 == 10240
