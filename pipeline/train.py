@@ -313,7 +313,7 @@ class _Trainer:
         batch = share.batch.to(self.group.device)
         parts = [batch.part(i, config.accumulate) for i in range(config.accumulate)]
         self.generator.train()
-        self.losses = self.step(parts, share.totals, lambda part: self._noise(part, step))
+        self.losses = self.step(parts, share.totals, lambda part: self._noise(part, step), step)
         line = {"step": step + 1, "epoch": share.epoch, "lr": rate, **self.losses}
         self._require_finite(line, share.batch)
         if self.averaged is not None and config.ema is not None:

@@ -46,10 +46,15 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What the losses weigh, and how much of a clip the decoder makes in a step."""
+    """What the losses weigh, and how much of a clip the decoder makes in a step.
+
+    adversarial_from: the step that the discriminators begin at; before it only spectrograms are
+    compared, which is quicker, and without detail.
+    """
 
     mel: float = 45.0
     kl: float = 1.0
+    adversarial_from: int = 0
     segment_frames: int = 20
 
 

@@ -42,10 +42,11 @@ class Totals:
 
 @dataclass(frozen=True)
 class Weights:
-    """What the losses count for, and how much of a clip the decoder makes."""
+    """What the losses count for, from when on, and how much of a clip the decoder makes."""
 
     mel: float = 45.0
     kl: float = 1.0
+    adversarial_from: int = 0  # the step; before it the discriminators neither learn nor judge
     segment_frames: int = 20
 
 
@@ -86,27 +87,35 @@ class GanStep:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
     def __call__(
-        self, parts: Sequence[Batch], totals: Totals, noise: Callable[[Batch], Noise]
+        self,
+        parts: Sequence[Batch],
+        totals: Totals,
+        noise: Callable[[Batch], Noise],
+        number: int = 0,
     ) -> dict[str, float]:
         """The losses (`LOSSES`) of the global batch before its updates, and the gradients' norms.
 
         parts: this worker's share; of several, each is synthesized twice, so that only one is in
-        memory at a time. noise: that of a part, the same each time it is asked for.
+        memory at a time. noise: that of a part, the same each time it is asked for. number: of the
+        step, from 0 on.
         """
         found = torch.zeros(len(LOSSES), device=self.device)
+        norm_d = found.new_zeros(())
+        adversarial = number >= self.weights.adversarial_from
         kept = self._make(parts[0], totals, noise) if len(parts) == 1 else None
 
-        for part in parts:
+        for part in parts if adversarial else ():
             with torch.no_grad():
                 made = kept or self._make(part, totals, noise)
             disc = self._discriminator_loss(made)
             self.scaler.scale(disc).backward()
             found[0] += disc.detach()
-        norm_d = self._update(self.optim_d)
+        if adversarial:
+            norm_d = self._update(self.optim_d)
 
         for part in parts:
             made = kept or self._make(part, totals, noise)
-            terms = self._generator_losses(made, totals)
+            terms = self._generator_losses(made, totals, adversarial)
             total = torch.stack(terms).sum()
             self.scaler.scale(total).backward()
             found[1:] += torch.stack([*terms, total]).detach()
@@ -141,17 +150,12 @@ class GanStep:
         real, fake = zip(*(score.float().chunk(2) for score in scores), strict=True)
         return losses.discriminator_loss(real, fake) * made.share
 
-    def _generator_losses(self, made: _Made, totals: Totals) -> list[Tensor]:
+    def _generator_losses(self, made: _Made, totals: Totals, adversarial: bool) -> list[Tensor]:
         """gen, fm, mel, kl, lf0: as they are summed up."""
         out, config = made.outputs, self.generator.config
-        wav = out.wav.float()
-        with _frozen(self.discriminator), self._autocast():
-            with torch.no_grad():
-                _, real = self.discriminator(made.wav)
-            scores, fake = self.discriminator(out.wav)
-        mel = mel_of(
-            spectrogram(wav.squeeze(1), self.mel, config.hop_length), self.mel, config.sample_rate
-        )
+        gen, fm = self._judged(made) if adversarial else (out.wav.new_zeros(()),) * 2
+        wav = out.wav.float().squeeze(1)
+        mel = mel_of(spectrogram(wav, self.mel, config.hop_length), self.mel, config.sample_rate)
         mel_loss = (made.mel - mel).abs().mean() * self.weights.mel
         lf0 = mel_loss.new_zeros(())
         if out.lf0 is not None and out.lf0_hat is not None:
@@ -164,13 +168,17 @@ class GanStep:
             out.mask,
             total_frames=totals.frames,
         )
-        return [
-            losses.generator_loss([score.float() for score in scores]) * made.share,
-            losses.feature_loss(real, fake) * made.share,
-            mel_loss * made.share,
-            kl * self.weights.kl,
-            lf0 * made.share,
-        ]
+        mean_losses = [each.float() * made.share for each in (gen, fm, mel_loss, lf0)]
+        return [*mean_losses[:3], kl * self.weights.kl, mean_losses[3]]
+
+    def _judged(self, made: _Made) -> tuple[Tensor, Tensor]:
+        """gen and fm. The originals' features need no gradients, nor do the discriminators."""
+        with _frozen(self.discriminator), self._autocast():
+            with torch.no_grad():
+                _, real = self.discriminator(made.wav)
+            scores, fake = self.discriminator(made.outputs.wav)
+        generator_loss = losses.generator_loss([score.float() for score in scores])
+        return generator_loss, losses.feature_loss(real, fake)
 
     def _update(self, optimizer: Optimizer) -> Tensor:
         """Adds up the gradients over the workers and takes a step; the norm of the gradients."""

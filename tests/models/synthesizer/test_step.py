@@ -205,3 +205,17 @@ def test_bfloat16_is_near_float32(reference: Reference, step_of: Steps) -> None:
     for name in ("disc", "gen", "fm", "mel", "total"):
         assert found[name] == pytest.approx(exact[name], rel=0.05), name
     assert all(p.dtype == torch.float32 for p in rough.generator.parameters())
+
+
+def test_discriminators_can_begin_later(reference: Reference, step_of: Steps) -> None:
+    arrays = reference("svc_tiny_base")
+    batch = batch_of(arrays)
+    step = step_of(arrays)
+    step.weights = dataclasses.replace(WEIGHTS, adversarial_from=1)
+    before = {name: p.detach().clone() for name, p in step.discriminator.named_parameters()}
+    first = step([batch], totals_of(batch), keyed, 0)
+    assert first["disc"] == first["gen"] == first["fm"] == first["grad_norm_d"] == 0
+    assert first["total"] == pytest.approx(first["mel"] + first["kl"] + first["lf0"])
+    assert all(torch.equal(p, before[n]) for n, p in step.discriminator.named_parameters())
+    assert step([batch], totals_of(batch), keyed, 1)["disc"] > 0
+    assert any(not torch.equal(p, before[n]) for n, p in step.discriminator.named_parameters())
