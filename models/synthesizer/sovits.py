@@ -189,12 +189,12 @@ def to_sovits(
     config = config or bare_config(network.config)
     if config.network != network.config:
         raise ValueError("config is not of this network: their settings differ")
+    if discriminator is not None and not path.name.startswith("G_"):
+        raise ValueError(f"{path} must be named like G_1000.pth: D_1000.pth lies beside it")
     described = config_json(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, network, synthesizer_layout(network.config, _has_posterior(network)), training)
     if discriminator is not None:
-        if not path.name.startswith("G_"):
-            raise ValueError(f"{path} must be named like G_1000.pth: D_1000.pth lies beside it")
         beside = path.with_name("D_" + path.name.removeprefix("G_"))
         layout = _discriminator_layout(network.config.spectral_norm)
         _write(beside, discriminator, layout, discriminator_training)

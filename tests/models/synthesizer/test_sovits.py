@@ -138,6 +138,7 @@ def test_discriminators_go_out_beside_their_voice(tmp_path: Path) -> None:
     network = from_sovits(g_path, config_path)
     with pytest.raises(ValueError, match=r"must be named like G_1000\.pth"):
         to_sovits(network, tmp_path / "voice.pth", discriminator=discriminator)
+    assert not (tmp_path / "voice.pth").exists(), "refused before anything is written"
     out = tmp_path / "out"
     to_sovits(network, out / "G_9.pth", discriminator=discriminator)
     assert sorted(p.name for p in out.iterdir()) == ["D_9.pth", "G_9.pth", "config.json"]
