@@ -29,8 +29,6 @@ LOSSES = ("disc", "gen", "fm", "mel", "kl", "lf0", "total")
 Reduce = Callable[[Sequence[Tensor]], None]
 """Adds up each tensor over the workers, in place."""
 
-Features = list[list[Tensor]]
-
 
 @dataclass(frozen=True)
 class Totals:
