@@ -441,15 +441,15 @@ Verdict = tuple[Tensor, list[Tensor]]
 
 
 class PeriodDiscriminator(nn.Module):
-    def __init__(self, period: int) -> None:
+    def __init__(self, period: int, widest: int) -> None:
         super().__init__()
         self.period = period
-        widths = (1, 32, 128, 512, 1024, 1024)
+        widths = (1, widest // 32, widest // 8, widest // 2, widest, widest)
         self.convs = nn.ModuleList(
             weight_norm(nn.Conv2d(into, out, (5, 1), (3 if i < 4 else 1, 1), padding=(2, 0)))
             for i, (into, out) in enumerate(pairwise(widths))
         )
-        self.conv_post = weight_norm(nn.Conv2d(1024, 1, (3, 1), padding=(1, 0)))
+        self.conv_post = weight_norm(nn.Conv2d(widest, 1, (3, 1), padding=(1, 0)))
 
     def forward(self, wav: Tensor) -> Verdict:
         wav = F.pad(wav, (0, -wav.shape[-1] % self.period), "reflect")
@@ -457,21 +457,18 @@ class PeriodDiscriminator(nn.Module):
 
 
 class ScaleDiscriminator(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, widest: int) -> None:
         super().__init__()
-        widths = (1, 16, 64, 256, 1024, 1024, 1024)
-        shapes = [
-            (15, 1, 7, 1),
-            *((41, 4, 20, groups) for groups in (4, 16, 64, 256)),
-            (5, 1, 2, 1),
-        ]
+        widths = (1, widest // 64, widest // 16, widest // 4, widest, widest, widest)
+        grouped = [(41, 4, 20, max(1, each * widest // 1024)) for each in (4, 16, 64, 256)]
+        shapes = [(15, 1, 7, 1), *grouped, (5, 1, 2, 1)]  # kernel, stride, padding, groups
         self.convs = nn.ModuleList(
             weight_norm(nn.Conv1d(into, out, kernel, stride, padding, groups=groups))
-            for into, out, (kernel, stride, padding, groups) in zip(
-                widths, widths[1:], shapes, strict=False
+            for (into, out), (kernel, stride, padding, groups) in zip(
+                pairwise(widths), shapes, strict=True
             )
         )
-        self.conv_post = weight_norm(nn.Conv1d(1024, 1, 3, padding=1))
+        self.conv_post = weight_norm(nn.Conv1d(widest, 1, 3, padding=1))
 
     def forward(self, wav: Tensor) -> Verdict:
         return _judge(self, wav)
@@ -487,11 +484,10 @@ def _judge(discriminator: nn.Module, x: Tensor) -> Verdict:
 
 
 class PlainDiscriminator(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, widest: int = 1024) -> None:
         super().__init__()
-        self.discriminators = nn.ModuleList(
-            [ScaleDiscriminator(), *map(PeriodDiscriminator, (2, 3, 5, 7, 11))]
-        )
+        periods = (PeriodDiscriminator(period, widest) for period in (2, 3, 5, 7, 11))
+        self.discriminators = nn.ModuleList([ScaleDiscriminator(widest), *periods])
 
     def forward(self, real: Tensor, fake: Tensor) -> list[tuple[Verdict, Verdict]]:
         """Of each one what it makes of real and of fake."""

@@ -109,7 +109,7 @@ class Clock:
 def networks(config: SynthesizerConfig) -> tuple[Synthesizer, MultiPeriodDiscriminator]:
     """The same weights each time."""
     torch.manual_seed(0)
-    return Synthesizer(config), MultiPeriodDiscriminator()
+    return Synthesizer(config), MultiPeriodDiscriminator(channels=config.discriminator_channels)
 
 
 def our_step(config: SynthesizerConfig, mel: MelConfig, clock: Clock, segment: int) -> Step:
@@ -147,7 +147,8 @@ def our_step(config: SynthesizerConfig, mel: MelConfig, clock: Clock, segment: i
 
 
 def plain_step(config: SynthesizerConfig, mel: MelConfig, clock: Clock, segment: int) -> Step:
-    generator, discriminator = PlainSynthesizer(config), PlainDiscriminator()
+    generator = PlainSynthesizer(config)
+    discriminator = PlainDiscriminator(config.discriminator_channels)
     for plain, ours in zip((generator, discriminator), networks(config), strict=True):
         plain.load_state_dict(ours.state_dict())
     clock.watch(generator)
