@@ -192,7 +192,7 @@ def train(
         ),
     ] = None,
     workers: Annotated[
-        int, typer.Option(help="Processes that share each batch, by Ray Train.", min=1)
+        int, typer.Option(help="Processes that share each batch, by Ray Train.")
     ] = 1,
     ray_address: Annotated[
         str | None, typer.Option(help="Ray cluster (HOST:PORT or 'auto'); default: this machine.")
@@ -212,6 +212,8 @@ def train(
     dataset, run, *settings = words
     for word, place in ((dataset, "DATASET"), (run, "RUN")):
         _refuse_setting(word, place, "DATASET, RUN")
+    if workers < 1:
+        raise UserError(f"--workers is {workers}; it must be 1 or more")
     resolved = load_settings(TrainConfig, config, settings)
     console = _console()
     try:

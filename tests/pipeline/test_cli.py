@@ -13,8 +13,11 @@ import yaml
 
 from pipeline import cli
 from pipeline.errors import Interrupted, StorageFault
+from pipeline.settings import dump_yaml, read_settings
 from pipeline.shards import storage_fault
+from pipeline.train_config import TrainConfig
 from tests.pipeline.conftest import FAST
+from tests.pipeline.small_training import SMALL, write_small_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,10 +47,21 @@ def test_help_of_extract_names_the_options() -> None:
         assert option in output
 
 
+def test_help_of_train_names_the_options_and_presets() -> None:
+    output = cantor("train", "--help")
+    for word in ("--config", "--init-from", "--workers", "--ray-address", "tiny.yaml"):
+        assert word in output
+
+
 def test_print_config_is_yaml_of_everything() -> None:
     printed = yaml.safe_load(cantor("extract", "--print-config", "f0.method=dio"))
     assert printed["f0"]["method"] == "dio"
     assert set(printed) >= {"audio", "slice", "loudness", "encoder", "plan", "workers"}
+    preset = ("--config", ROOT / "configs" / "sovits-44k-256.yaml")
+    printed = yaml.safe_load(cantor("train", "--print-config", *preset, "run.steps=7"))
+    assert set(printed) == {"model", "mel", "data", "loss", "optimizer", "run"}
+    assert (printed["model"]["gin_channels"], printed["run"]["steps"]) == (256, 7)
+    assert printed["model"]["resblock_dilation_sizes"] == [[1, 3, 5]] * 3
 
 
 @pytest.mark.parametrize(
@@ -63,6 +77,10 @@ def test_print_config_is_yaml_of_everything() -> None:
         (["extract", "--from", "c", "f0.f0_min=60"], "is a setting where the DATASET folder"),
         (["extract", "--from", "c", "d", "--speaker", "ann"], "--speaker is about songs"),
         (["extract", "c", "d", "--config", "/"], "settings from /: Is a directory"),
+        (["train", "d"], "name a DATASET and a RUN folder"),
+        (["train", "d", "run.steps=9"], "'run.steps=9' is a setting where the RUN folder"),
+        (["train", "d", "c", "run.stepps=9"], "did you mean 'run.steps'"),
+        (["train", "d", "c", "--workers", "0"], "--workers is 0; it must be 1 or more"),
         (["verify", "/nowhere/at/all"], "is not a dataset"),
         (["report", "/nowhere/at/all"], "is not a dataset"),
     ],
@@ -88,6 +106,23 @@ def test_a_run_ends_with_a_table_and_json(corpus: Path, tmp_path: Path) -> None:
     data[len(data) // 3] ^= 1
     shard.write_bytes(data)
     assert "PROBLEM" in cantor("verify", tmp_path / "d", status=1)
+
+
+def test_a_training_ends_with_a_table_and_keeps_its_settings(tmp_path: Path) -> None:
+    dataset, run = write_small_dataset(tmp_path / "d"), tmp_path / "run"
+    settings = [f"{k}={v}" for k, v in (SMALL | {"run.validation_clips": "1"}).items()]
+    (tmp_path / "small.yaml").write_text(dump_yaml(read_settings(TrainConfig, None, settings)))
+    words = ("train", dataset, run, "--config", tmp_path / "small.yaml")
+    output = cantor(*words, "run.steps=2")
+    assert "step 0: posterior / prior: mel distance" in output
+    assert "2 steps done, 2 of them now" in output
+    for row in ("mel distance", "right pitch", "voicing wrong", "discriminator"):
+        assert row in output
+    assert str(run / "checkpoints" / "step-00000002") in "".join(output.split())
+    assert (run / "checkpoints" / "step-00000002" / "voice.safetensors").is_file()
+    assert (run / "validation" / "step-00000002.png").is_file()
+    other = cantor(*words, "loss.mel=9", status=2)
+    assert "loss.mel was 45.0 and is 9.0" in " ".join(other.split())
 
 
 def test_dry_run_says_what_would_run(corpus: Path, tmp_path: Path) -> None:
