@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -87,6 +89,50 @@ def test_an_example_does_not_depend_on_its_neighbours(reference: Reference, fill
             twice[one], f0[one], voiced[one], speakers[one], noise=KeyedNoise([key])
         )
         close(alone, both[one].numpy(), 1e-5)
+
+
+@pytest.mark.parametrize("variant", ["base", "transflow_share", "vol"])
+def test_training_on_a_short_clip_sees_neither_padding_nor_neighbour(
+    variant: str, reference: Reference, filled: Filled
+) -> None:
+    """Nor does it write to what it is given. Of f0 there are gaps and 1500 Hz, and no voice."""
+    arrays = reference(f"svc_tiny_{variant}")
+    network = filled(Synthesizer(config_of(arrays)))
+    whole, short = batch_of(arrays), 15
+    inside = (torch.arange(whole.f0.shape[1]) < short).float()
+    hop = network.config.hop_length
+    f0 = whole.f0.clone()
+    f0[:, 3:6], f0[:, 8] = 0, 1500
+    both = dataclasses.replace(
+        whole,
+        clip_ids=("long", "short"),
+        units=torch.cat([whole.units, whole.units.flip(1) * inside]),
+        f0=torch.cat([whole.f0, f0 * inside]),
+        voiced=torch.cat([whole.voiced, torch.zeros_like(whole.voiced)]),
+        volume=torch.cat([whole.volume, whole.volume * inside]),
+        wav=torch.cat([whole.wav, whole.wav * inside.repeat_interleave(hop)]),
+        speaker=torch.tensor([1, 4]),
+        lengths=torch.tensor([len(inside), short]),
+        noise_keys=(0, 1),
+    )
+    spec = torch.from_numpy(arrays["in/spec"]).repeat(2, 1, 1)
+    given = {name: value for name, value in vars(both).items() if isinstance(value, Tensor)}
+    before = {name: value.clone() for name, value in given.items()}
+    together = network(both, spec, NoNoise(0.5), segment_frames=8)
+    assert all(torch.equal(value, before[name]) for name, value in given.items())
+    assert together.starts.tolist() == [(len(inside) - 8 + 1) // 2, 4]
+
+    cut = {name: given[name][1:, ..., :short] for name in ("units", "f0", "voiced", "volume")} | {
+        "speaker": both.speaker[1:],
+        "lengths": both.lengths[1:],
+        "wav": both.wav[1:],
+    }
+    alone = network(dataclasses.replace(both, **cut), spec[1:, :, :short], NoNoise(0.5), 8)
+    for name in ("z_p", "m_p", "logs_p", "m_q", "logs_q"):
+        found = getattr(together, name)[1:]
+        close(found[..., :short], getattr(alone, name).detach().numpy(), MODULES)
+        assert not found[..., short:].any(), name
+    close(together.wav[1:], alone.wav.detach().numpy(), INFER.get(variant, 1e-5))
 
 
 def test_a_mix_of_one_speaker_is_the_speaker(reference: Reference, filled: Filled) -> None:
