@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.synthesizer.config import SPEAKER_LAYER
 from models.synthesizer.wavenet import gate
 from models.synthesizer.weight_norm import Conv1d
 
@@ -209,8 +210,6 @@ class Encoder(nn.Module):
     Raises ValueError for a speaker embedding with fewer than three layers.
     """
 
-    speaker_layer = 2
-
     def __init__(
         self,
         hidden_channels: int,
@@ -224,9 +223,9 @@ class Encoder(nn.Module):
         gin_channels: int = 0,
     ) -> None:
         super().__init__()
-        if gin_channels and n_layers <= self.speaker_layer:
+        if gin_channels and n_layers <= SPEAKER_LAYER:
             raise ValueError(
-                f"an encoder that hears of the speaker in layer {self.speaker_layer + 1} "
+                f"an encoder that hears of the speaker in layer {SPEAKER_LAYER + 1} "
                 f"needs as many, not {n_layers}"
             )
         if gin_channels:
@@ -256,7 +255,7 @@ class Encoder(nn.Module):
             self.attn_layers, self.norm_layers_1, self.ffn_layers, self.norm_layers_2, strict=True
         )
         for i, (attention, norm_1, ffn, norm_2) in enumerate(layers):
-            if g is not None and i == self.speaker_layer:
+            if g is not None and i == SPEAKER_LAYER:
                 x = (x + self.spk_emb_linear(g.transpose(1, 2)).transpose(1, 2)) * mask
             x = norm_1(x + self.drop(attention(x, x, keys)))
             x = norm_2(x + self.drop(ffn(x, mask)))

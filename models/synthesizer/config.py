@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+SPEAKER_LAYER = 2  # where the speaker comes into a text's transformers; the first layer is 0
 _DISCRIMINATOR_CHANNELS = (64, 128, 256, 512, 1024)
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from models.synthesizer.config import ModelConfig
+from models.synthesizer.config import SPEAKER_LAYER, ModelConfig
 
-SPEAKER_LAYER = 2  # where in a transformer the speaker comes in; the first layer is 0
 _NOT_HERE = ("share_flow", "depthwise_conv", "predict_f0", "volume_embedding")
 
 
