@@ -1,7 +1,7 @@
 """What training makes small: least-squares adversarial losses, feature matching, and the KL term.
 
-Of a global batch that is worked on in parts, each part's loss is its contribution: they add up to
-the loss of the whole. `share` is the part's examples over those of the global batch.
+All but the KL term are means over examples: of a batch that is worked on in parts, each part counts
+by its share of the examples.
 
 Sources: Mao et al., "Least Squares Generative Adversarial Networks" (2017); Kim et al.,
 "Conditional Variational Autoencoder with Adversarial Learning" (2021), VITS.
@@ -19,23 +19,21 @@ Features = Sequence[Sequence[Tensor]]
 """Of each discriminator, what its layers make of a batch."""
 
 
-def discriminator_loss(
-    real: Sequence[Tensor], fake: Sequence[Tensor], share: float = 1.0
-) -> Tensor:
+def discriminator_loss(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
     """Scores (B, N) of each discriminator: those of originals should be 1, the others 0."""
     terms = [
         (1 - _wide(r)).square().mean() + _wide(f).square().mean()
         for r, f in zip(real, fake, strict=True)
     ]
-    return torch.stack(terms).sum() * share
+    return torch.stack(terms).sum()
 
 
-def generator_loss(fake: Sequence[Tensor], share: float = 1.0) -> Tensor:
+def generator_loss(fake: Sequence[Tensor]) -> Tensor:
     """Scores (B, N) that each discriminator gives what the generator made: they should be 1."""
-    return torch.stack([(1 - _wide(score)).square().mean() for score in fake]).sum() * share
+    return torch.stack([(1 - _wide(score)).square().mean() for score in fake]).sum()
 
 
-def feature_loss(real: Features, fake: Features, share: float = 1.0) -> Tensor:
+def feature_loss(real: Features, fake: Features) -> Tensor:
     """Twice the mean distance of each layer's features (B, ...), summed up over the layers.
 
     No gradient flows to `real`.
@@ -45,7 +43,7 @@ def feature_loss(real: Features, fake: Features, share: float = 1.0) -> Tensor:
         for originals, others in zip(real, fake, strict=True)
         for r, f in zip(originals, others, strict=True)
     ]
-    return 2 * torch.stack(terms).sum() * share
+    return 2 * torch.stack(terms).sum()
 
 
 def kl_loss(

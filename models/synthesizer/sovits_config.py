@@ -240,6 +240,9 @@ def _network_config(model: Mapping[str, Any], data: Mapping[str, Any]) -> Synthe
         for theirs, ours in _MODEL.items()
     }
     values |= _flow(model)
+    used = 2 if values["resblock"] == "2" else 3  # of each list, however long it is
+    dilations = values["resblock_dilation_sizes"]
+    values["resblock_dilation_sizes"] = tuple(each[:used] for each in dilations)
     values["sample_rate"] = typed(int, data["sampling_rate"], "data.sampling_rate")
     values["n_fft"] = typed(int, data["filter_length"], "data.filter_length")
     _require_positive(model, "model", [*_MODEL, "n_flow_layer", "n_layers_trans_flow"])

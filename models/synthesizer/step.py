@@ -145,7 +145,7 @@ class GanStep:
         both = torch.cat([made.wav, made.outputs.wav.detach().to(made.wav)])
         with self._autocast():
             scores, _ = self.discriminator(both)
-        real, fake = zip(*(score.float().chunk(2) for score in scores), strict=True)
+        real, fake = zip(*(score.chunk(2) for score in scores), strict=True)
         return losses.discriminator_loss(real, fake) * made.share
 
     def _generator_losses(self, made: _Made, totals: Totals, adversarial: bool) -> list[Tensor]:
@@ -175,8 +175,7 @@ class GanStep:
             with torch.no_grad():
                 _, real = self.discriminator(made.wav)
             scores, fake = self.discriminator(made.outputs.wav)
-        generator_loss = losses.generator_loss([score.float() for score in scores])
-        return generator_loss, losses.feature_loss(real, fake)
+        return losses.generator_loss(scores), losses.feature_loss(real, fake)
 
     def _update(self, optimizer: Optimizer) -> Tensor:
         """Adds up the gradients over the workers and takes a step; the norm of the gradients."""

@@ -89,9 +89,9 @@ def test_parts_add_up_to_the_whole() -> None:
         kl = part([z_p, logs_q, m_p, logs_p, mask], index)
         return torch.stack(
             [
-                discriminator_loss(r, f, share),
-                generator_loss(f, share),
-                feature_loss(m, o, share),
+                discriminator_loss(r, f) * share,
+                generator_loss(f) * share,
+                feature_loss(m, o) * share,
                 kl_loss(*kl, total_frames=total_frames),
             ]
         )

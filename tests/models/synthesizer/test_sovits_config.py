@@ -108,6 +108,13 @@ def test_a_residual_flow_has_four_of_as_many_layers_as_stated(
         config_json(bare_config(SynthesizerConfig(units_dim=256, n_speakers=1, n_flows=6)))
 
 
+def test_dilations_that_no_block_uses_are_none(tmp_path: Path, template: Content) -> None:
+    """The template's lists have three; blocks of kind 2 take the first two."""
+    content = template | {"model": template["model"] | {"resblock": "2"}}
+    network = read_config(written(tmp_path, content)).network
+    assert network.resblock_dilation_sizes == ((1, 3), (1, 3), (1, 3))
+
+
 def test_a_config_of_version_4_0_means_what_so_vits_svc_takes(
     tmp_path: Path, template: Content
 ) -> None:
