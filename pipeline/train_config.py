@@ -82,9 +82,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
-            raise ValueError(
-                f"optimizer.learning_rate is {self.learning_rate}; it must be above 0"
-            )
+            raise ValueError(f"optimizer.learning_rate is {self.learning_rate}; it must be above 0")
         if self.accumulate < 1:
             raise ValueError(f"optimizer.accumulate is {self.accumulate}; it must be 1 or more")
         if self.ema is not None and not 0 < self.ema < 1:

@@ -37,7 +37,7 @@ def at_16k(wavs: Iterable[Array], sample_rate: int) -> list[Array]:
 
 def every_10_ms(contours: Iterable[NDArray[np.float64]], sample_rate: int) -> list[Track]:
     """Contours (F,) of fcpe or rmvpe, whose frame j belongs to sample 160 j at 16 kHz."""
-    return [(f0, np.arange(len(f0)) * (0.01 * sample_rate)) for f0 in contours]
+    return [(f0, np.arange(len(f0), dtype=np.float64) * (0.01 * sample_rate)) for f0 in contours]
 
 
 def network(method: str, cfg: F0Config) -> Any:
