@@ -7,7 +7,7 @@ KILLS ?= 20
 MINUTES ?= 10
 TEST_PROCESSES ?= 2
 
-.PHONY: setup demo test soak lint bench bench-encode bench-f0 clean
+.PHONY: setup demo test soak lint bench bench-encode bench-f0 bench-train clean
 
 setup: $(STAMP)
 
@@ -21,6 +21,7 @@ demo: setup
 	$(BIN)/python run_pipeline.py extract demo/corpus demo/dataset --config configs/demo.yaml
 	$(BIN)/python run_pipeline.py verify demo/dataset
 	$(BIN)/python run_pipeline.py report demo/dataset
+	$(BIN)/python run_pipeline.py train demo/dataset demo/run --config configs/tiny.yaml
 
 test: setup
 	$(BIN)/python -m pytest -m 'not soak' --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
@@ -38,6 +39,9 @@ bench: setup
 
 bench-encode: setup
 	$(BIN)/python benchmarks/encode.py
+
+bench-train: setup
+	$(BIN)/python benchmarks/train.py
 
 bench-f0: setup
 	$(BIN)/python benchmarks/f0.py --page docs/f0.md
