@@ -72,7 +72,8 @@ class Metrics:
         self.clips = [self._cut(clip) for clip in clips]
         self.originals = [self._sound(clip.wav) for clip in self.clips]
         self._fresh = step == 0
-        self.writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        first = 0 if self._fresh else step + 1  # of the steps that this life writes of
+        self.writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=first)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """What the trainer measured in a step: losses, gradient norms, the learning rate, ..."""

@@ -209,3 +209,15 @@ def test_steps_done_again_count_once(tmp_path: Path, begin: Begin, network: Synt
     assert "validation/mel_prior" not in [
         tag for tag in seen.Tags()["scalars"] if seen.Scalars(tag)
     ]
+
+
+def test_step_0_counts_once_where_the_first_start_left_no_checkpoint(
+    tmp_path: Path, begin: Begin, network: Synthesizer
+) -> None:
+    for _ in range(2):
+        metrics = begin(clip(0.3))
+        metrics.validate(0, network)
+        metrics.close()
+    seen = events(tmp_path)
+    assert [e.step for e in seen.Scalars("validation/mel_prior")] == [0]
+    assert [e.step for e in seen.Audio("original/clip 1")] == [0]
