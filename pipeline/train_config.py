@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from models.synthesizer.config import MelConfig, ModelConfig
+from models.synthesizer.config import MelConfig, ModelConfig, require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,12 @@ class DataConfig:
         if not 0 <= self.validation < 1:
             raise ValueError(f"data.validation is {self.validation}; it must lie in 0 to 1")
         for name in ("batch_size", "max_frames", "shuffle_groups", "loader_threads", "prefetch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be 1 or more")
+            require_at_least(1, f"data.{name}", getattr(self, name))
+        if self.max_frames < self.min_frames:
+            raise ValueError(
+                f"data.max_frames is {self.max_frames}; it must be data.min_frames, "
+                f"{self.min_frames}, or more"
+            )
         if not 0 <= self.key_shift <= 12:
             raise ValueError(f"data.key_shift is {self.key_shift}; it must lie in 0 to 12")
 
@@ -56,6 +60,12 @@ class LossConfig:
     kl: float = 1.0
     adversarial_from: int = 0
     segment_frames: int = 20
+
+    def __post_init__(self) -> None:
+        require_at_least(0, "loss.mel", self.mel)
+        require_at_least(0, "loss.kl", self.kl)
+        require_at_least(0, "loss.adversarial_from", self.adversarial_from)
+        require_at_least(1, "loss.segment_frames", self.segment_frames)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +93,15 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
             raise ValueError(f"optimizer.learning_rate is {self.learning_rate}; it must be above 0")
-        if self.accumulate < 1:
-            raise ValueError(f"optimizer.accumulate is {self.accumulate}; it must be 1 or more")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas is {list(self.betas)}; both must lie in 0 to 1")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"optimizer.decay is {self.decay}; it must lie in 0 to 1")
+        for name in ("eps", "weight_decay", "warmup_steps"):
+            require_at_least(0, f"optimizer.{name}", getattr(self, name))
+        require_at_least(1, "optimizer.accumulate", self.accumulate)
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"optimizer.clip_norm is {self.clip_norm}; it must be above 0")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"optimizer.ema is {self.ema}; it must lie between 0 and 1")
 
@@ -109,8 +126,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "validate_every", "save_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"run.{name} is {getattr(self, name)}; it must be 1 or more")
+            require_at_least(1, f"run.{name}", getattr(self, name))
+        require_at_least(0, "run.validation_clips", self.validation_clips)
+        if self.threads is not None:
+            require_at_least(1, "run.threads", self.threads)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,24 @@ from typing import Literal
 
 SPEAKER_LAYER = 2  # where the speaker comes into a text's transformers; the first layer is 0
 _DISCRIMINATOR_CHANNELS = (64, 128, 256, 512, 1024)
+_COUNTS = (
+    "inter_channels",
+    "hidden_channels",
+    "filter_channels",
+    "n_heads",
+    "n_layers",
+    "kernel_size",
+    "upsample_initial_channel",
+    "gin_channels",
+    "n_flows",
+    "n_flow_layers",
+)
+
+
+def require_at_least(least: float, name: str, value: float) -> None:
+    """Raises ValueError that names the setting."""
+    if not value >= least:
+        raise ValueError(f"{name} is {value}; it must be {least} or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +61,8 @@ class ModelConfig:
     discriminator_channels: int = 1024  # of their widest layers; so-vits-svc has no other number
 
     def __post_init__(self) -> None:
+        for name in _COUNTS:
+            require_at_least(1, f"model.{name}", getattr(self, name))
         if len(self.upsample_rates) != len(self.upsample_kernel_sizes):
             raise ValueError(
                 f"model.upsample_rates has {len(self.upsample_rates)} numbers and "
@@ -105,6 +125,10 @@ class MelConfig:
     f_max: float | None = None  # None: half of the sample rate
 
     def __post_init__(self) -> None:
+        require_at_least(1, "mel.n_mels", self.n_mels)
+        require_at_least(0, "mel.f_min", self.f_min)
+        if self.f_max is not None and not self.f_max > self.f_min:
+            raise ValueError(f"mel.f_max is {self.f_max}; it must be above mel.f_min, {self.f_min}")
         if not 1 < self.win_length <= self.n_fft:
             raise ValueError(
                 f"mel.win_length is {self.win_length}; it must lie in 2 to mel.n_fft, {self.n_fft}"
