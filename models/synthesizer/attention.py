@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.synthesizer.config import SPEAKER_LAYER
+from models.synthesizer.dropout import Dropout
 from models.synthesizer.wavenet import gate
 from models.synthesizer.weight_norm import Conv1d
 
@@ -74,7 +75,7 @@ class MultiHeadAttention(nn.Module):
         self.conv_k = nn.Conv1d(channels, channels, 1)
         self.conv_v = nn.Conv1d(channels, channels, 1)
         self.conv_o = nn.Conv1d(channels, out_channels, 1)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         if window is not None:
             shape = (1 if heads_share else n_heads, 2 * window + 1, self.head_width)
             self.emb_rel_k = nn.Parameter(torch.randn(shape) * self.head_width**-0.5)
@@ -96,7 +97,8 @@ class MultiHeadAttention(nn.Module):
             self._heads(conv(of))
             for conv, of in ((self.conv_q, x), (self.conv_k, context), (self.conv_v, context))
         )
-        if self.window is None and self.block_length is None and not self.proximal_bias:
+        plain = self.window is None and self.block_length is None and not self.proximal_bias
+        if plain and not self.drop.draws(q):
             attended = self._attend_plainly(q, k, v, mask, causal)
         else:
             attended = self._attend(q, k, v, mask, causal)
@@ -188,7 +190,7 @@ class FFN(nn.Module):
         self.surplus = padding - left  # outputs too many at the beginning
         self.conv_1 = nn.Conv1d(in_channels, filter_channels, kernel_size, padding=padding)
         self.conv_2 = nn.Conv1d(filter_channels, out_channels, kernel_size, padding=padding)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = self._within(self.conv_1(x * mask), mask)
@@ -230,7 +232,7 @@ class Encoder(nn.Module):
             )
         if gin_channels:
             self.spk_emb_linear = nn.Linear(gin_channels, hidden_channels)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.attn_layers = nn.ModuleList()
         self.norm_layers_1 = nn.ModuleList()
         self.ffn_layers = nn.ModuleList()
@@ -285,7 +287,7 @@ class FFT(nn.Module):
         if gin_channels:
             self.cond_pre = nn.Conv1d(hidden_channels, 2 * hidden_channels, 1)
             self.cond_layer = Conv1d(gin_channels, 2 * hidden_channels * n_layers, 1)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.self_attn_layers = nn.ModuleList()
         self.norm_layers_0 = nn.ModuleList()
         self.ffn_layers = nn.ModuleList()
@@ -337,7 +339,7 @@ class Decoder(nn.Module):
         proximal_bias: bool = False,
     ) -> None:
         super().__init__()
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.self_attn_layers = nn.ModuleList()
         self.norm_layers_0 = nn.ModuleList()
         self.encdec_attn_layers = nn.ModuleList()
