@@ -18,7 +18,6 @@ _COUNTS = (
     "n_heads",
     "n_layers",
     "kernel_size",
-    "upsample_initial_channel",
     "gin_channels",
     "n_flows",
     "n_flow_layers",
@@ -69,6 +68,17 @@ class ModelConfig:
                 f"model.upsample_kernel_sizes {len(self.upsample_kernel_sizes)}; one each belongs "
                 "together"
             )
+        for rate, kernel in zip(self.upsample_rates, self.upsample_kernel_sizes, strict=True):
+            if rate < 1 or kernel < rate or (kernel - rate) % 2:
+                raise ValueError(
+                    f"model.upsample_kernel_sizes has {kernel} where model.upsample_rates has "
+                    f"{rate}; it must be larger by an even number, or equal"
+                )
+        require_at_least(
+            2 ** len(self.upsample_rates),  # each upsampling halves them
+            "model.upsample_initial_channel",
+            self.upsample_initial_channel,
+        )
         if len(self.resblock_kernel_sizes) != len(self.resblock_dilation_sizes):
             raise ValueError(
                 "model.resblock_kernel_sizes and model.resblock_dilation_sizes differ in length; "

@@ -156,11 +156,6 @@ def _upsamplers(config: ModelConfig) -> nn.ModuleList:
     ups = nn.ModuleList()
     for i, rate in enumerate(config.upsample_rates):
         kernel = config.upsample_kernel_sizes[i]
-        if kernel < rate or (kernel - rate) % 2:
-            raise ValueError(
-                f"model.upsample_kernel_sizes has {kernel} where model.upsample_rates has {rate}; "
-                "it must be larger by an even number, or equal"
-            )
         ups.append(
             ConvTranspose1d(widths[i], widths[i + 1], kernel, rate, padding=(kernel - rate) // 2)
         )
