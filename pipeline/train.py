@@ -270,7 +270,7 @@ class _Trainer:
                 self._validate(metrics)
                 if self.validation:
                     line["validation"] = self.validation
-            log.write(json.dumps(line) + "\n")
+            log.write(json.dumps(_in_json(line)) + "\n")
             log.flush()
             due = self.done % run.save_every == 0 or last
             if due or (run.keep_best and self._best_so_far()):
@@ -449,6 +449,14 @@ def _settings(
     about = {f"dataset.{key}": value for key, value in identity.items()}
     about["dataset.clips"] = f"{len(data)} ({clips.hexdigest()})"
     return {**about, "init_from": start, **counted}
+
+
+def _in_json(line: Mapping[str, Any]) -> dict[str, Any]:
+    """With null for a number that JSON has no word for, as infinite gradients of fp16."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in line.items()
+    }
 
 
 def _counts(key: str) -> bool:

@@ -270,6 +270,8 @@ def test_half_precision_goes_on_to_the_bit(data: Path, tmp_path: Path) -> None:
     fit(data, tmp_path / "b", small_config(*words, "run.steps=1"))
     fit(data, tmp_path / "b", small_config(*words, "run.steps=3"))
     assert_same_run(tmp_path / "b", tmp_path / "a")
+    log = (tmp_path / "a" / "log.jsonl").read_text()  # the scaler begins with steps that overflow
+    assert "null" in log and "NaN" not in log and "Infinity" not in log
 
 
 def gradients(run: Path) -> dict[str, Tensor]:
