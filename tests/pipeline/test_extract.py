@@ -216,7 +216,7 @@ def test_a_song_that_vanishes_after_planning_is_quarantined(
 def test_a_second_run_is_refused_while_the_first_holds_the_dataset(
     corpus: Path, tmp_path: Path, run_extract: Extract, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.extract._LOCK_WAIT_S", 0.3)
+    monkeypatch.setattr("pipeline.lock._LOCK_WAIT_S", 0.3)
     (tmp_path / "d").mkdir()
     with (tmp_path / "d" / ".lock").open("w") as holder:
         holder.write("process 42 on elsewhere")

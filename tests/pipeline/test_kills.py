@@ -190,13 +190,14 @@ def test_a_killed_re_extraction_loses_nothing_and_doubles_nothing(
     assert verify(tmp_path / "d").problems == []
 
 
+@pytest.mark.timeout(1200)
 def test_real_singing_through_a_whole_hubert_killed_and_resumed(
     real_audio: Path, tmp_path: Path
 ) -> None:
     """95 million parameters as fairseq's trainer writes them, beside mfcc."""
     songs = tmp_path / "songs"
     songs.mkdir()
-    for name in ("singing-female.wav", "vignesh.wav", "carnatic.wav", "soprano-E4.wav"):
+    for name in ("vignesh.wav", "carnatic.wav", "soprano-E4.wav"):
         shutil.copy(real_audio / name, songs)
     checkpoint = write_hubert_base(tmp_path / "hubert_base.pt")
     settings = [
@@ -211,13 +212,13 @@ def test_real_singing_through_a_whole_hubert_killed_and_resumed(
         return start_extract(songs, dataset, *settings, *more)
 
     local = run(tmp_path / "whole", "--local")
-    output, _ = local.communicate(timeout=240)
+    output, _ = local.communicate(timeout=600)
     assert local.returncode == 0, output
     killed = run(tmp_path / "d")
     strike(killed, tmp_path / "d", kill_everything, random.Random(3))
-    killed.communicate(timeout=240)
+    killed.communicate(timeout=600)
     again = run(tmp_path / "d")
-    output, _ = again.communicate(timeout=240)
+    output, _ = again.communicate(timeout=600)
     assert again.returncode == 0, output
     assert shard_hashes(tmp_path / "d") == shard_hashes(tmp_path / "whole")
     assert verify(tmp_path / "d", songs).problems == []
