@@ -45,7 +45,7 @@ from pipeline.outputs import choose_device
 from pipeline.settings import dump_yaml, flatten
 from pipeline.train_config import OptimizerConfig, TrainConfig
 from pipeline.train_group import Group
-from pipeline.train_init import Wanted, read_start, sha256_of_start
+from pipeline.train_init import Wanted, read_start
 from pipeline.train_metrics import Metrics, describe, fixed_clips
 from pipeline.train_state import (
     Checkpoint,
@@ -331,7 +331,7 @@ class _Trainer:
         wrong = [name for name, value in watched.items() if not math.isfinite(value)]
         if not wrong:
             return
-        clips = [clip for ids in self.group.gather(batch.clip_ids) for clip in ids]  # type: ignore[attr-defined]
+        clips = [clip for ids in self.group.gather(batch.clip_ids) for clip in ids]
         name = f"nan-step-{line['step']:06d}.json"
         if self.group.leads:
             values = {k: v if math.isfinite(v) else str(v) for k, v in line.items()}
@@ -352,6 +352,7 @@ class _Trainer:
             subset="validation",
             filesystem=folder.filesystem,
         )
+        self.watch.say(_in_words(self.data, held_back))
         return fixed_clips(held_back, self.data, self.config.run.validation_clips)
 
     def _validate(self, metrics: Metrics) -> None:
@@ -436,12 +437,21 @@ def _check(config: TrainConfig, identity: Identity, group: Group) -> None:
         )
 
 
+def _in_words(data: ShardDataset, held_back: ShardDataset) -> str:
+    """What is learnt from, what is not, and why."""
+    left_out = [f"{count} {reason}" for reason, count in data.left_out.items() if count]
+    return (
+        f"{len(data)} clips to learn from, {len(held_back)} of other songs to validate with; "
+        f"left out: {', '.join(left_out) or 'none'}"
+    )
+
+
 def _settings(
     config: TrainConfig, data: ShardDataset, init_from: Path | None, folder: RunFolder
 ) -> dict[str, Any]:
     """All that the numbers depend on."""
     before = folder.settings() or {}
-    start = before.get("init_from") if init_from is None else sha256_of_start(init_from)
+    start = before.get("init_from") if init_from is None else str(init_from.absolute())
     counted = {key: value for key, value in flatten(config).items() if _counts(key)}
     identity = dataclasses.asdict(data.identity)
     clips = hashlib.blake2b("\0".join(data.index.clip_ids.to_pylist()).encode(), digest_size=8)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 _BUCKET_BYTES = 32 << 20  # what is sent at a time
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Group:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
 
-    def tell(self, value: object) -> object:
+    def tell(self, value: T) -> T:
         """The leader's `value`."""
         if self.size == 1:
             return value
@@ -61,9 +64,9 @@ class Group:
         dist.broadcast_object_list(box, device=self.device)
         return box[0]
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: T) -> list[T]:
         """Every process's `value`, by rank."""
-        values: list[object] = [value] * self.size
+        values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.checkpoint import CheckpointError, read_safetensors, sha256_of
+from models.checkpoint import CheckpointError, read_safetensors
 from models.synthesizer.config import MelConfig, SynthesizerConfig
 from models.synthesizer.sovits import read_discriminator, read_voice
 from models.synthesizer.voice import WEIGHTS, Voice, load_voice, require_same
@@ -56,10 +56,6 @@ def weights_file(path: Path) -> Path:
             "G_*.pth of so-vits-svc with its config.json beside it"
         )
     return file
-
-
-def sha256_of_start(path: Path) -> str:
-    return sha256_of(weights_file(path))
 
 
 def read_start(path: Path, wanted: Wanted) -> Start:

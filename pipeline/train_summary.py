@@ -11,6 +11,7 @@ from rich.table import Table
 
 from pipeline.step_log import StepLog
 from pipeline.train_metrics import PATHS, picture_path
+from pipeline.train_state import Checkpoints
 
 if TYPE_CHECKING:
     from pipeline.train import Outcome
@@ -45,6 +46,9 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
         picture = picture_path(outcome.run, validated[-1]["step"])
         console.print(f"picture    {escape(str(picture))}", highlight=False, soft_wrap=True)
     console.print(f"voice      {escape(str(outcome.checkpoint))}", highlight=False, soft_wrap=True)
+    best = Checkpoints(outcome.run / "checkpoints").best()
+    if best is not None and best.step != outcome.steps:
+        console.print(f"best voice {escape(str(best.folder))}", highlight=False, soft_wrap=True)
 
 
 def _table(title: str, lines: list[dict[str, Any]], names: Mapping[str, str]) -> Table:
