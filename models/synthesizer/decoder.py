@@ -50,13 +50,15 @@ class Generator(nn.Module):
         self.snake_post = Snake(widths[-1]) if snake else nn.LeakyReLU(_LAST_SLOPE)
         self.cond = nn.Conv1d(config.gin_channels, widths[0], 1)
 
-    def forward(self, z: Tensor, f0: Tensor, g: Tensor, noise: Noise) -> Tensor:
+    def forward(
+        self, z: Tensor, f0: Tensor, g: Tensor, noise: Noise, phase: Tensor | None = None
+    ) -> Tensor:
         """wav (B, 1, T) within (-1, 1).
 
         z: (B, C, F) latents. f0: (B, F) in Hz, 0 where unvoiced. g: (B, G, 1) speaker, or
-        (B, G, F) where it changes.
+        (B, G, F) where it changes. phase: see SineSource.
         """
-        source = self.m_source(f0, noise)
+        source = self.m_source(f0, noise, phase)
         x = self.conv_pre(z) + self.cond(g)
         for i, up in enumerate(self.ups):
             x = up(self.snakes[i](x)) + self.noise_convs[i](source)

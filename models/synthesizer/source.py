@@ -32,20 +32,22 @@ class SineSource(nn.Module):
         self.sample_rate, self.hop_length = sample_rate, hop_length
         self.l_linear = nn.Linear(HARMONICS, 1)
 
-    def forward(self, f0: Tensor, noise: Noise) -> Tensor:
-        """(B, 1, T) within (-1, 1); f0 is (B, F) in Hz, 0 where unvoiced."""
-        mixed = self.l_linear.weight @ self.waves(f0, noise)
+    def forward(self, f0: Tensor, noise: Noise, phase: Tensor | None = None) -> Tensor:
+        """(B, 1, T) within (-1, 1); f0 is (B, F) in Hz, 0 where unvoiced.
+
+        phase: (B, N) of the harmonics before the first sample, in cycles. None: f0 itself begins at
+        0, its overtones wherever chance has them.
+        """
+        mixed = self.l_linear.weight @ self.waves(f0, noise, phase)
         return torch.tanh(mixed + self.l_linear.bias)
 
     @torch.no_grad()
-    def waves(self, f0: Tensor, noise: Noise) -> Tensor:
-        """(B, N, T): sines with a little noise where voiced, noise alone elsewhere.
-
-        f0 itself begins at phase 0, its overtones wherever chance has them.
-        """
-        chance = noise.uniform(f0.new_empty(len(f0), HARMONICS - 1))
-        initial = torch.cat([torch.zeros_like(chance[:, :1]), chance], dim=1)  # (B, N) cycles
-        waves = sines(f0, self.sample_rate, self.hop_length, initial)
+    def waves(self, f0: Tensor, noise: Noise, phase: Tensor | None = None) -> Tensor:
+        """(B, N, T): sines with a little noise where voiced, noise alone elsewhere."""
+        if phase is None:
+            chance = noise.uniform(f0.new_empty(len(f0), HARMONICS - 1))
+            phase = torch.cat([torch.zeros_like(chance[:, :1]), chance], dim=1)
+        waves = sines(f0, self.sample_rate, self.hop_length, phase)
         voiced = (f0 > 0).repeat_interleave(self.hop_length, dim=1).unsqueeze(1)  # (B, 1, T)
         amplitude = torch.where(voiced, _AMPLITUDE, 0.0).to(waves)
         deviation = torch.where(voiced, _VOICED_NOISE, _UNVOICED_NOISE).to(waves)

@@ -98,13 +98,15 @@ class Synthesizer(nn.Module):
         noise_scale: float = 0.35,
         predict_f0: bool = False,
         volume: Tensor | None = None,
+        phase: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(wav (B, T), the f0 (B, F) that it was made with).
 
         units: (B, D, F) on the frame clock. f0: (B, F) in Hz, continued through unvoiced frames.
         speaker: (B,) int64; or weights of a mix of speakers, (B, S), or (B, F, S) over time.
         predict_f0: the predictor's melody in place of `f0`, which then says only how high and how
-        lively it is.
+        lively it is. phase: (B, 9) of the sine source's harmonics before the first sample, in
+        cycles, for pieces that follow each other; None: 0 and chance.
 
         Raises ValueError where the voice has no predictor, or needs the volume and has none.
         """
@@ -116,7 +118,7 @@ class Synthesizer(nn.Module):
         m_p, logs_p = self.enc_p(x, mask, f0_to_coarse(f0, peer=True))
         z_p = m_p + noise.normal(m_p) * torch.exp(logs_p) * noise_scale
         z = self.flow(z_p, mask, g, reverse=True)
-        return self.dec(z, f0, g, noise).squeeze(1), f0
+        return self.dec(z, f0, g, noise, phase).squeeze(1), f0
 
     @torch.no_grad()
     def resynthesize(

@@ -78,3 +78,16 @@ def test_only_the_mixture_is_learnt() -> None:
         "l_linear.weight",
         "l_linear.bias",
     }
+
+
+def test_pieces_follow_each_other_where_their_phase_is_given() -> None:
+    generator = torch.Generator().manual_seed(0)
+    f0 = 200 + 50 * torch.rand(2, 9, generator=generator)
+    phase = torch.rand(2, HARMONICS, dtype=torch.float64, generator=generator)
+    source = SineSource(44100, 64)
+    whole = source.waves(f0, NoNoise(), phase)
+    numbers = torch.arange(1, HARMONICS + 1)
+    later = phase + f0[:, :4].double().sum(1, keepdim=True) * 64 / 44100 * numbers
+    pieces = [source.waves(f0[:, :4], NoNoise(), phase), source.waves(f0[:, 4:], NoNoise(), later)]
+    torch.testing.assert_close(torch.cat(pieces, dim=2), whole, rtol=0, atol=1e-5)
+    assert not torch.allclose(pieces[1], source.waves(f0[:, 4:], NoNoise()), atol=1e-2)
