@@ -62,11 +62,24 @@ def sines(f0: Tensor, sample_rate: int, hop_length: int, initial: Tensor) -> Ten
     A sample advances the phase by n * f0 / sample_rate, in f0's precision. Phases are summed up in
     float64, over frames instead of samples: they are exact however long the clip is.
     """
-    numbers = torch.arange(1, initial.shape[1] + 1, dtype=f0.dtype, device=f0.device)
-    step = (f0.unsqueeze(1) * numbers[:, None] / sample_rate % 1).double()  # (B, N, F) cycles
+    step = _steps(f0, sample_rate, initial.shape[1])
     ends = step.cumsum(-1) * hop_length + initial.unsqueeze(-1)
     begins = ends - step * hop_length
     sample = torch.arange(1, hop_length + 1, dtype=torch.float64, device=f0.device)
     cycles = torch.addcmul(begins.unsqueeze(-1), step.unsqueeze(-1), sample)  # (B, N, F, hop)
     within = cycles.sub_(cycles.round()).to(f0.dtype)
     return within.mul_(2 * math.pi).sin_().flatten(2)
+
+
+def phase_after(f0: Tensor, sample_rate: int, hop_length: int, initial: Tensor) -> Tensor:
+    """Phases (B, N) float64 in cycles, 0 to 1, at the end of f0 (B, F), as `sines` has them there.
+
+    initial: (B, N) before its first sample.
+    """
+    return (_steps(f0, sample_rate, initial.shape[1]).sum(-1) * hop_length + initial) % 1
+
+
+def _steps(f0: Tensor, sample_rate: int, harmonics: int) -> Tensor:
+    """What a sample of each frame advances the phases by: (B, N, F) float64 of cycles."""
+    numbers = torch.arange(1, harmonics + 1, dtype=f0.dtype, device=f0.device)
+    return (f0.unsqueeze(1) * numbers[:, None] / sample_rate % 1).double()
