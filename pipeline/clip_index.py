@@ -161,6 +161,8 @@ class ClipIndex:
 
 _PER_CLIP = ("song", "speaker", "num_samples", "group", "row")
 _NARROW = ("clip_id", "song_id", "speaker", "num_samples")
+_PITCH = ("speaker", "f0_low_hz", "f0_high_hz", "voiced_ratio", "num_samples")
+_OF_A_CLIP = ("audio", "decode", "resample", "slice", "loudness", "f0")  # sections of settings
 
 
 def read_index(folder: Folder, split: str, encoder: str | None, min_frames: int) -> ClipIndex:
@@ -210,6 +212,43 @@ def read_index(folder: Folder, split: str, encoder: str | None, min_frames: int)
         group=(clips["group"].to_numpy() + offsets).astype(np.int32),
         row=clips["row"].to_numpy(),
     )
+
+
+def extraction_of(folder: Folder, encoder: str) -> dict[str, Any] | None:
+    """The settings by section that made the clips and the units of `encoder`; None: not stated.
+
+    Raises: UserError.
+    """
+    config = folder.read_info().get("config")
+    if config is None:
+        return None
+    settings = {"encoder": config["encoder"]}
+    if config["encoder"]["name"] != encoder:
+        settings = {"encoder": {"name": encoder, **config["encoders"][encoder]}}
+    return {section: config[section] for section in _OF_A_CLIP} | settings
+
+
+def pitch_of_speakers(index: ClipIndex) -> dict[str, float]:
+    """Hz in the middle of what each speaker sings in these shards; without those who only speak.
+
+    Of a clip it is the middle of its low and high end; clips count by how much of them is voiced.
+    Raises: UserError.
+    """
+
+    def read(name: str) -> pa.Table:
+        with index.folder.open_shard(name) as file:
+            return file.read(columns=list(_PITCH), use_threads=False)
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        clips = pa.concat_tables(pool.map(read, index.shards))
+    names, speaker = _numbered(clips["speaker"])
+    low, high, voiced = (clips[name].to_numpy() for name in _PITCH[1:4])
+    weight = np.where(low > 0, voiced * clips["num_samples"].to_numpy(), 0.0)
+    middle = np.log(np.where(low > 0, low * high, 1.0)) / 2
+    total = np.bincount(speaker, weight, len(names))
+    with np.errstate(invalid="ignore"):
+        pitch = np.exp(np.bincount(speaker, weight * middle, len(names)) / total)
+    return {name: float(hz) for name, hz, w in zip(names, pitch, total, strict=True) if w > 0}
 
 
 def _refuse_filled_f0(folder: Folder, info: dict[str, Any]) -> None:

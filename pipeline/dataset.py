@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,7 +14,13 @@ import pyarrow.fs as pafs
 
 from models.synthesizer.batch import Batch
 from models.synthesizer.step import Totals
-from pipeline.clip_index import ClipIndex, open_folder, read_index
+from pipeline.clip_index import (
+    ClipIndex,
+    extraction_of,
+    open_folder,
+    pitch_of_speakers,
+    read_index,
+)
 from pipeline.errors import UserError
 from pipeline.examples import Cell, Chance, DamagedClip, Example, collate, draw, make_example
 from pipeline.loader import EpochPlan, Visit, plan_epoch, stream
@@ -93,6 +99,16 @@ class ShardDataset:
             last = self._last = (group, self._read_group(group))
         cell = self._cell(last[1], i)
         return self._example(i, cell, self._chance(i, epoch))
+
+    @cached_property
+    def extraction(self) -> dict[str, Any] | None:
+        """The settings by section that made the clips and their units; None: not stated."""
+        return extraction_of(self.index.folder, self.identity.encoder.name)
+
+    @cached_property
+    def pitch_hz(self) -> dict[str, float]:
+        """Hz in the middle of what each speaker sings."""
+        return pitch_of_speakers(self.index)
 
     @property
     def steps_per_epoch(self) -> int:

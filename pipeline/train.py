@@ -387,7 +387,7 @@ class _Trainer:
         write_training(folder, join(parts), notes)
 
     def _described_voice(self) -> Voice:
-        identity = self.data.identity
+        identity, extraction = self.data.identity, self.data.extraction
         return Voice(
             tensors=self.voice.state_dict(),
             config=self.generator.config,
@@ -396,8 +396,12 @@ class _Trainer:
             encoder=VoiceEncoder(**dataclasses.asdict(identity.encoder)),
             expand=self.config.data.expand,
             f0_method=identity.f0_method,
+            f0_min=extraction["f0"]["f0_min"] if extraction else None,
+            f0_max=extraction["f0"]["f0_max"] if extraction else None,
             step=self.done,
             dataset_fingerprint=identity.fingerprint,
+            extraction=extraction,
+            pitch_hz=self.data.pitch_hz,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -103,24 +104,42 @@ def groups_of_wavs(
         yield [torch.tensor(wav if len(wav) else np.zeros(1), dtype=torch.float32) for wav in group]
 
 
+class UnitStatistics:
+    """Mean and variance of each dimension of the units of a song, which come clip by clip."""
+
+    def __init__(self) -> None:
+        self._frames = 0
+        self._mean: NDArray[np.float64] | float = 0.0
+        self._squares: NDArray[np.float64] | float = 0.0  # of differences from the mean, summed
+
+    def add(self, units: NDArray[np.float32]) -> None:
+        """Of a clip, (F, D). Source: Chan, Golub and LeVeque (1979)."""
+        if not len(units):
+            return
+        wide = units.astype(np.float64)
+        mean, frames = wide.mean(axis=0), self._frames + len(units)
+        away = mean - self._mean
+        self._squares += np.square(wide - mean).sum(axis=0)
+        self._squares += np.square(away) * (self._frames * len(units) / frames)
+        self._mean += away * (len(units) / frames)
+        self._frames = frames
+
+    def apply(self, units: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(F, D) at mean 0 and variance 1; a dimension that never changes becomes 0."""
+        std = np.sqrt(self._squares / max(1, self._frames))
+        # What moves by no more than float32 rounding (1e-7 of itself) is not blown up to 1.
+        varies = std > 1e-6 * np.abs(self._mean)
+        scale = np.where(varies, 1 / np.where(varies, std, 1.0), 0.0)
+        return ((units - self._mean) * scale).astype(np.float32)
+
+
 def _normalize(
     units: list[NDArray[np.float32]], song_of: Sequence[str]
 ) -> list[NDArray[np.float32]]:
-    """Mean 0 and variance 1 per song and dimension; a dimension that never changes becomes 0."""
-    clips_of: dict[str, list[int]] = {}
-    for i, song in enumerate(song_of):
-        clips_of.setdefault(song, []).append(i)
-    out = list(units)
-    for indices in clips_of.values():
-        song_units = np.concatenate([units[i] for i in indices]).astype(np.float64)  # (F, D)
-        mean = song_units.mean(axis=0)
-        std = song_units.std(axis=0)
-        # What moves by no more than float32 rounding (1e-7 of itself) is not blown up to 1.
-        varies = std > 1e-6 * np.abs(mean)
-        scale = np.where(varies, 1 / np.where(varies, std, 1.0), 0.0)
-        for i in indices:
-            out[i] = ((units[i] - mean) * scale).astype(np.float32)
-    return out
+    statistics: dict[str, UnitStatistics] = defaultdict(UnitStatistics)
+    for frames, song in zip(units, song_of, strict=True):
+        statistics[song].add(frames)
+    return [statistics[song].apply(frames) for frames, song in zip(units, song_of, strict=True)]
 
 
 def pack_units(units: NDArray[np.float32]) -> bytes:

@@ -19,7 +19,7 @@ from models.encoders.ssl import SslEncoder
 from models.encoders.wav2vec2 import Wav2Vec2
 from models.encoders.whisper import load_whisper
 
-__all__ = ["ENCODERS", "Encoder", "check_encoder", "checked", "load_encoder"]
+__all__ = ["ENCODERS", "WITHOUT_WEIGHTS", "Encoder", "check_encoder", "checked", "load_encoder"]
 
 
 def _mfcc(checkpoint: str | None, device: str) -> Encoder:
@@ -49,6 +49,8 @@ def _ssl(
     del tensors  # packing frees them layer by layer
     return SslEncoder(name, network, device, dtype, int8)
 
+
+WITHOUT_WEIGHTS = ("mfcc", "log-mel")  # they take no checkpoint
 
 # name -> builder(checkpoint, device, **options)
 ENCODERS: dict[str, Callable[..., Encoder]] = {

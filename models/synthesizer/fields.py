@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 
 def typed(kind: Any, value: Any, where: str) -> Any:
-    """`value`, as JSON has it, as a `kind`: a dataclass, tuple, Literal, number, string or None.
+    """`value`, as JSON has it, as a `kind`: a dataclass, tuple, dict, Literal, ..., or None.
 
     Raises ValueError that names the field: `where` and the way into it.
     """
@@ -24,6 +24,10 @@ def typed(kind: Any, value: Any, where: str) -> Any:
             return value
         choices = ", ".join(map(str, arguments))
         raise ValueError(f"{where} is {value!r}; there are {choices}")
+    if origin is dict and isinstance(value, dict):
+        return {name: typed(arguments[1], one, f"{where}.{name}") for name, one in value.items()}
+    if kind is Any:
+        return value
     if origin is tuple and isinstance(value, list):
         return tuple(typed(arguments[0], one, f"{where}[{i}]") for i, one in enumerate(value))
     if kind is float and type(value) is int:

@@ -15,7 +15,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +36,8 @@ from models.synthesizer.synthesizer import Synthesizer
 
 WEIGHTS = "voice.safetensors"
 DESCRIPTION = "voice.json"
-VERSION = 1
+VERSION = 2
+_SINCE_2: dict[str, Any] = {"extraction": None, "pitch_hz": {}}
 POSTERIOR = "enc_q."  # tensors that only training and resynthesis need
 _KIND = "voice"
 
@@ -65,7 +66,9 @@ class Voice:
     may lack the posterior encoder (`enc_q.*`), as a whole.
     speakers: speaker i has row i of the embedding; rows beyond the last name are nobody's.
     expand: which unit a frame takes. f0_min, f0_max: Hz that pitch was looked for in; None: not
-    known, like dataset_fingerprint. licence: what its maker says of its use.
+    known, like dataset_fingerprint. extraction: the settings by section that made the clips that it
+    was trained on, for making the same of a song to convert; None: not known. pitch_hz: of
+    speakers, the middle of what they sing. licence: what its maker says of its use.
 
     Raises ValueError for speakers that are not distinct, or more than the embedding has rows.
     """
@@ -81,6 +84,8 @@ class Voice:
     f0_max: float | None = None
     step: int = 0
     dataset_fingerprint: str | None = None
+    extraction: Mapping[str, Any] | None = None
+    pitch_hz: Mapping[str, float] = field(default_factory=dict)
     licence: str = ""
 
     def __post_init__(self) -> None:
@@ -272,6 +277,8 @@ def _description(voice: Voice) -> dict[str, Any]:
         "mel": dataclasses.asdict(voice.mel),
         "step": voice.step,
         "dataset_fingerprint": voice.dataset_fingerprint,
+        "extraction": voice.extraction,
+        "pitch_hz": dict(voice.pitch_hz),
         "licence": voice.licence,
     }
 
@@ -299,6 +306,8 @@ class _Description:
     mel: MelConfig
     step: int
     dataset_fingerprint: str | None
+    extraction: dict[str, Any] | None
+    pitch_hz: dict[str, float]
     licence: str
 
 
@@ -306,12 +315,13 @@ def _read_description(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `Voice` but for its tensors."""
     if content.get("format") != f"cantor {_KIND}":
         raise CheckpointError(f"{path} describes no voice of ours (its format is not stated so)")
-    if content.get("version") != VERSION:
+    if content.get("version") not in (1, VERSION):
         raise CheckpointError(
-            f"{path} is of version {content.get('version')}, and this program reads {VERSION}"
+            f"{path} is of version {content.get('version')}, and this program reads 1 and {VERSION}"
         )
+    before = _SINCE_2 if content["version"] == 1 else {}
     try:
-        read = typed(_Description, content, "")
+        read = typed(_Description, {**before, **content}, "")
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     for name, stated, built in (
@@ -331,6 +341,8 @@ def _read_description(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         "f0_max": read.f0.f0_max,
         "step": read.step,
         "dataset_fingerprint": read.dataset_fingerprint,
+        "extraction": read.extraction,
+        "pitch_hz": read.pitch_hz,
         "licence": read.licence,
     }
 

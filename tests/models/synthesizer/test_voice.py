@@ -205,7 +205,7 @@ def within(*way: str, **values: Any) -> Callable[[dict[str, Any]], None]:
     ("spoil", "words"),
     [
         (lambda c: c.pop("format"), "describes no voice of ours"),
-        (within(version=2), "is of version 2, and this program reads 1"),
+        (within(version=3), "is of version 3, and this program reads 1 and 2"),
         (lambda c: c.pop("step"), "step is missing"),
         (lambda c: [c["encoder"].pop(k) for k in ("name", "dim")],
          r"encoder\.name, encoder\.dim are missing"),

@@ -1,0 +1,66 @@
+"""Where the voice is that a path means: ours, a run's, so-vits-svc's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from models.checkpoint import CheckpointError
+from models.synthesizer.sovits import read_voice
+from models.synthesizer.voice import WEIGHTS, Voice, load_voice
+from pipeline.errors import UserError
+from pipeline.train_state import Checkpoints
+
+_SOVITS_CONFIG = "config.json"
+_KINDS = (
+    "name a voice's folder, a run's, or a G_*.pth of so-vits-svc with its config.json beside it"
+)
+
+
+def weights_file(path: Path) -> Path:
+    """The file of a synthesizer's weights that `path` means.
+
+    Of a run it is the last checkpoint's; of a folder with a config.json (so-vits-svc's, or the
+    NAME/{model.pth, config.json} of its first releases) the G_*.pth of the largest number, or
+    the only *.pth. Raises UserError.
+    """
+    if path.is_dir() and (path / "run.json").exists():
+        latest = Checkpoints(path / "checkpoints").latest(lambda line: None)
+        if latest is None:
+            raise UserError(f"the run {path} has no checkpoint yet")
+        path = latest.folder
+    if path.is_dir():
+        return _file_in(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; {_KINDS}")
+    return path
+
+
+def read_any_voice(path: Path) -> Voice:
+    """The voice that `path` means. Raises UserError in a sentence."""
+    file = weights_file(path)
+    try:
+        if file.suffix == ".pth":
+            return read_voice(file, file.parent / _SOVITS_CONFIG)
+        return load_voice(file)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+
+
+def _file_in(folder: Path) -> Path:
+    if (folder / WEIGHTS).is_file():
+        return folder / WEIGHTS
+    if not (folder / _SOVITS_CONFIG).is_file():
+        raise UserError(f"{folder} holds no voice; {_KINDS}")
+    found = sorted(folder.glob("G_*.pth"), key=_number) or sorted(folder.glob("*.pth"))
+    if not found:
+        raise UserError(f"{folder} has a {_SOVITS_CONFIG} and no *.pth beside it")
+    if len(found) > 1 and not found[-1].name.startswith("G_"):
+        names = ", ".join(file.name for file in found)
+        raise UserError(f"{folder} has several models ({names}); name one")
+    return found[-1]
+
+
+def _number(file: Path) -> int:
+    """Steps, by the file's name."""
+    digits = file.stem.removeprefix("G_")
+    return int(digits) if digits.isdecimal() else -1
