@@ -13,7 +13,7 @@ class Conversion:
     """A song that was converted.
 
     sample_rate, hop_length: the voice's, in Hz and samples; its frame clock.
-    num_samples: of the song at that rate.
+    num_samples: of the output, at its own rate.
     f0: (F,) Hz found in the song, 0 where unvoiced. f0_asked: (F,) what the voice was to sing.
     gain_db: brought the song to the level that the voice knows, and was undone in the output.
     peak: the largest magnitude of the output before it was written; above 1 it was clipped.
@@ -34,7 +34,3 @@ class Conversion:
     peak: float
     wall_s: float
     cpu_s: float
-
-    @property
-    def duration_s(self) -> float:
-        return self.num_samples / self.sample_rate

@@ -6,12 +6,9 @@ histograms and a few numbers a clip. Audio is read for the clips that the page p
 
 from __future__ import annotations
 
-import base64
-import html
 import io
-import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +22,20 @@ from numpy.typing import NDArray
 from pipeline.config import ExtractConfig, fingerprinted
 from pipeline.errors import UserError
 from pipeline.ledger import FILTERED, KEPT, QUARANTINED, Account, SongEntry, take_account
+from pipeline.mel_picture import draw_mel, mel_height, mel_power, power_db
+from pipeline.pages import (
+    Theme,
+    data_uri,
+    escaped,
+    escaped_name,
+    html_numbers,
+    html_page,
+    html_section,
+    html_settings,
+    html_table,
+    picture,
+    seconds_in_words,
+)
 from pipeline.plan import load_plan
 from pipeline.shards import (
     QUALITY_COLUMNS,
@@ -86,18 +97,6 @@ class _Contents:
     loudness_lufs: Floats
     gain_db: Floats
     environments: list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class _Theme:
-    ink: str
-    faint: str
-    accent: str
-    contour: str
-
-
-_LIGHT = _Theme(ink="#3c4450", faint="#dcdfe4", accent="#1f7a8c", contour="#ffffff")
-_DARK = _Theme(ink="#b9c0ca", faint="#343b45", accent="#5fb6c6", contour="#ffffff")
 
 
 def write_report(dataset: Path) -> Path:
@@ -243,45 +242,7 @@ def _read_clip(dataset: Path, speaker: str, candidate: _Candidate) -> _Clip:
 # ---- pictures -----------------------------------------------------------------------------------
 
 
-def _picture(draw: Callable[[Figure, _Theme], None], alt: str, width: float, height: float) -> str:
-    """A figure of `width` by `height` inches, once for light pages and once for dark ones."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    uris = []
-    for theme in (_LIGHT, _DARK):
-        look: Any = {
-            "font.size": 9.0,
-            "text.color": theme.ink,
-            "axes.labelcolor": theme.ink,
-            "axes.edgecolor": theme.faint,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "xtick.color": theme.ink,
-            "ytick.color": theme.ink,
-            "grid.color": theme.faint,
-            "axes.axisbelow": True,
-        }
-        with rc_context(look):
-            figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
-            FigureCanvasAgg(figure)
-            draw(figure, theme)
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", transparent=True)
-        uris.append(_data_uri("image/png", buffer.getvalue()))
-    size = f'width="{round(96 * width)}" height="{round(96 * height)}"'
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{uris[1]}" />'
-        f'<img src="{uris[0]}" alt="{_text(alt)}" {size} /></picture>'
-    )
-
-
-def _data_uri(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _histogram(axes: Axes, values: Floats, theme: _Theme, label: str) -> None:
+def _histogram(axes: Axes, values: Floats, theme: Theme, label: str) -> None:
     """Counts of `values` in at most 40 bins between their extremes."""
     from matplotlib.ticker import MaxNLocator
 
@@ -303,7 +264,7 @@ def _histogram_picture(
 ) -> str:
     """mark: a value to point at, and its name."""
 
-    def draw(figure: Figure, theme: _Theme) -> None:
+    def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.add_subplot()
         _histogram(axes, values, theme, label)
         if mark is not None:
@@ -314,31 +275,21 @@ def _histogram_picture(
                 textcoords="offset points", va="top",
             )  # fmt: skip
 
-    return _picture(draw, alt, 4.4, 2.5)
+    return picture(draw, alt, 4.4, 2.5)
 
 
 def _clip_picture(clip: _Clip) -> str:
     """Waveform, and f0 over a mel spectrogram, on one time axis."""
-    import librosa
-
-    n_fft, n_mels, f_min = 2048, 160, 50.0
-    f_max = min(8000.0, clip.sample_rate / 2)
-    with np.errstate(divide="ignore"):
-        power = librosa.feature.melspectrogram(
-            y=clip.wav, sr=clip.sample_rate, n_fft=n_fft, hop_length=clip.hop_length,
-            n_mels=n_mels, fmin=f_min, fmax=f_max, htk=True,
-        )  # fmt: skip
-    mel_db = librosa.power_to_db(power, ref=np.max, top_db=80)
-    low, high = _htk_mel(np.array([f_min, f_max]))
+    power = mel_power(clip.wav, clip.sample_rate, clip.hop_length)
+    mel_db = power_db(power, float(power.max()))
     seconds = len(clip.wav) / clip.sample_rate
     times_s = np.arange(len(clip.f0)) * clip.hop_length / clip.sample_rate
-    contour = np.where(clip.f0 > 0, _htk_mel(np.maximum(clip.f0, 1.0)), np.nan)
+    contour = np.where(clip.f0 > 0, mel_height(np.maximum(clip.f0, 1.0)), np.nan)
     peak = max(0.01, float(np.abs(clip.wav).max(initial=0.0)))
     columns = min(len(clip.wav), 1200)
     edges = np.linspace(0, len(clip.wav), columns, endpoint=False).astype(np.int64)
-    ticks = np.array([hz for hz in (200, 400, 800, 1600, 3200, 6400) if hz < f_max])
 
-    def draw(figure: Figure, theme: _Theme) -> None:
+    def draw(figure: Figure, theme: Theme) -> None:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 3.2])
         if columns:
             bounds = np.minimum.reduceat(clip.wav, edges), np.maximum.reduceat(clip.wav, edges)
@@ -346,17 +297,10 @@ def _clip_picture(clip: _Clip) -> str:
             top.fill_between(at_s, *bounds, color=theme.accent, linewidth=0.3)
         top.set_ylim(-peak, peak)
         top.set_yticks([-peak, peak], [f"−{peak:.2f}", f"{peak:.2f}"])
-        bottom.imshow(
-            mel_db, origin="lower", aspect="auto", cmap="magma", interpolation="nearest",
-            extent=(-0.5 * clip.hop_length / clip.sample_rate,
-                    (mel_db.shape[1] - 0.5) * clip.hop_length / clip.sample_rate, low, high),
-        )  # fmt: skip
+        draw_mel(bottom, mel_db, clip.sample_rate, clip.hop_length / clip.sample_rate)
         bottom.plot(times_s, contour, color="#101018", linewidth=2.6)
         bottom.plot(times_s, contour, color="#5ee6ff", linewidth=1.2)
-        bottom.set_ylim(low, high)
         bottom.set_xlim(0, seconds)
-        bottom.set_yticks(_htk_mel(ticks), [str(hz) for hz in ticks])
-        bottom.set_ylabel("Hz, mel scale")
         bottom.set_xlabel("s")
         for axes in (top, bottom):
             axes.tick_params(length=2 if axes is bottom else 0)
@@ -365,37 +309,10 @@ def _clip_picture(clip: _Clip) -> str:
     voiced = clip.f0[clip.f0 > 0]
     span = f"f0 from {voiced.min():.0f} to {voiced.max():.0f} Hz" if len(voiced) else "no f0"
     alt = f"Waveform and mel spectrogram of clip {clip.clip_id}, {seconds:.1f} s, {span}"
-    return _picture(draw, alt, 4.4, 3.6)
-
-
-def _htk_mel(hz: NDArray[Any]) -> Floats:
-    return np.asarray(2595 * np.log10(1 + hz / 700), dtype=np.float64)
+    return picture(draw, alt, 4.4, 3.6)
 
 
 # ---- words --------------------------------------------------------------------------------------
-
-
-def _text(value: object) -> str:
-    """Escaped for HTML, with U+FFFD for what no page may hold: controls, surrogates, U+FFFE."""
-
-    def allowed(c: str) -> bool:
-        return unicodedata.category(c) not in ("Cc", "Cs") and ord(c) & 0xFFFE != 0xFFFE
-
-    clean = "".join(c if allowed(c) else "\ufffd" for c in str(value))
-    return html.escape(clean)
-
-
-def _name(value: object) -> str:
-    """A name that somebody else chose: escaped, and its writing direction kept to itself."""
-    return f"<bdi>{_text(value)}</bdi>"
-
-
-def _duration(seconds: float) -> str:
-    if seconds >= 3600:
-        return f"{seconds / 3600:.2f} h"
-    if seconds >= 60:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds:.1f} s"
 
 
 def _words(reason: str) -> str:
@@ -432,33 +349,17 @@ def _page(name: str, contents: _Contents, clips: list[_Clip]) -> str:
         _drops(contents.account),
         _settings(contents),
     ]
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8" />
-<meta name="viewport" content="width=device-width, initial-scale=1" />
-<meta name="color-scheme" content="light dark" />
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; \
-media-src data:; style-src 'unsafe-inline'" />
-<title>{_text(name)}: dataset report</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<main>
-<header><h1>{_name(name)}</h1><p>{_lead(contents.info)}</p></header>
-{"".join(section for section in sections if section)}
-</main>
-</body>
-</html>
-"""
+    title = f"{name}: dataset report"
+    heading = f"<h1>{escaped_name(name)}</h1><p>{_lead(contents.info)}</p>"
+    return "".join(html_page(title, heading, sections, style=_STYLE))
 
 
 def _lead(info: dict[str, Any]) -> str:
     encoders = ", ".join(units_in_words(info))
     vectors = "; an x-vector for each clip" if has_xvectors(info) else ""
     return (
-        f"Singing clips at {info['sample_rate']} Hz; f0 by {_text(info['f0_method'])} every "
-        f"{info['hop_length']} samples; units by {_text(encoders)}{vectors}."
+        f"Singing clips at {info['sample_rate']} Hz; f0 by {escaped(info['f0_method'])} every "
+        f"{info['hop_length']} samples; units by {escaped(encoders)}{vectors}."
     )
 
 
@@ -466,7 +367,7 @@ def _problems(account: Account) -> str:
     if not account.problems:
         return ""
     most = 20
-    items = "".join(f"<li>{_text(problem)}</li>" for problem in account.problems[:most])
+    items = "".join(f"<li>{escaped(problem)}</li>" for problem in account.problems[:most])
     more = len(account.problems) - most
     items += f"<li>and {more} more</li>" if more > 0 else ""
     return (
@@ -483,16 +384,12 @@ def _headline(contents: _Contents) -> str:
         (f"{account.count(KEPT)}", "songs kept", f"of {account.planned} planned"),
         (f"{account.count(FILTERED)}", "filtered", "fine, but left out by a setting"),
         (f"{account.count(QUARANTINED)}", "quarantined", "the file is at fault"),
-        (_duration(3600 * hours_in), "audio in", f"{hours_in:.3f} h"),
-        (_duration(3600 * hours_kept), "audio kept", f"{hours_kept:.3f} h, {share}"),
+        (seconds_in_words(3600 * hours_in), "audio in", f"{hours_in:.3f} h"),
+        (seconds_in_words(3600 * hours_kept), "audio kept", f"{hours_kept:.3f} h, {share}"),
         (f"{len(contents.lengths_s)}", "clips", f"of {len(contents.speakers)} speakers"),
         (f"{account.shards}", "shards", f"schema {contents.info['schema_version']}"),
     ]
-    cells = "".join(
-        f"<div><dt>{label}</dt><dd><strong>{value}</strong><span>{detail}</span></dd></div>"
-        for value, label, detail in numbers
-    )
-    return f'<section aria-label="In numbers"><dl class="numbers">{cells}</dl></section>'
+    return f'<section aria-label="In numbers">{html_numbers(numbers)}</section>'
 
 
 def _speakers(contents: _Contents) -> str:
@@ -509,10 +406,11 @@ def _speakers(contents: _Contents) -> str:
     scale = _pitch_scale([everyone[name].pitch for name in shown])
     rows = [
         [
-            _name(name),
+            escaped_name(name),
             f"{kept[name]} of {planned[name]}",
             str(everyone[name].clips),
-            _bar(everyone[name].samples / longest) + _duration(everyone[name].samples / rate),
+            _bar(everyone[name].samples / longest)
+            + seconds_in_words(everyone[name].samples / rate),
             *_pitch_cells(everyone[name].clips, everyone[name].pitch, scale),
         ]
         for name in shown
@@ -521,14 +419,16 @@ def _speakers(contents: _Contents) -> str:
     if rest:
         clips = sum(everyone[name].clips for name in rest)
         samples = sum(everyone[name].samples for name in rest)
-        rows.append([f"and {len(rest)} more", "", str(clips), _duration(samples / rate), "", ""])
+        rows.append(
+            [f"and {len(rest)} more", "", str(clips), seconds_in_words(samples / rate), "", ""]
+        )
     heads = ["speaker", "songs kept", "clips", "audio kept", "pitch range"]
     note = (
         "<p>Pitch of the voiced frames: line from the 5th to the 95th percentile, "
         "bar over the middle half, mark at the median.</p>"
     )
-    return _section(
-        "Speakers", _table("Speakers", "speakers", heads, rows, _octave_marks(scale)) + note
+    return html_section(
+        "Speakers", html_table("Speakers", "speakers", heads, rows, _octave_marks(scale)) + note
     )
 
 
@@ -583,7 +483,9 @@ def _pitch_cells(
 
 def _charts(contents: _Contents) -> str:
     if not len(contents.lengths_s):
-        return _section("Clips", "<p>No clip was kept, so there is nothing to measure or hear.</p>")
+        return html_section(
+            "Clips", "<p>No clip was kept, so there is nothing to measure or hear.</p>"
+        )
     settings = contents.info["settings"]
     lengths = contents.lengths_s
     figures: list[tuple[str, Floats, str, str, tuple[float, str] | None]] = [
@@ -614,7 +516,7 @@ def _charts(contents: _Contents) -> str:
         f"<figcaption>{words}</figcaption></figure>"
         for title, values, label, words, mark in figures
     )
-    return _section("Clips", f'<div class="figures">{pictures}</div>')
+    return html_section("Clips", f'<div class="figures">{pictures}</div>')
 
 
 def _clips(clips: list[_Clip]) -> str:
@@ -633,14 +535,14 @@ def _clips(clips: list[_Clip]) -> str:
             f"gain {clip.row['gain_db']:+.1f} dB",
         ]
         cards.append(
-            f"<figure><h3>{_name(clip.speaker)}</h3>"
-            f'<p class="clip-id">{_name(clip.clip_id)}</p>'
+            f"<figure><h3>{escaped_name(clip.speaker)}</h3>"
+            f'<p class="clip-id">{escaped_name(clip.clip_id)}</p>'
             f"{_clip_picture(clip)}"
-            f'<audio controls="controls" aria-label="Clip {_text(clip.clip_id)}" '
-            f'src="{_data_uri("audio/flac", clip.flac)}"></audio>'
+            f'<audio controls="controls" aria-label="Clip {escaped(clip.clip_id)}" '
+            f'src="{data_uri("audio/flac", clip.flac)}"></audio>'
             f"<figcaption>{' · '.join(facts)}</figcaption></figure>"
         )
-    return _section("To hear", f'<div class="figures clips">{"".join(cards)}</div>')
+    return html_section("To hear", f'<div class="figures clips">{"".join(cards)}</div>')
 
 
 def _drops(account: Account) -> str:
@@ -655,20 +557,20 @@ def _drops(account: Account) -> str:
             seconds[drop.reason] += drop.seconds
     reasons = sorted({*songs, *clips}, key=lambda r: (-sum(songs[r].values()), -seconds[r], r))
     if not reasons:
-        return _section("Left out", "<p>Nothing: every sample of every song is in a clip.</p>")
+        return html_section("Left out", "<p>Nothing: every sample of every song is in a clip.</p>")
     rows = [
         [
-            _text(_words(reason)),
+            escaped(_words(reason)),
             str(songs[reason][QUARANTINED] or ""),
             str(songs[reason][FILTERED] or ""),
             str(clips[reason] or ""),
-            _duration(seconds[reason]) if seconds[reason] else "",
+            seconds_in_words(seconds[reason]) if seconds[reason] else "",
         ]
         for reason in reasons
     ]
     heads = ["reason", "songs quarantined", "songs filtered", "stretches left out", "audio"]
-    summary = _table("Reasons", "counts", heads, rows)
-    return _section("Left out", summary + _left_out_songs(account) + _duplicates(account))
+    summary = html_table("Reasons", "counts", heads, rows)
+    return html_section("Left out", summary + _left_out_songs(account) + _duplicates(account))
 
 
 def _left_out_songs(account: Account) -> str:
@@ -677,7 +579,12 @@ def _left_out_songs(account: Account) -> str:
         return ""
     left.sort(key=lambda entry: (entry.status != QUARANTINED, entry.song_id))
     rows = [
-        [_name(e.song_id), e.status, _text(_words(e.reason or "")), _name(e.detail or "")]
+        [
+            escaped_name(e.song_id),
+            e.status,
+            escaped(_words(e.reason or "")),
+            escaped_name(e.detail or ""),
+        ]
         for e in left[:_MOST_SONGS]
     ]
     more = ""
@@ -688,114 +595,37 @@ def _left_out_songs(account: Account) -> str:
         )
     title = "Songs that gave no clip"
     heads = ["song", "status", "reason", "detail"]
-    return f"<h3>{title}</h3>" + _table(title, "songs", heads, rows) + more
+    return f"<h3>{title}</h3>" + html_table(title, "songs", heads, rows) + more
 
 
 def _duplicates(account: Account) -> str:
     groups = account.duplicates()
     if not groups:
         return ""
-    items = "".join(f"<li>{', '.join(map(_name, group))}</li>" for group in groups[:_MOST_SONGS])
+    items = "".join(
+        f"<li>{', '.join(map(escaped_name, group))}</li>" for group in groups[:_MOST_SONGS]
+    )
     return f"<h3>Same content under several names</h3><ul>{items}</ul>"
 
 
 def _settings(contents: _Contents) -> str:
     defaults = fingerprinted(ExtractConfig())
-    rows = []
-    for key, value in contents.info["settings"].items():
-        if "." in key:
-            changed = key in defaults and defaults[key] != value
-            shown = f"<b>{_text(_value(value))}</b>" if changed else _text(_value(value))
-            default = _text(_value(defaults[key])) if changed else ""
-            breakable = _text(key).replace(".", ".<wbr />").replace("_", "_<wbr />")
-            rows.append([f"<code>{breakable}</code>", shown, default])
+    settings = {key: value for key, value in contents.info["settings"].items() if "." in key}
     made_with = "".join(
-        "<p>" + ", ".join(f"{_text(k)} {_text(v)}" for k, v in environment.items()) + "</p>"
+        "<p>" + ", ".join(f"{escaped(k)} {escaped(v)}" for k, v in environment.items()) + "</p>"
         for environment in contents.environments[:5]
     )
-    return _section(
+    return html_section(
         "Settings",
-        _table("Settings", "settings", ["key", "value", "default"], rows)
+        html_settings(settings, defaults)
         + f"<h3>Made with</h3>{made_with or '<p>no shard yet</p>'}"
-        + f"<p>Fingerprint <code>{_text(contents.info['fingerprint'])}</code></p>",
-    )
-
-
-def _value(value: object) -> str:
-    return "none" if value is None else str(value)
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{title}</h2>{body}</section>\n"
-
-
-def _table(
-    label: str, kind: str, heads: list[str], rows: list[list[str]], last_head: str = ""
-) -> str:
-    """A table of HTML cells, the first of each row its heading; last_head: of a further column.
-
-    It scrolls sideways where it does not fit, by keyboard too. On a narrow screen each row becomes
-    a block and its cells carry their column's name.
-    """
-    columns = "".join(f'<th scope="col">{head}</th>' for head in heads)
-    columns += f'<th scope="col">{last_head}</th>' if last_head else ""
-    body = ""
-    for first, *cells in rows:
-        body += f'<tr><th scope="row">{first}</th>'
-        for cell, head in zip(cells, [*heads[1:], ""], strict=False):
-            body += f'<td data-label="{head}">{cell}</td>'
-        body += "</tr>"
-    return (
-        f'<div class="scroll" role="region" aria-label="{label}" tabindex="0">'
-        f'<table class="{kind}"><thead><tr>{columns}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        + f"<p>Fingerprint <code>{escaped(contents.info['fingerprint'])}</code></p>",
     )
 
 
 _STYLE = """
-:root { --paper: #fbfbfa; --card: #ffffff; --ink: #1e242c; --soft: #5a6470; --line: #e1e4e8;
-  --accent: #1f7a8c; --tint: #cfe5e9; --alert: #a4371f; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14181d; --card: #1b2027; --ink: #e3e7ec;
-  --soft: #9aa5b1; --line: #2e353e; --accent: #5fb6c6; --tint: #28505a; --alert: #ef8d72; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, "Segoe UI", "Liberation Sans", "DejaVu Sans", sans-serif; }
-main { max-width: 74rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 0 0 .75rem; }
-h3 { font-size: 1rem; margin: 0 0 .4rem; }
-section { margin-top: 2.5rem; }
-section > h3 { margin-top: 1.5rem; }
-p { margin: .5rem 0; max-width: 70ch; overflow-wrap: anywhere; }
-header p, section > p, figcaption, small { color: var(--soft); }
-section > p, figcaption, small { font-size: .875rem; }
-code { font: .875em/1.4 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
-.alert { border: 1px solid var(--alert); border-left-width: 6px; border-radius: 4px;
-  padding: 1rem 1.25rem; }
-.alert h2 { color: var(--alert); }
-.alert ul { margin: 0; padding-left: 1.2rem; overflow-wrap: anywhere; }
-.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: 1px;
-  margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 6px;
-  overflow: hidden; }
-.numbers div { outline: 1px solid var(--line); padding: .8rem 1rem; display: flex;
-  flex-direction: column-reverse; justify-content: flex-end; }
-.numbers dt { font-weight: 600; font-size: .9rem; }
-.numbers dd { margin: 0; display: contents; }
-.numbers strong { font-size: 1.6rem; line-height: 1.2; font-weight: 600; order: 1;
-  font-variant-numeric: tabular-nums; }
-.numbers dt { order: 0; }
-.numbers span { color: var(--soft); font-size: .8rem; order: -1; }
-.scroll { overflow-x: auto; }
-.scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 4px; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-th, td { text-align: left; vertical-align: top; padding: .45rem 1.1rem .45rem 0;
-  border-bottom: 1px solid var(--line); }
-thead th { color: var(--soft); font-weight: 500; font-size: .85rem; white-space: nowrap; }
-tbody th { font-weight: 600; overflow-wrap: anywhere; min-width: 7rem; }
-td { font-variant-numeric: tabular-nums; }
 .speakers td { white-space: nowrap; }
 .speakers td:last-child, .speakers th:last-child { width: 34%; min-width: 13rem; padding-right: 0; }
-small { display: block; }
 .bar { display: block; width: 8rem; height: .5rem; margin: .4rem 0 .1rem; background: var(--line);
   border-radius: 2px; overflow: hidden; }
 .bar i { display: block; height: 100%; background: var(--accent); }
@@ -811,35 +641,15 @@ small { display: block; }
 .range .box { top: 25%; height: 50%; background: var(--accent); border-radius: 2px; }
 .range .median { top: 18%; height: 64%; width: 3px; margin-left: -1.5px; background: var(--card);
   outline: 1px solid var(--ink); }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr));
-  gap: 1rem; }
-figure { margin: 0; padding: 1rem; background: var(--card); border: 1px solid var(--line);
-  border-radius: 6px; min-width: 0; }
-figure img { display: block; width: 100%; height: auto; }
-figure h3 { overflow-wrap: anywhere; }
-audio { display: block; width: 100%; margin: .6rem 0; }
 .clip-id { margin: 0 0 .5rem; font-size: .875rem; color: var(--soft); }
-.settings th { font-weight: 400; width: 20rem; }
-.settings tr > :nth-child(n) { padding: .2rem .6rem .2rem 0; }
-.settings code { overflow-wrap: normal; }
-.settings td:last-child { color: var(--soft); }
 .songs th { min-width: 11rem; }
 .songs td:last-child { min-width: 16rem; overflow-wrap: anywhere; }
 @media (max-width: 44rem) {
-  main { padding: 1.25rem 1rem 3rem; }
-  .numbers { grid-template-columns: 1fr 1fr; }
-  :not(.settings) > thead, :not(.settings) > tbody > tr > td:empty { display: none; }
-  :not(.settings) > tbody > tr { display: grid; grid-template-columns: repeat(2, auto);
-    justify-content: start; column-gap: 1.5rem; padding: .6rem 0;
-    border-bottom: 1px solid var(--line); }
-  :not(.settings) > tbody > tr > * { border: 0; padding: .1rem 0; }
   .speakers tbody th, .speakers td:nth-last-child(-n+2), .counts tbody th, .songs tbody th,
   .songs td:last-child { grid-column: 1 / -1; width: auto; min-width: 0; }
   .speakers > tbody > tr { grid-template-columns: 1fr 1fr; }
   .speakers td:not(:last-child)::before, .counts td::before { content: attr(data-label) " ";
     color: var(--soft); font-size: .85rem; }
   .bar { width: 100%; }
-  .settings th { width: auto; }
 }
-.unseen { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
 """
