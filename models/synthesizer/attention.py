@@ -133,7 +133,8 @@ class MultiHeadAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, H, F) -> (B, N, F, width)"""
-        return x.unflatten(1, (self.n_heads, self.head_width)).transpose(2, 3)
+        # After an unflatten, torch's ONNX exporter would take the number of frames for a constant.
+        return x.reshape(x.shape[0], self.n_heads, self.head_width, x.shape[2]).transpose(2, 3)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         weights = self.drop(self.weights(q, k, mask, causal))

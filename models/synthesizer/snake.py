@@ -22,6 +22,7 @@ class Snake(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.channels = channels
         self.act = _Sine(channels)
         self.upsample = _Filter()
         self.downsample = _Down()
@@ -31,17 +32,16 @@ class Snake(nn.Module):
 
     def _up(self, x: Tensor) -> Tensor:
         """(B, C, 2T)."""
-        channels, around = x.shape[1], 3 * _REACH  # what the padding adds to either end
+        around = 3 * _REACH  # what the padding adds to either end
         x = F.pad(x, (_REACH, _REACH), mode="replicate")
-        taps = 2 * self.upsample.filter.expand(channels, -1, -1)
-        return F.conv_transpose1d(x, taps, stride=2, groups=channels)[..., around:-around]
+        taps = 2 * self.upsample.filter.expand(self.channels, -1, -1)
+        return F.conv_transpose1d(x, taps, stride=2, groups=self.channels)[..., around:-around]
 
     def _down(self, x: Tensor) -> Tensor:
         """(B, C, T) of (B, C, 2T)."""
-        channels = x.shape[1]
         x = F.pad(x, (_REACH, _REACH + 1), mode="replicate")
-        taps = self.downsample.lowpass.filter.expand(channels, -1, -1)
-        return F.conv1d(x, taps, stride=2, groups=channels)
+        taps = self.downsample.lowpass.filter.expand(self.channels, -1, -1)
+        return F.conv1d(x, taps, stride=2, groups=self.channels)
 
 
 class _Sine(nn.Module):

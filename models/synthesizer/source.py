@@ -45,13 +45,18 @@ class SineSource(nn.Module):
     def waves(self, f0: Tensor, noise: Noise, phase: Tensor | None = None) -> Tensor:
         """(B, N, T): sines with a little noise where voiced, noise alone elsewhere."""
         if phase is None:
-            chance = noise.uniform(f0.new_empty(len(f0), HARMONICS - 1))
-            phase = torch.cat([torch.zeros_like(chance[:, :1]), chance], dim=1)
+            phase = first_phase(f0, noise)
         waves = sines(f0, self.sample_rate, self.hop_length, phase)
         voiced = (f0 > 0).repeat_interleave(self.hop_length, dim=1).unsqueeze(1)  # (B, 1, T)
         amplitude = torch.where(voiced, _AMPLITUDE, 0.0).to(waves)
         deviation = torch.where(voiced, _VOICED_NOISE, _UNVOICED_NOISE).to(waves)
         return waves.mul_(amplitude).addcmul_(deviation, noise.normal(waves))
+
+
+def first_phase(f0: Tensor, noise: Noise) -> Tensor:
+    """(B, N) in cycles: 0 of f0 (B, F) itself, of its overtones whatever chance has."""
+    chance = noise.uniform(f0.new_empty(len(f0), HARMONICS - 1))
+    return torch.cat([torch.zeros_like(chance[:, :1]), chance], dim=1)
 
 
 def sines(f0: Tensor, sample_rate: int, hop_length: int, initial: Tensor) -> Tensor:
