@@ -63,7 +63,7 @@ class Voice:
     """A synthesizer with what one must know to sing with it, or to train it on.
 
     tensors: the state dict of `Synthesizer(config)`. A voice that was released for singing alone
-    may lack the posterior encoder (`enc_q.*`), as a whole.
+    may lack the posterior encoder (`enc_q.*`), as a whole. None are of a voice that is a graph.
     speakers: speaker i has row i of the embedding; rows beyond the last name are nobody's.
     expand: which unit a frame takes. f0_min, f0_max: Hz that pitch was looked for in; None: not
     known, like dataset_fingerprint. extraction: the settings by section that made the clips that it
@@ -155,16 +155,11 @@ def save_voice(folder: str | os.PathLike[str], voice: Voice) -> None:
     folder = Path(folder)
     layout = synthesizer_layout(voice.config, voice.has_posterior)
     tensors = fitted(folder / WEIGHTS, "its configuration", voice.tensors, layout)
-    description = _description(voice)
-    header = {"kind": _KIND, "version": VERSION, "description_sha256": _sha256(description)}
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / DESCRIPTION) as temporary:
-        text = json.dumps(description, indent=2, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    with describing(folder, voice) as metadata:
         save_safetensors(
             folder / WEIGHTS,
             {name: tensor for name, tensor in tensors.items() if layout.first[name] == name},
-            {OWN_HEADER: json.dumps(header)},
+            metadata,
         )
 
 
@@ -174,19 +169,43 @@ def load_voice(path: str | os.PathLike[str]) -> Voice:
     Raises CheckpointError, in a sentence, for a folder without a voice, files of two voices or one
     that was edited, fields and tensors that are missing, misshapen or unknown.
     """
-    folder = _folder_of(Path(path))
-    content = json_beside(folder, DESCRIPTION)
-    fields = _read_description(folder / DESCRIPTION, content)
+    folder = folder_of(Path(path), WEIGHTS)
     tensors, metadata = read_safetensors(folder / WEIGHTS)
-    _require_together(folder, content, metadata)
-    config = fields["config"]
+    voice = described(folder / WEIGHTS, metadata)
     posterior = any(name.startswith(POSTERIOR) for name in tensors)
-    layout = synthesizer_layout(config, posterior)
+    layout = synthesizer_layout(voice.config, posterior)
     fit = fitted(folder / WEIGHTS, DESCRIPTION, tensors, layout, shared_once=True)
+    return dataclasses.replace(voice, tensors=fit)
+
+
+@contextlib.contextmanager
+def describing(folder: Path, voice: Voice) -> Iterator[dict[str, str]]:
+    """Writes the description into `folder`, which is made, once the block has written the weights.
+
+    Gives the metadata that the file of weights is to have.
+    """
+    description = _description(voice)
+    header = {"kind": _KIND, "version": VERSION, "description_sha256": _sha256(description)}
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / DESCRIPTION) as temporary:
+        text = json.dumps(description, indent=2, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+        yield {OWN_HEADER: json.dumps(header)}
+
+
+def described(weights: Path, metadata: Mapping[str, str]) -> Voice:
+    """The voice without its tensors, as the description beside `weights` has it.
+
+    metadata: of the file of weights. Raises CheckpointError as `load_voice`.
+    """
+    path = weights.with_name(DESCRIPTION)
+    content = json_beside(weights, DESCRIPTION)
+    fields = _read_description(path, content)
+    _require_together(weights, content, metadata)
     try:
-        return Voice(tensors=fit, **fields)
+        return Voice(tensors={}, **fields)
     except ValueError as error:
-        raise CheckpointError(f"{folder / DESCRIPTION}: {error}") from error
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def require_same(
@@ -250,14 +269,18 @@ def replacing(path: Path) -> Iterator[Path]:
         os.close(folder)
 
 
-def _folder_of(path: Path) -> Path:
+def folder_of(path: Path, weights: str) -> Path:
+    """The folder of the voice that `path` means, which is it or one of its two files.
+
+    weights: the name of the other one. Raises CheckpointError where they are not there.
+    """
     folder = path if path.is_dir() else path.parent
-    if path != folder and path.name not in (WEIGHTS, DESCRIPTION):
+    if path != folder and path.name not in (weights, DESCRIPTION):
         raise CheckpointError(
-            f"{path} is no voice of ours, which is a folder with {WEIGHTS} and {DESCRIPTION}; "
+            f"{path} is no voice of ours, which is a folder with {weights} and {DESCRIPTION}; "
             "models of so-vits-svc are read with their config.json"
         )
-    for name in (WEIGHTS, DESCRIPTION):
+    for name in (weights, DESCRIPTION):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} holds no voice: it has no {name}")
     return folder
@@ -347,18 +370,20 @@ def _read_description(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _require_together(folder: Path, content: Mapping[str, Any], metadata: dict[str, str]) -> None:
+def _require_together(
+    weights: Path, content: Mapping[str, Any], metadata: Mapping[str, str]
+) -> None:
     try:
         header = json.loads(metadata.get(OWN_HEADER, "{}"))
         kind, stated = header.get("kind"), header.get("description_sha256")
     except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"the header of {folder / WEIGHTS} is damaged ({error})") from error
+        raise CheckpointError(f"the header of {weights} is damaged ({error})") from error
     if kind != _KIND:
-        raise CheckpointError(f"{folder / WEIGHTS} holds no voice of ours")
+        raise CheckpointError(f"{weights} holds no voice of ours")
     if stated != _sha256(content):
         raise CheckpointError(
-            f"{WEIGHTS} and {DESCRIPTION} of {folder} are not of one voice: one of them was "
-            "replaced, or the description edited (only its licence may be)"
+            f"{weights.name} and {DESCRIPTION} of {weights.parent} are not of one voice: one of "
+            "them was replaced, or the description edited (only its licence may be)"
         )
 
 
