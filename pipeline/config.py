@@ -249,16 +249,21 @@ def load_codebook_of(
             f"{section}.codebook: {encoder.codebook} is of {encoder.name} with another "
             f"checkpoint than {encoder.checkpoint}; their units do not share centres"
         )
+    require_meaning(codebook, encoder, f"{section}.codebook: {encoder.codebook}")
+    return codebook
+
+
+def require_meaning(codebook: Codebook, encoder: EncoderConfig, where: str) -> None:
+    """Raises: UserError where the encoder's settings give units of another meaning."""
     if codebook.settings != encoder.meaning():
         made, asked = (
             ", ".join(f"{key}={value}" for key, value in settings.items()) or "the defaults"
             for settings in (codebook.settings, encoder.meaning())
         )
         raise UserError(
-            f"{section}.codebook: {encoder.codebook} is of units made with {made}, and these are "
-            f"made with {asked}; they do not share centres"
+            f"{where} is of units made with {made}, and these are made with {asked}; they do not "
+            f"share centres"
         )
-    return codebook
 
 
 @contextmanager

@@ -37,10 +37,19 @@ class SpeakerMix:
         Linear between two times, constant before the first and after the last.
         """
         if self.times_s is None:
-            return self.shares[0].astype(np.float32)
+            return np.asarray(self.shares[0], np.float32)
         at = np.arange(start_frame, start_frame + frames) / frames_per_second
-        columns = [np.interp(at, self.times_s, column) for column in self.shares.T]
-        return np.stack(columns, axis=1).astype(np.float32)
+        mixed = np.empty((frames, self.shares.shape[1]), np.float32)
+        for speaker, share in enumerate(self.shares.T):
+            mixed[:, speaker] = np.interp(at, self.times_s, share)
+        return mixed
+
+
+def one_speaker(name: str, speakers: Sequence[str], rows: int | None = None) -> SpeakerMix:
+    """Nobody but `name`, whatever characters the name has; see `read_mix`. Raises: UserError."""
+    width = len(speakers) if rows is None else rows
+    columns = _columns([name], speakers, "voice.speaker")
+    return SpeakerMix(_shares([1.0], columns, width, "voice.speaker")[None])
 
 
 def read_mix(text: str, speakers: Sequence[str], rows: int | None = None) -> SpeakerMix:
@@ -93,9 +102,8 @@ def _lines(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Where each line is, in words, and its cells: the header, then as many in every row."""
     text = _text(path)
     header, _, _ = text.partition("\n")
-    separator = next(
-        (s for s in _SEPARATORS if header.partition(s)[0].strip(' "\r') == _TIME), None
-    )
+    starts = {each: header.partition(each)[0].strip(' "\r') for each in _SEPARATORS}
+    separator = next((each for each, start in starts.items() if start == _TIME), None)
     if separator is None:
         raise UserError(
             f"{path}, line 1: the header must begin with {_TIME} and name a speaker in every other "

@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.checkpoint import CheckpointError, read_safetensors, save_safetensors
+from models.checkpoint import (
+    CheckpointError,
+    load_foreign,
+    read_safetensors,
+    save_safetensors,
+)
 
 MAX_CLUSTERS = 32767  # ids are int16
 _FORMAT = "cantor-codebook"
@@ -23,13 +28,14 @@ _SCORES = 1 << 24  # numbers of a score matrix held at a time, 64 MB
 class Codebook:
     """K centres for the units of one encoder.
 
+    encoder: None where a foreign file does not say.
     centroids: float32 (K, D), 1 <= K <= 32767, finite.
     checkpoint_sha256: of the encoder whose units these are centres of; None where it has no file.
     speaker: whose units they were made of; None for all speakers of a dataset.
     settings: of the encoder, where they are not the defaults and give units of another meaning.
     """
 
-    encoder: str
+    encoder: str | None
     checkpoint_sha256: str | None
     centroids: Tensor
     speaker: str | None = None
@@ -174,3 +180,32 @@ def load_codebook(path: str | Path, speaker: str | None = None) -> Codebook:
             return codebook
     of = ", ".join(str(c.speaker or "all speakers") for c in codebooks[:10])
     raise CheckpointError(f"{path} has no codebook of {speaker!r}; it has that of {of}")
+
+
+def load_sovits_codebooks(path: str | Path) -> list[Codebook]:
+    """Those of the speakers in a kmeans_*.pt of so-vits-svc. It does not say of which encoder.
+
+    Raises CheckpointError for another file.
+    """
+    content = load_foreign(path)
+    if not isinstance(content, dict) or not any(map(_is_kmeans, content.values())):
+        raise CheckpointError(
+            f"{path} is neither a codebook, which `codebook` makes from a dataset, nor a "
+            f"kmeans_*.pt of so-vits-svc"
+        )
+    codebooks = []
+    for speaker, kmeans in content.items():
+        centres = kmeans["cluster_centers_"] if _is_kmeans(kmeans) else None
+        if not isinstance(centres, Tensor):
+            raise CheckpointError(f"{path} has no centres of speaker {speaker!r}")
+        try:
+            # Of the mapped file it would be a view.
+            codebook = Codebook(None, None, centres.to(torch.float32, copy=True), str(speaker))
+        except ValueError as error:
+            raise CheckpointError(f"{path}, speaker {speaker!r}: {error}") from error
+        codebooks.append(codebook)
+    return codebooks
+
+
+def _is_kmeans(value: Any) -> bool:
+    return isinstance(value, dict) and "cluster_centers_" in value
