@@ -28,19 +28,19 @@ Activation = Callable[[int], nn.Module]
 """Builds the activation of so many channels."""
 
 
-class Generator(nn.Module):
-    """NSF-HiFiGAN, its activations leaky ReLUs or snakes (`config.decoder`).
+class SourceFilter(nn.Module):
+    """NSF-HiFiGAN, its activations leaky ReLUs or snakes (`config.decoder`), of no speaker.
 
     The activations of the upsampling stages are called snakes in either case: leaky ReLUs have no
     parameters, so the name appears in the state dict of snakes alone.
     """
 
-    def __init__(self, config: SynthesizerConfig) -> None:
+    def __init__(self, config: ModelConfig, source: SineSource) -> None:
         super().__init__()
         snake = config.decoder == "nsf-snake-hifigan"
         activation: Activation = Snake if snake else _leaky
         widths = _widths(config)
-        self.m_source = SineSource(config.source_rate, config.hop_length)
+        self.m_source = source
         self.noise_convs = _source_convs(config)
         self.conv_pre = Conv1d(config.inter_channels, widths[0], 7, padding=3)
         self.ups = _upsamplers(config)
@@ -48,7 +48,28 @@ class Generator(nn.Module):
         self.snakes = nn.ModuleList(activation(width) for width in widths[:-1])
         self.conv_post = Conv1d(widths[-1], 1, 7, padding=3)
         self.snake_post = Snake(widths[-1]) if snake else nn.LeakyReLU(_LAST_SLOPE)
-        self.cond = nn.Conv1d(config.gin_channels, widths[0], 1)
+
+    def forward(self, z: Tensor, f0: Tensor, noise: Noise, phase: Tensor | None = None) -> Tensor:
+        """wav (B, 1, T) within (-1, 1).
+
+        z: (B, C, F) latents, or mels. f0: (B, F) in Hz, 0 where unvoiced. phase: see SineSource.
+        """
+        return self._filtered(self.conv_pre(z), self.m_source(f0, noise, phase))
+
+    def _filtered(self, x: Tensor, source: Tensor) -> Tensor:
+        """wav (B, 1, T) of the first layer's output (B, C, F) and the source (B, 1, T)."""
+        for i, up in enumerate(self.ups):
+            x = up(self.snakes[i](x)) + self.noise_convs[i](source)
+            x = _average(_stage(self.resblocks, i, len(self.ups)), x)
+        return torch.tanh(self.conv_post(self.snake_post(x)))
+
+
+class Generator(SourceFilter):
+    """The decoder of so-vits-svc: NSF-HiFiGAN that knows the speaker."""
+
+    def __init__(self, config: SynthesizerConfig) -> None:
+        super().__init__(config, SineSource(config.source_rate, config.hop_length))
+        self.cond = nn.Conv1d(config.gin_channels, config.upsample_initial_channel, 1)
 
     def forward(
         self, z: Tensor, f0: Tensor, g: Tensor, noise: Noise, phase: Tensor | None = None
@@ -59,11 +80,7 @@ class Generator(nn.Module):
         (B, G, F) where it changes. phase: see SineSource.
         """
         source = self.m_source(f0, noise, phase)
-        x = self.conv_pre(z) + self.cond(g)
-        for i, up in enumerate(self.ups):
-            x = up(self.snakes[i](x)) + self.noise_convs[i](source)
-            x = _average(_stage(self.resblocks, i, len(self.ups)), x)
-        return torch.tanh(self.conv_post(self.snake_post(x)))
+        return self._filtered(self.conv_pre(z) + self.cond(g), source)
 
 
 class PlainGenerator(nn.Module):
