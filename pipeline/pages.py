@@ -72,6 +72,12 @@ def seconds_in_words(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
+def note_name(midi: float) -> str:
+    """`A4` for 69."""
+    names = ("C", "C♯", "D", "D♯", "E", "F", "F♯", "G", "G♯", "A", "A♯", "B")
+    return f"{names[round(midi) % 12]}{round(midi) // 12 - 1}"
+
+
 def html_section(title: str, body: str) -> str:
     return f"<section><h2>{title}</h2>{body}</section>\n"
 

@@ -33,6 +33,7 @@ from pipeline.pages import (
     html_section,
     html_settings,
     html_table,
+    note_name,
     picture,
     seconds_in_words,
 )
@@ -319,12 +320,6 @@ def _words(reason: str) -> str:
     return reason.replace("_", " ")
 
 
-def _note(midi: float) -> str:
-    """`A4` for 69."""
-    names = ("C", "C♯", "D", "D♯", "E", "F", "F♯", "G", "G♯", "A", "A♯", "B")
-    return f"{names[round(midi) % 12]}{round(midi) // 12 - 1}"
-
-
 def _hz(midi: float) -> float:
     return float(440 * 2 ** ((midi - 69) / 12))
 
@@ -472,7 +467,7 @@ def _pitch_cells(
     at = [_place(midi, scale) for midi in (low, lower, median, upper, high)]
     octaves = (scale[1] - scale[0]) / 12
     return (
-        f"{_note(low)} to {_note(high)}<small>{_hz(low):.0f} to {_hz(high):.0f} Hz, "
+        f"{note_name(low)} to {note_name(high)}<small>{_hz(low):.0f} to {_hz(high):.0f} Hz, "
         f"median {_hz(median):.0f}</small>",
         f'<span class="range" aria-hidden="true" style="--octave:{100 / octaves:.3f}%">'
         f'<i class="line" style="left:{at[0]:.1f}%;width:{at[4] - at[0]:.1f}%"></i>'
