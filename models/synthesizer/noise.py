@@ -101,8 +101,8 @@ class PlacedNoise:
 
     def _drawn(self, draw: Callable[..., Tensor], like: Tensor) -> Tensor:
         batch, *channels, length = like.shape
-        each = length // self._frames  # numbers a frame: 1 or hop_length
-        if batch != 1 or each * self._frames != length:
+        each, rest = divmod(length, self._frames)  # numbers a frame
+        if batch != 1 or rest or each not in (1, self._hop_length):
             raise ValueError(f"{tuple(like.shape)} are no numbers for {self._frames} frames of one")
         first, last = self._start // _PLACED, (self._start + self._frames - 1) // _PLACED
         blocks = []
