@@ -45,13 +45,6 @@ class SpeakerMix:
         return mixed
 
 
-def one_speaker(name: str, speakers: Sequence[str], rows: int | None = None) -> SpeakerMix:
-    """Nobody but `name`, whatever characters the name has; see `read_mix`. Raises: UserError."""
-    width = len(speakers) if rows is None else rows
-    columns = _columns([name], speakers, "voice.speaker")
-    return SpeakerMix(_shares([1.0], columns, width, "voice.speaker")[None])
-
-
 def read_mix(text: str, speakers: Sequence[str], rows: int | None = None) -> SpeakerMix:
     """The mix that `text` asks for: "ann=0.7,ben=0.3" or the path of a CSV file.
 

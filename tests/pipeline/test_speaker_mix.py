@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.speaker_mix import SpeakerMix, one_speaker, read_mix
+from pipeline.speaker_mix import SpeakerMix, read_mix
 
 VOICE = ("ann", "ben", "Zoë B.")
 PLAIN = b"time_s,ann,ben\n1,1,0\n2,0,1\n4,1,1\n"
@@ -38,13 +38,6 @@ def test_constant_weights_sum_to_1(text: str, expected: list[float]) -> None:
 
 def test_rows_of_the_embedding_that_nobody_has_get_nothing() -> None:
     assert read_mix("ben=1", VOICE, rows=5).weights(0, 1, 50).tolist() == [0, 1, 0, 0, 0]
-
-
-def test_one_speaker_may_have_any_name() -> None:
-    mix = one_speaker("a, b=c.csv", ["x", "a, b=c.csv"], rows=3)
-    assert mix.weights(0, 1, 50).tolist() == [0, 1, 0]
-    with pytest.raises(UserError, match="'eve' is no speaker of this voice; it has ann, ben"):
-        one_speaker("eve", VOICE)
 
 
 @pytest.mark.parametrize(
