@@ -1,0 +1,283 @@
+"""A voice as ONNX graphs: a folder with `voice.onnx`, `voice.json` and, of a voice that has a pitch
+predictor, `melody.onnx`.
+
+The graphs are `Synthesizer.infer` and `Synthesizer.predict_f0` for any number of frames, without
+what only training needs and with weight norms folded. They draw nothing: noise and phases are
+inputs. The sine source is in the graph, its phases in float64 as in torch. The JSON is that of
+`voice.py`; the graphs' metadata hold its hash. docs/export.md lists the inputs.
+
+B batch, S speakers, F frames, T samples; M is 1 for a mix of speakers that stays, F for one over
+time.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.onnx_session import open_session, refuse_weights_elsewhere
+from models.synthesizer.config import SynthesizerConfig
+from models.synthesizer.noise import Noise
+from models.synthesizer.source import HARMONICS, first_phase
+from models.synthesizer.synthesizer import Synthesizer
+from models.synthesizer.voice import (
+    Voice,
+    described,
+    describing,
+    folder_of,
+    load_network,
+    replacing,
+)
+from models.synthesizer.weight_norm import fold_weight_norm
+
+GRAPH = "voice.onnx"
+MELODY = "melody.onnx"
+_OPSET = 18
+_CONTENT = ("units", "f0", "voiced", "speaker", "volume")  # inputs of both graphs
+_VARYING = {  # dimensions that a graph leaves open
+    "units": {0: "batch", 2: "frames"},
+    "f0": {0: "batch", 1: "frames"},
+    "voiced": {0: "batch", 1: "frames"},
+    "speaker": {0: "batch", 1: "mix_frames"},
+    "volume": {0: "batch", 1: "frames"},
+    "noise": {0: "batch", 2: "frames"},
+    "source_noise": {0: "batch", 2: "samples"},
+    "phase": {0: "batch"},
+    "wav": {0: "batch", 1: "samples"},
+    "melody": {0: "batch", 1: "frames"},
+}
+
+
+def export_voice(folder: str | os.PathLike[str], voice: Voice) -> None:
+    """Write the voice's graphs and description into `folder`, which is made. Each is written whole
+    or not at all, and what a kill between them leaves is refused by `OnnxSynthesizer`.
+
+    Raises ValueError where onnx is missing.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise ValueError("writing an ONNX graph needs onnx: install cantor[onnx]") from error
+    folder = Path(folder)
+    graphs = {name: onnx.load_model_from_string(graph) for name, graph in _graphs(voice).items()}
+    with describing(folder, voice) as metadata:
+        for name, graph in graphs.items():
+            onnx.helper.set_model_props(graph, metadata)
+            with replacing(folder / name) as temporary:
+                onnx.save_model(graph, str(temporary))
+
+
+class OnnxSynthesizer:
+    """Sings as `Synthesizer` does, in onnxruntime.
+
+    voice: what the description says; it has no tensors.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], device: str = "cpu") -> None:
+        """path: the folder, or its `voice.onnx` or `voice.json`. It is computed in as many threads
+        as torch has in this process now.
+
+        Raises CheckpointError for a folder without such a voice, files of two voices, and files
+        that are no such graphs; ValueError as `open_session`.
+        """
+        folder = folder_of(Path(path), GRAPH)
+        self._graph, self.voice = _open(folder / GRAPH, device)
+        self.config = self.voice.config
+        if self.config.predict_f0:
+            self._melody, _ = _open(folder / MELODY, device)
+
+    def infer(
+        self,
+        units: Tensor,
+        f0: Tensor,
+        voiced: Tensor,
+        speaker: Tensor,
+        *,
+        noise: Noise,
+        noise_scale: float = 0.35,
+        predict_f0: bool = False,
+        volume: Tensor | None = None,
+        phase: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `Synthesizer.infer`, of which the same noise makes the same sound."""
+        if predict_f0:
+            f0 = self.predict_f0(units, f0, voiced, speaker, volume)
+        batch, frames = f0.shape
+        latents = noise.normal(f0.new_empty(batch, self.config.inter_channels, frames))
+        if phase is None:
+            phase = first_phase(f0, noise)
+        samples = frames * self.config.hop_length
+        feed = self._content(units, f0, voiced, speaker, volume) | {
+            "noise_scale": torch.tensor(noise_scale),
+            "noise": latents,
+            "source_noise": noise.normal(f0.new_empty(batch, HARMONICS, samples)),
+            "phase": phase.double(),
+        }
+        return _run(self._graph, feed).to(f0.device), f0
+
+    def predict_f0(
+        self,
+        units: Tensor,
+        f0: Tensor,
+        voiced: Tensor,
+        speaker: Tensor,
+        volume: Tensor | None = None,
+    ) -> Tensor:
+        """As `Synthesizer.predict_f0`."""
+        if not self.config.predict_f0:
+            raise ValueError("this voice was built without a pitch predictor (model.predict_f0)")
+        feed = self._content(units, f0, voiced, speaker, volume)
+        return _run(self._melody, feed).to(f0.device)
+
+    def _content(
+        self, units: Tensor, f0: Tensor, voiced: Tensor, speaker: Tensor, volume: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The inputs of both graphs."""
+        inputs = {"units": units, "f0": f0, "voiced": voiced.bool(), "speaker": self._mix(speaker)}
+        if not self.config.volume_embedding:
+            return inputs
+        if volume is None:
+            raise ValueError("this voice takes the volume of each frame, and none was given")
+        return inputs | {"volume": volume}
+
+    def _mix(self, speaker: Tensor) -> Tensor:
+        """(B, M, S) of what `infer` takes for a speaker."""
+        count = self.config.n_speakers
+        if not speaker.is_floating_point():
+            return torch.eye(count, device=speaker.device)[speaker].unsqueeze(1)
+        if speaker.shape[-1] != count:
+            raise ValueError(
+                f"a mix has weights for {speaker.shape[-1]} speakers, and this voice has {count}"
+            )
+        return speaker if speaker.dim() == 3 else speaker.unsqueeze(1)
+
+
+def _open(path: Path, device: str) -> tuple[Any, Voice]:
+    """A session, and the voice that it is of."""
+    refuse_weights_elsewhere(path)
+    session = open_session(path, torch.device(device), "a voice as ONNX needs", "compute.device")
+    return session, described(path, session.get_modelmeta().custom_metadata_map)
+
+
+def _run(session: Any, feed: Mapping[str, Tensor]) -> Tensor:
+    """The output, on the CPU."""
+    arrays = {name: tensor.contiguous().cpu().numpy() for name, tensor in feed.items()}
+    return torch.from_numpy(session.run(None, arrays)[0])
+
+
+class _Singing(nn.Module):
+    """`Synthesizer.infer` with its noise as inputs."""
+
+    def __init__(self, network: Synthesizer) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self,
+        units: Tensor,
+        f0: Tensor,
+        voiced: Tensor,
+        speaker: Tensor,
+        noise_scale: Tensor,
+        noise: Tensor,
+        source_noise: Tensor,
+        phase: Tensor,
+        volume: Tensor | None = None,
+    ) -> Tensor:
+        wav, _ = self.network.infer(
+            units,
+            f0,
+            voiced,
+            speaker,
+            noise=_Given(noise, source_noise),
+            noise_scale=noise_scale,
+            volume=volume,
+            phase=phase,
+        )
+        return wav
+
+
+class _Given:
+    """Noise that was drawn before, in the order in which `Synthesizer.infer` draws."""
+
+    def __init__(self, *drawn: Tensor) -> None:
+        self._drawn = iter(drawn)
+
+    def normal(self, like: Tensor) -> Tensor:
+        return next(self._drawn)
+
+
+class _Predicting(nn.Module):
+    """`Synthesizer.predict_f0`."""
+
+    def __init__(self, network: Synthesizer) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self,
+        units: Tensor,
+        f0: Tensor,
+        voiced: Tensor,
+        speaker: Tensor,
+        volume: Tensor | None = None,
+    ) -> Tensor:
+        return self.network.predict_f0(units, f0, voiced, speaker, volume)
+
+
+def _graphs(voice: Voice) -> dict[str, bytes]:
+    """What is in the files of graphs, by their names."""
+    network = fold_weight_norm(load_network(voice))
+    network.dec.infer = network.dec.forward  # a trace would have the tiles of one length
+    example = _example(voice.config)
+    graphs = {GRAPH: _traced(_Singing(network), example, "wav")}
+    if voice.config.predict_f0:
+        heard = {name: example[name] for name in _CONTENT if name in example}
+        graphs[MELODY] = _traced(_Predicting(network), heard, "melody")
+    return graphs
+
+
+def _traced(network: nn.Module, example: dict[str, Tensor], output: str) -> bytes:
+    """By torch's older exporter: the newer one makes the same numbers, but takes fifty times as
+    long and needs onnxscript.
+    """
+    names = [*example, output]
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its age, and of checks of shapes that it leaves out
+        torch.onnx.export(
+            network,
+            f=file,
+            kwargs=example,
+            input_names=names[:-1],
+            output_names=[output],
+            dynamic_axes={name: _VARYING[name] for name in names if name in _VARYING},
+            opset_version=_OPSET,
+            dynamo=False,
+        )
+    return file.getvalue()
+
+
+def _example(config: SynthesizerConfig) -> dict[str, Tensor]:
+    """Inputs to trace with, in the order of `_Singing.forward`; their values do not matter."""
+    frames = 24
+    example = {
+        "units": torch.zeros(1, config.units_dim, frames),
+        "f0": torch.full((1, frames), 220.0),
+        "voiced": torch.ones(1, frames, dtype=torch.bool),
+        "speaker": torch.ones(1, 1, config.n_speakers),
+        "noise_scale": torch.tensor(0.0),
+        "noise": torch.zeros(1, config.inter_channels, frames),
+        "source_noise": torch.zeros(1, HARMONICS, frames * config.hop_length),
+        "phase": torch.zeros(1, HARMONICS, dtype=torch.float64),
+    }
+    if config.volume_embedding:
+        example["volume"] = torch.ones(1, frames)
+    return example
