@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from models.checkpoint import CheckpointError
 from models.synthesizer.sovits import read_voice
-from models.synthesizer.voice import WEIGHTS, Voice, load_voice
+from models.synthesizer.voice import DESCRIPTION, WEIGHTS, Voice, load_voice
 from pipeline.errors import UserError
 from pipeline.train_state import Checkpoints
 
@@ -39,9 +40,9 @@ def read_any_voice(path: Path) -> Voice:
     """The voice that `path` means. Raises UserError in a sentence."""
     file = weights_file(path)
     try:
-        if file.suffix == ".pth":
-            return read_voice(file, file.parent / _SOVITS_CONFIG)
-        return load_voice(file)
+        if file.name in (WEIGHTS, DESCRIPTION):
+            return load_voice(file)
+        return read_voice(file, file.parent / _SOVITS_CONFIG)
     except CheckpointError as error:
         raise UserError(str(error)) from error
 
@@ -51,16 +52,13 @@ def _file_in(folder: Path) -> Path:
         return folder / WEIGHTS
     if not (folder / _SOVITS_CONFIG).is_file():
         raise UserError(f"{folder} holds no voice; {_KINDS}")
-    found = sorted(folder.glob("G_*.pth"), key=_number) or sorted(folder.glob("*.pth"))
+    found = sorted(folder.glob("*.pth"))
     if not found:
         raise UserError(f"{folder} has a {_SOVITS_CONFIG} and no *.pth beside it")
-    if len(found) > 1 and not found[-1].name.startswith("G_"):
+    steps = {int(n[1]): file for file in found if (n := re.fullmatch(r"G_(\d+)", file.stem))}
+    if steps:
+        return steps[max(steps)]
+    if len(found) > 1:
         names = ", ".join(file.name for file in found)
         raise UserError(f"{folder} has several models ({names}); name one")
-    return found[-1]
-
-
-def _number(file: Path) -> int:
-    """Steps, by the file's name."""
-    digits = file.stem.removeprefix("G_")
-    return int(digits) if digits.isdecimal() else -1
+    return found[0]
