@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,19 +90,12 @@ def write_conversion_report(
             songs.append(_read(conversion, decoder, resample, played_s))
         except (BadInput, sf.LibsndfileError) as error:
             songs.append(_Unread(conversion, str(error)))
-    heading = f"<h1>{_title(conversions)}</h1>{_about(about)}"
-    sections = [
-        _overview(songs, len(conversions)),
-        *(
-            _section(number, song, alone=len(conversions) == 1)
-            for number, song in enumerate(songs, 1)
-        ),
-        _settings(settings, defaults),
-    ]
-    words = "converted song" if len(conversions) == 1 else "converted songs"
-    _write(
-        path, html_page(f"{path.stem}: {words}", heading, sections, style=_STYLE, script=_SCRIPT)
-    )
+    title = f"{len(conversions)} converted songs"
+    if len(conversions) == 1:
+        title = conversions[0].song_id
+    heading = f"<h1>{escaped_name(title)}</h1>{_about(about)}"
+    sections = _sections(songs, len(conversions), settings, defaults)
+    _write(path, html_page(title, heading, sections, style=_STYLE, script=_SCRIPT))
 
 
 def _write(path: Path, parts: Iterable[str]) -> None:
@@ -231,10 +224,18 @@ def _count_full_scale(output: Path) -> int:
 # ---- the page -----------------------------------------------------------------------------------
 
 
-def _title(conversions: Sequence[Conversion]) -> str:
-    if len(conversions) == 1:
-        return escaped_name(conversions[0].song_id)
-    return f"{len(conversions)} converted songs"
+def _sections(
+    songs: Sequence[_Song | _Unread],
+    count: int,
+    settings: Mapping[str, object],
+    defaults: Mapping[str, object],
+) -> Iterator[str]:
+    """One at a time, for they are large. count: of all songs, shown or not."""
+    if count != 1:
+        yield _overview(songs, count)
+    for number, song in enumerate(songs, 1):
+        yield _section(number, song, alone=count == 1)
+    yield _settings(settings, defaults)
 
 
 def _about(about: Mapping[str, str]) -> str:
@@ -246,9 +247,6 @@ def _about(about: Mapping[str, str]) -> str:
 
 
 def _overview(songs: Sequence[_Song | _Unread], count: int) -> str:
-    """A table, where there are several songs."""
-    if count == 1:
-        return ""
     rows = []
     for number, song in enumerate(songs, 1):
         name = f'<a href="#song-{number}">{escaped_name(song.conversion.song_id)}</a>'
