@@ -31,7 +31,7 @@ class UnitsConfig:
     index: a folder of indexes, which `index` writes; units go towards the speaker's frames.
     codebook: a file that `codebook` writes, or a kmeans_*.pt of so-vits-svc; units go towards
       their nearest centres, after the index where there are both.
-    protect: how far units go back to their own where nothing is sung.
+    protect: how far units go back to their own where nothing is sung; 0.67 is RVC's 0.33.
     second_pass: what was sung is encoded and sung again.
     """
 
@@ -39,7 +39,7 @@ class UnitsConfig:
     index_ratio: float = 0.5
     codebook: str | None = None
     codebook_ratio: float = 0.5
-    protect: float = 0.33
+    protect: float = 0.67
     second_pass: bool = False
 
     def __post_init__(self) -> None:

@@ -1,0 +1,179 @@
+"""Loading what a conversion needs, and converting a file or a folder of songs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from models.checkpoint import CheckpointError, sha256_of
+from models.encoders import WITHOUT_WEIGHTS, load_encoder
+from models.synthesizer.voice import Voice, load_network
+from pipeline.bar import show_bar
+from pipeline.config import naming
+from pipeline.conversion import Conversion
+from pipeline.convert_config import ConvertConfig, convert_config
+from pipeline.convert_units import UnitControls
+from pipeline.converter import Converter, Models
+from pipeline.errors import UserError
+from pipeline.outputs import choose_device
+from pipeline.song_file import check_output
+from pipeline.speaker_mix import SpeakerMix, read_mix
+from pipeline.voices import read_any_voice
+from stages.decode import Decoder
+from stages.errors import BadInput
+
+_FETCHED = Path("checkpoints")  # where `fetch-encoder` puts files unless it is told
+
+
+@dataclass(frozen=True)
+class Request:
+    """A voice and what is asked of it."""
+
+    checkpoint: Path
+    voice: Voice
+    config: ConvertConfig
+
+
+def read_request(
+    checkpoint: Path,
+    settings: Sequence[str] = (),
+    file: Path | None = None,
+    encoder_checkpoint: Path | None = None,
+) -> Request:
+    """The voice at `checkpoint` and its settings, then those of a YAML file, then `settings`.
+
+    encoder_checkpoint: the encoder's weights, for a voice that does not say where they are.
+    Raises: UserError in a sentence for whatever does not go together.
+    """
+    voice = read_any_voice(checkpoint)
+    config = convert_config(voice, file, settings)
+    given = str(encoder_checkpoint.absolute()) if encoder_checkpoint else config.encoder.checkpoint
+    weights = _encoder_weights(voice, given, encoder_checkpoint is not None)
+    config = replace(
+        config,
+        encoder=replace(config.encoder, checkpoint=weights),
+        voice=replace(config.voice, speaker=_speaker(voice, config)),
+    )
+    return Request(checkpoint, voice, config)
+
+
+def load_models(request: Request) -> Models:
+    """Raises: UserError for what does not load."""
+    voice, config = request.voice, request.config
+    device = choose_device(config.compute.device, "compute.device")
+    network = load_network(voice, device)
+    cfg = config.encoder
+    with naming("encoder"):
+        encoder = load_encoder(cfg.name, cfg.checkpoint, device, **cfg.options())
+    if encoder.dim != voice.config.units_dim:
+        raise UserError(
+            f"encoder: {cfg.name} gives units of {encoder.dim} numbers, and the voice takes "
+            f"{voice.config.units_dim}"
+        )
+    enhancer = None
+    if config.enhancer.checkpoint is not None:
+        from models.synthesizer.enhancer import Enhancer
+        from models.synthesizer.vocoder import load_vocoder
+
+        with naming("enhancer.checkpoint"):
+            enhancer = Enhancer(load_vocoder(config.enhancer.checkpoint, device))
+    speaker = config.voice.speaker
+    return Models(
+        voice=voice,
+        network=network,
+        encoder=encoder,
+        mix=_mix(voice, config),
+        controls=UnitControls(config.units, voice, speaker),
+        enhancer=enhancer,
+        target_hz=None if speaker is None else voice.pitch_hz.get(speaker),
+        device=device,
+    )
+
+
+def convert_file(request: Request, source: Path, output: Path, console: Console) -> Conversion:
+    """Raises: UserError for a source that cannot be read, an output that cannot be written."""
+    from pipeline.clips import Scratch
+
+    check_output(output, request.config.output, request.config.audio.sample_rate)
+    if source.resolve() == output.resolve():
+        raise UserError(f"{output} is the song itself; name another file to write")
+    converter = Converter(load_models(request), request.config)
+    scratch = Scratch(request.config.workers.scratch)
+    try:
+        with Decoder(request.config.decode, scratch.folder) as decoder:
+            milliseconds = round(1000 * decoder.probe(source).duration_s)
+            with show_bar(console, source.name, milliseconds) as advance:
+                return converter.convert(
+                    source.name, source, output, decoder, lambda s: advance(round(1000 * s))
+                )
+    except BadInput as error:
+        raise UserError(f"{source} cannot be converted: {error}") from error
+    finally:
+        scratch.close()
+
+
+def _speaker(voice: Voice, config: ConvertConfig) -> str | None:
+    """Who sings; None where several do. Raises: UserError that names the speakers there are."""
+    if config.voice.mix is not None:
+        read_mix(config.voice.mix, voice.speakers)
+        return None
+    speaker = config.voice.speaker
+    if speaker is None and len(voice.speakers) == 1:
+        return voice.speakers[0]
+    if speaker not in voice.speakers:
+        wanted = "name one with --speaker" if speaker is None else f"'{speaker}' is none of them"
+        raise UserError(f"this voice has the speakers {', '.join(voice.speakers)}; {wanted}")
+    return speaker
+
+
+def _mix(voice: Voice, config: ConvertConfig) -> SpeakerMix:
+    rows = voice.config.n_speakers
+    if config.voice.mix is not None:
+        return read_mix(config.voice.mix, voice.speakers, rows)
+    assert config.voice.speaker is not None
+    return SpeakerMix(np.eye(rows)[[voice.speakers.index(config.voice.speaker)]])
+
+
+def _encoder_weights(voice: Voice, path: str | None, asked: bool) -> str | None:
+    """The file of the voice's encoder. path: where the user says (`asked`), or where it lay.
+
+    Raises: UserError.
+    """
+    encoder = voice.encoder
+    if encoder.name in WITHOUT_WEIGHTS:
+        return path
+    wanted = encoder.checkpoint_sha256
+    if path is not None and os.path.exists(path):
+        if wanted is None or _sha256(path) == wanted:
+            return path
+        raise UserError(
+            f"{path} is not the encoder that this voice was trained with: that is {encoder.name} "
+            f"of SHA-256 {wanted}"
+        )
+    if path is not None and asked:
+        raise UserError(f"there is no encoder at {path}")
+    for file in sorted(_FETCHED.glob("*")):
+        if wanted is not None and file.is_file() and _sha256(str(file)) == wanted:
+            return str(file.absolute())
+    which = f" of SHA-256 {wanted}" if wanted else ""
+    raise UserError(
+        f"this voice sings from units of {encoder.name}{which}; name its weights with "
+        "--encoder-checkpoint (`fetch-encoder --list` shows what can be fetched)"
+    )
+
+
+def _sha256(path: str) -> str:
+    try:
+        return sha256_of(path)
+    except (CheckpointError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def use_threads(count: int | None) -> None:
+    torch.set_num_threads(count or len(os.sched_getaffinity(0)))
