@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import soundfile as sf
+from numpy.typing import NDArray
 
 from pipeline.convert_config import OutputConfig
 from pipeline.errors import UserError
 from pipeline.shards import sync_folder
 from stages.decode import Decoded
+from stages.pcm import quantise
 from stages.resample import ResampleConfig, stream_resampler
 from stages.types import Array
 
@@ -114,11 +117,12 @@ class SongFile:
             loud = np.abs(wav)
             self.peak = max(self.peak, float(loud.max()))
             self._over += int((loud > 1).sum())
+        samples = _as_stored(wav, self._file.subtype)
         if self.cfg.channels == "dual":
-            wav = np.stack([wav, wav], axis=1)
+            samples = np.stack([samples, samples], axis=1)
         with self._storing():
-            for start in range(0, len(wav), _BLOCK_SAMPLES):
-                self._file.write(wav[start : start + _BLOCK_SAMPLES])
+            for start in range(0, len(samples), _BLOCK_SAMPLES):
+                self._file.write(samples[start : start + _BLOCK_SAMPLES])
 
     @contextmanager
     def _storing(self) -> Iterator[None]:
@@ -142,3 +146,12 @@ class SongFile:
             os.fsync(file.fileno())
         self._temporary.replace(self.path)
         sync_folder(self.path.parent)
+
+
+def _as_stored(wav: Array, subtype: str) -> NDArray[Any]:
+    """Integers for those who store integers: libsndfile would round all floats down."""
+    if subtype == "PCM_16":
+        return quantise(wav, "PCM_16")
+    if subtype == "PCM_24":
+        return quantise(wav, "PCM_24") << 8  # libsndfile keeps the upper 24 of 32 bits
+    return wav
