@@ -406,6 +406,22 @@ def convert_encoder(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="Voice: its folder, a run, or a G_*.pth.", show_default=False),
+    ],
+    folder: Annotated[Path, typer.Argument(help="Folder to write into.", show_default=False)],
+) -> None:
+    """Write the voice of CHECKPOINT as ONNX graphs, for onnxruntime."""
+    from pipeline.export import export as run
+    from pipeline.export import show
+
+    run(checkpoint, folder)
+    show(_console(), folder)
+
+
+@app.command()
 def distill(
     dataset: Annotated[Path, typer.Argument(help="Dataset folder.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="File to write.", metavar="OUT.safetensors")],

@@ -72,6 +72,8 @@ def export_voice(folder: str | os.PathLike[str], voice: Voice) -> None:
             onnx.helper.set_model_props(graph, metadata)
             with replacing(folder / name) as temporary:
                 onnx.save_model(graph, str(temporary))
+        if MELODY not in graphs:
+            (folder / MELODY).unlink(missing_ok=True)  # of another voice, which was here before
 
 
 class OnnxSynthesizer:
