@@ -41,10 +41,11 @@ def spectrogram(
             f"{after} samples; this wav has {wav.shape[-1]}"
         )
     if lengths is None:
-        return _magnitudes(F.pad(wav, (before, after), mode="reflect"), config, hop_length)
-    padded = _mirrored(wav, lengths * hop_length, before, after)
-    spec = _magnitudes(padded, config, hop_length)
-    return spec * sequence_mask(lengths, spec.shape[-1]).unsqueeze(1)
+        padded = F.pad(wav, (before, after), mode="reflect")
+    else:
+        padded = _mirrored(wav, lengths * hop_length, before, after)
+    spec = magnitudes(padded, config.n_fft, hop_length, config.win_length, _FLOOR)
+    return spec if lengths is None else spec * sequence_mask(lengths, spec.shape[-1]).unsqueeze(1)
 
 
 def _mirrored(wav: Tensor, ends: Tensor, before: int, after: int) -> Tensor:
@@ -55,18 +56,18 @@ def _mirrored(wav: Tensor, ends: Tensor, before: int, after: int) -> Tensor:
     return wav.gather(1, torch.minimum(index, there_and_back - index))
 
 
-def _magnitudes(padded: Tensor, config: MelConfig, hop_length: int) -> Tensor:
-    window = torch.hann_window(config.win_length, dtype=padded.dtype, device=padded.device)
+def magnitudes(
+    padded: Tensor, n_fft: int, hop_length: int, win_length: int, floor: float
+) -> Tensor:
+    """Magnitudes (B, K, F) of frames that begin each `hop_length` samples, under a Hann window.
+
+    floor: is added to their squares.
+    """
+    window = torch.hann_window(win_length, dtype=padded.dtype, device=padded.device)
     spectrum = torch.stft(
-        padded,
-        config.n_fft,
-        hop_length,
-        config.win_length,
-        window,
-        center=False,
-        return_complex=True,
+        padded, n_fft, hop_length, win_length, window, center=False, return_complex=True
     )
-    return (torch.view_as_real(spectrum).square().sum(-1) + _FLOOR).sqrt()
+    return (torch.view_as_real(spectrum).square().sum(-1) + floor).sqrt()
 
 
 def mel_of(spec: Tensor, config: MelConfig, sample_rate: int) -> Tensor:
