@@ -49,7 +49,7 @@ from models.synthesizer.voice import (
 _FILTER_ERROR = 1e-3  # more than half precision makes
 
 # A key that only such files have (at its start), and what they are.
-_STRANGERS = (
+STRANGERS = (
     ("enc_p.emb_phone.", "a voice of RVC, another network"),
     ("enc_p.emb_pitch.", "a voice of RVC, another network"),
     ("enc_p.tone_emb.", "a Bert-VITS2 model, which speaks text"),
@@ -229,13 +229,13 @@ def _tensors(
     what, starts = wanted
     if OWN_HEADER in metadata:
         raise CheckpointError(f"{path} is of our own format, not {what} of so-vits-svc")
-    content = _unwrapped(path, content)
+    content = unwrapped(path, content)
     names = [str(name) for name in content]
     if all(name.startswith("module.") for name in names):  # of DistributedDataParallel
         content = {str(name).removeprefix("module."): value for name, value in content.items()}
         names = list(content)
     seems_right = any(name.startswith(starts) for name in names)
-    for start, stranger in (*((start, other[0]) for start in other[1]), *_STRANGERS):
+    for start, stranger in (*((start, other[0]) for start in other[1]), *STRANGERS):
         if seems_right and not start.startswith(starts):
             continue
         if any(name.startswith(start) for name in names):
@@ -243,7 +243,7 @@ def _tensors(
     return content
 
 
-def _unwrapped(path: Path, content: Any) -> dict[str, Any]:
+def unwrapped(path: Path, content: Any) -> dict[str, Any]:
     """The state dict in a file: under "model", or what other programs call it, or bare."""
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a network's weights")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,20 @@ def state_dict(keys: Mapping[str, Any]) -> dict[str, Tensor]:
         else:
             tensors[name] = taps.clone()
     return tensors
+
+
+def checksums() -> dict[str, Any]:
+    """What the references state of their weights, by model."""
+    return json.loads((GOLDEN / "fill_checksums.json").read_text())
+
+
+def checksum(state: Mapping[str, Tensor]) -> int:
+    """Of the filled tensors, as the references state it."""
+    total = 0
+    for name in sorted(name for name in state if not name.endswith("filter")):
+        numbers = np.ascontiguousarray(state[name].numpy(), "<f4")
+        total = zlib.crc32(numbers.tobytes(), zlib.crc32(name.encode(), total))
+    return total
 
 
 def tiny_config(peer: Mapping[str, Any], **model: Any) -> dict[str, Any]:
