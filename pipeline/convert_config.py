@@ -104,6 +104,10 @@ class EnhancerConfig:
 
     def __post_init__(self) -> None:
         require_at_least(0, "enhancer.silence_front", self.silence_front)
+        if self.adaptive_key is not None and not -24 <= self.adaptive_key <= 24:
+            raise ValueError(
+                f"enhancer.adaptive_key is {self.adaptive_key}; it must lie in -24 to 24 semitones"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
