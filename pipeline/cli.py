@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import sys
@@ -44,6 +45,16 @@ numbers are those of a run that was never stopped. More run.steps make a finishe
 
 The voice is RUN/checkpoints/step-NNNNNNNN. RUN/validation has pictures and sound, RUN/log.jsonl a
 line a step, and `tensorboard --logdir RUN` shows everything."""
+
+_CONVERT_HELP = """Sing INPUT in the voice of CHECKPOINT, and write it to OUTPUT.
+
+CHECKPOINT is the folder of a voice or of a training run, or a G_*.pth of so-vits-svc with its
+config.json beside it. INPUT is a song, and OUTPUT a .wav, .flac, .ogg or .mp3; or INPUT is a
+folder or manifest of songs, and OUTPUT a folder: run the same command again to go on after a stop.
+
+Settings are section.key=value, e.g. voice.mix=ann=0.7,ben=0.3 pitch.predict=true f0.method=rmvpe;
+--print-config lists them all, as CHECKPOINT has them. Clips are made of INPUT as those were made
+that the voice was trained on."""
 
 
 def _console() -> Console:
@@ -239,6 +250,104 @@ def train(
     from pipeline.train_summary import show_outcome
 
     show_outcome(console, outcome)
+
+
+@app.command(help=_CONVERT_HELP)
+def convert(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Voice: its folder, a run, or a G_*.pth.", show_default=False)
+    ] = "",
+    source: Annotated[
+        str, typer.Argument(metavar="INPUT", help="Song, folder or manifest.", show_default=False)
+    ] = "",
+    output: Annotated[
+        str, typer.Argument(help="File, or folder of files.", show_default=False)
+    ] = "",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings.")
+    ] = None,
+    speaker: Annotated[
+        str | None, typer.Option(help="Who sings; can be left out when the voice has one.")
+    ] = None,
+    transpose: Annotated[
+        str | None, typer.Option(help="Semitones, or auto: to where the speaker sings.")
+    ] = None,
+    encoder_checkpoint: Annotated[
+        Path | None, typer.Option(help="The encoder's weights, where the voice does not know.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved settings and stop.")
+    ] = False,
+    backend: Annotated[
+        str | None, typer.Option(help="torch, or onnx for the synthesizer in onnxruntime.")
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write a page with players and pictures beside it.")
+    ] = False,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster (HOST:PORT or 'auto'); default: this machine.")
+    ] = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="A folder in this process without Ray.")
+    ] = False,
+    retry_quarantined: Annotated[
+        bool, typer.Option("--retry-quarantined", help="Try quarantined songs of a folder again.")
+    ] = False,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write what was done to this file too.")
+    ] = None,
+) -> None:
+    words = [word for word in (checkpoint, source, output, *(overrides or [])) if word]
+    places = [word for word in words if not re.match(r"\w+\.[\w.-]+=", word)]
+    if len(places) < (1 if print_config else 3):
+        raise UserError("name a CHECKPOINT, an INPUT and an OUTPUT; see convert --help")
+    settings = [word for word in words if word not in places]
+    given = {"voice.speaker": speaker, "pitch.transpose": transpose, "compute.backend": backend}
+    settings += [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+
+    from pipeline.convert import convert_file, read_request, write_page
+
+    if len(places) > 3:
+        raise UserError(f"'{places[3]}' is neither a setting (section.key=value) nor asked for")
+    request = read_request(Path(places[0]), settings, config, encoder_checkpoint)
+    if print_config:
+        from pipeline.settings import dump_yaml
+
+        sys.stdout.write(dump_yaml(dataclasses.asdict(request.config)))
+        return
+    song, out = Path(places[1]), Path(places[2])
+    console = _console()
+    try:
+        if song.is_dir() or song.suffix.lower() in (".csv", ".jsonl"):
+            from pipeline.convert_batch import BatchOptions, convert_folder
+            from pipeline.convert_tables import show_batch, write_batch
+
+            options = BatchOptions(
+                ray_address=ray_address,
+                local=local,
+                retry_quarantined=retry_quarantined,
+                report=report,
+            )
+            outcome = convert_folder(request, song, out, options, console)
+            show_batch(console, outcome, out)
+            if json_path is not None:
+                write_batch(json_path, outcome)
+            if outcome.account.problems:
+                raise typer.Exit(1)
+        else:
+            from pipeline.convert_tables import show_conversion, write_conversion
+
+            _use_all_threads()
+            conversion = convert_file(request, song, out, console)
+            page = out.with_suffix(".html") if report else None
+            if page is not None:
+                write_page(request, [conversion], page)
+            show_conversion(console, conversion, page)
+            if json_path is not None:
+                write_conversion(json_path, conversion)
+    except KeyboardInterrupt as error:
+        raise Interrupted from error
 
 
 @app.command()

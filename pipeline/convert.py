@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from models.checkpoint import CheckpointError, sha256_of
@@ -18,10 +17,12 @@ from pipeline.bar import show_bar
 from pipeline.config import naming
 from pipeline.conversion import Conversion
 from pipeline.convert_config import ConvertConfig, convert_config
+from pipeline.convert_report import write_conversion_report
 from pipeline.convert_units import UnitControls
 from pipeline.converter import Converter, Models
 from pipeline.errors import UserError
 from pipeline.outputs import choose_device
+from pipeline.settings import flatten
 from pipeline.song_file import check_output
 from pipeline.speaker_mix import SpeakerMix, read_mix
 from pipeline.voices import read_any_voice
@@ -118,6 +119,33 @@ def convert_file(request: Request, source: Path, output: Path, console: Console)
         scratch.close()
 
 
+def write_page(request: Request, conversions: Sequence[Conversion], page: Path) -> None:
+    """A page with players and pictures of the songs. Raises: UserError."""
+    from pipeline.clips import Scratch
+
+    config, voice = request.config, request.voice
+    about = {
+        "voice": f"{request.checkpoint}, after {voice.step} steps",
+        "sung by": config.voice.speaker or f"a mix, {config.voice.mix}",
+        "units": voice.encoder.name,
+        "pitch": config.f0.method,
+    }
+    scratch = Scratch(config.workers.scratch)
+    try:
+        with Decoder(config.decode, scratch.folder) as decoder:
+            write_conversion_report(
+                page,
+                conversions,
+                flatten(config),
+                about,
+                defaults=flatten(convert_config(voice)),
+                decoder=decoder,
+                resample=config.resample,
+            )
+    finally:
+        scratch.close()
+
+
 def _speaker(voice: Voice, config: ConvertConfig) -> str | None:
     """Who sings; None where several do. Raises: UserError that names the speakers there are."""
     if config.voice.mix is not None:
@@ -173,7 +201,3 @@ def _sha256(path: str) -> str:
         return sha256_of(path)
     except (CheckpointError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-
-
-def use_threads(count: int | None) -> None:
-    torch.set_num_threads(count or len(os.sched_getaffinity(0)))

@@ -1,0 +1,295 @@
+"""One song in another voice: what it is made of, how its pieces meet, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile as sf
+from rich.console import Console
+from torch import Tensor
+from typer.testing import CliRunner
+
+from models.synthesizer.sovits import write_voice
+from models.synthesizer.voice import VoiceEncoder, save_voice
+from pipeline.cli import app
+from pipeline.clip_index import extraction_of, open_folder
+from pipeline.conversion import Conversion
+from pipeline.convert import Request, convert_file, load_models, read_request
+from pipeline.converter import Converter
+from pipeline.dataset import ShardDataset
+from pipeline.errors import UserError
+from stages.decode import DecodeConfig, Decoder
+from stages.singer import VOICES, sing
+from stages.types import Array
+from tests.checkpoints import GOLDEN, write_hubert_base
+from tests.pipeline.conftest import Extract
+from tests.songs import tune
+from tests.voices import SETTINGS, small_voice, write_small_voice
+
+RATE = 16000
+FLOAT = "output.subtype=FLOAT"
+WHOLE = ("slice.max_length_ms=null", "slice.min_length_ms=60000")
+
+
+@pytest.fixture(scope="module")
+def voice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_voice(tmp_path_factory.mktemp("voice"))
+
+
+@pytest.fixture(scope="module")
+def song(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight seconds, with pauses."""
+    path = tmp_path_factory.mktemp("song") / "song.wav"
+    sf.write(path, tune(8.0, RATE), RATE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A note of six seconds: every cut is within it."""
+    path = tmp_path_factory.mktemp("held") / "held.wav"
+    t = np.arange(6 * RATE) / RATE
+    phase = 2 * np.pi * 220 * (t + 0.002 * np.sin(2 * np.pi * 5 * t))
+    wav = sum(np.sin(k * phase) / k for k in range(1, 9)) * 0.1
+    noise = np.random.default_rng(0).standard_normal(len(t))
+    sf.write(path, (wav + 1e-3 * noise).astype(np.float32), RATE, "FLOAT")
+    return path
+
+
+def convert(
+    voice: Path, song: Path, output: Path, *settings: str, speaker: str | None = "ann"
+) -> tuple[Array, Conversion]:
+    who = () if speaker is None else (f"voice.speaker={speaker}",)
+    request = read_request(voice, [*who, *settings])
+    conversion = convert_file(request, song, output, Console(file=io.StringIO()))
+    wav, _ = sf.read(output, dtype="float32")
+    return wav, conversion
+
+
+def level_db(wav: Array) -> float:
+    return float(10 * np.log10(np.square(wav, dtype=np.float64).mean() + 1e-20))
+
+
+class Heard:
+    """Stands for the network and keeps what it is given; what it sings is silence."""
+
+    def __init__(self, network: Any) -> None:
+        self.config = network.config
+        self.calls: list[dict[str, Tensor]] = []
+
+    def infer(
+        self, units: Tensor, f0: Tensor, voiced: Tensor, speaker: Tensor, **others: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.calls.append(
+            {"units": units, "f0": f0, "voiced": voiced, "speaker": speaker, **others}
+        )
+        return f0.new_zeros(1, f0.shape[1] * self.config.hop_length), f0
+
+
+def heard_by_the_network(
+    request: Request, song: Path, output: Path, scratch: Path
+) -> Sequence[dict[str, Tensor]]:
+    models = load_models(request)
+    network = Heard(models.network)
+    converter = Converter(dataclasses.replace(models, network=network), request.config)
+    with Decoder(DecodeConfig(), scratch) as decoder:
+        converter.convert("song", song, output, decoder)
+    return network.calls
+
+
+def test_the_network_is_given_what_training_gave_it(tmp_path: Path, run_extract: Extract) -> None:
+    """A song that is one clip, from its first frame to its last."""
+    corpus = tmp_path / "corpus" / "ann"
+    corpus.mkdir(parents=True)
+    wav = sing(VOICES[1], 3.0, RATE, seed=1).wav[: 160 * 280]
+    sf.write(corpus / "song.wav", wav + 0.05 * np.sin(np.arange(len(wav)) / 5), RATE)
+    settings = [*SETTINGS, "slice.min_length_ms=5000", "loudness.target_lufs=-23"]
+    run_extract(corpus.parent, tmp_path / "dataset", settings)
+    data = ShardDataset(tmp_path / "dataset")
+    assert len(data) == 1 and len(data[0]) == 280
+
+    extraction = extraction_of(open_folder(tmp_path / "dataset", None), "mfcc")
+    named = small_voice(volume_embedding=True)
+    save_voice(tmp_path / "voice", dataclasses.replace(named, extraction=extraction))
+    settings = ["voice.speaker=ann", "join.pad_ms=0", "join.crossfade_ms=0"]
+    request = read_request(tmp_path / "voice", settings)
+    (call,) = heard_by_the_network(
+        request, corpus / "song.wav", tmp_path / "out.wav", tmp_path / "scratch"
+    )
+    example = data[0]
+    np.testing.assert_array_equal(call["units"][0], example.units)
+    np.testing.assert_array_equal(call["f0"][0], example.f0)
+    np.testing.assert_array_equal(call["voiced"][0], example.voiced)
+    np.testing.assert_array_equal(call["volume"][0], example.volume)
+    assert call["speaker"].tolist() == [[1.0, 0.0]]
+
+
+def test_the_same_seed_gives_the_same_samples(voice: Path, song: Path, tmp_path: Path) -> None:
+    first, conversion = convert(voice, song, tmp_path / "a.wav")
+    again, _ = convert(voice, song, tmp_path / "b.wav")
+    other, _ = convert(voice, song, tmp_path / "c.wav", "voice.seed=1")
+    assert len(first) == 8 * RATE and conversion.pieces > 1
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+
+
+def test_pauses_stay_silent_and_the_level_is_the_songs(
+    voice: Path, song: Path, tmp_path: Path
+) -> None:
+    wav, conversion = convert(voice, song, tmp_path / "a.wav", FLOAT, "slice.min_length_ms=1000")
+    quiet = tmp_path / "quiet.wav"
+    source, _ = sf.read(song, dtype="float32")
+    sf.write(quiet, source / 10, RATE, "FLOAT")
+    softer, _ = convert(
+        voice,
+        quiet,
+        tmp_path / "b.wav",
+        FLOAT,
+        "slice.min_length_ms=1000",
+        "slice.threshold_db=-60",
+    )
+    sounding = conversion.f0_asked.repeat(160)[: len(wav)] > 0
+    assert level_db(wav[sounding]) - level_db(softer[sounding]) == pytest.approx(20, abs=1)
+    silence = tmp_path / "silence.wav"
+    sf.write(silence, np.zeros(2 * RATE, np.float32), RATE)
+    nothing, conversion = convert(voice, silence, tmp_path / "c.wav")
+    assert len(nothing) == 2 * RATE and not nothing.any()
+    assert conversion.notices == ("the song is silent throughout",)
+
+
+def test_pieces_of_a_held_note_meet_without_a_seam(voice: Path, held: Path, tmp_path: Path) -> None:
+    """Cut in the middle of a note, against the same song in one piece."""
+    whole, one = convert(voice, held, tmp_path / "a.wav", FLOAT, *WHOLE)
+    cut, several = convert(voice, held, tmp_path / "b.wav", FLOAT, "slice.max_length_ms=2000")
+    assert (one.pieces, several.pieces) == (1, 4)
+    error = level_db(cut - whole) - level_db(whole)
+    assert error < -30
+    # Where the pieces begin anew, without context, phases and noise do not help.
+    bare, _ = convert(
+        voice,
+        held,
+        tmp_path / "c.wav",
+        FLOAT,
+        "slice.max_length_ms=2000",
+        "join.pad_ms=0",
+        "join.crossfade_ms=0",
+    )
+    assert level_db(bare - whole) - level_db(whole) > error + 10
+
+
+def test_transposition(voice: Path, song: Path, tmp_path: Path) -> None:
+    _, plain = convert(voice, song, tmp_path / "a.wav")
+    _, higher = convert(voice, song, tmp_path / "b.wav", "pitch.transpose=12")
+    _, fitted = convert(voice, song, tmp_path / "c.wav", "pitch.transpose=auto", speaker="ben")
+    np.testing.assert_allclose(higher.f0_asked, 2 * plain.f0_asked, rtol=1e-6)
+    np.testing.assert_allclose(fitted.f0_asked, plain.f0_asked / 2, rtol=1e-6)
+    assert fitted.notices == ("transposed by -12 semitones",)
+    _, high = convert(voice, song, tmp_path / "d.wav", "pitch.transpose=36")
+    assert "lie above 1100 Hz" in high.notices[0]
+
+
+def test_a_mix_of_one_is_that_one_and_a_mix_goes_over_time(
+    voice: Path, song: Path, tmp_path: Path
+) -> None:
+    ann, _ = convert(voice, song, tmp_path / "a.wav", FLOAT)
+    ben, _ = convert(voice, song, tmp_path / "b.wav", FLOAT, speaker="ben")
+    one, _ = convert(voice, song, tmp_path / "c.wav", FLOAT, "voice.mix=ann=2", speaker=None)
+    np.testing.assert_allclose(one, ann, atol=1e-6)
+    curve = tmp_path / "curve.csv"
+    curve.write_text("time_s,ann,ben\n3.9,1,0\n4.1,0,1\n")
+    both, _ = convert(voice, song, tmp_path / "d.wav", FLOAT, f"voice.mix={curve}", speaker=None)
+    assert np.abs(ann - ben).max() > 1e-3
+    np.testing.assert_allclose(both[: 3 * RATE], ann[: 3 * RATE], atol=1e-5)
+    np.testing.assert_allclose(both[5 * RATE :], ben[5 * RATE :], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "pitch.predict=true",
+        "units.second_pass=true",
+        "output.envelope=1",
+        "voice.noise_scale=0",
+        "loudness.per=clip",
+        "encoder.normalize=song",
+        "f0.median_ms=50",
+    ],
+)
+def test_each_control_changes_the_song_and_not_its_length(
+    voice: Path, song: Path, tmp_path: Path, setting: str
+) -> None:
+    plain, _ = convert(voice, song, tmp_path / "a.wav", FLOAT)
+    changed, _ = convert(voice, song, tmp_path / "b.wav", FLOAT, setting)
+    assert len(changed) == len(plain) and np.isfinite(changed).all()
+    assert np.abs(changed - plain).max() > 1e-4
+
+
+def test_so_vits_svc_voices_sing(tmp_path: Path) -> None:
+    """From a G_*.pth, and from a folder NAME/{model.pth, config.json}; neither has an encoder."""
+    theirs = dataclasses.replace(
+        small_voice(units_dim=768, source_rate=44100),
+        encoder=VoiceEncoder(name="contentvec768l12", dim=768),
+        extraction=None,
+    )
+    write_voice(theirs, tmp_path / "G_10.pth")
+    song = tmp_path / "song.wav"
+    sf.write(song, tune(2.0, RATE), RATE)
+    for path in (tmp_path / "G_10.pth", tmp_path):
+        with pytest.raises(UserError, match=r"units of contentvec768l12.*--encoder-checkpoint"):
+            read_request(path, ["voice.speaker=ann"])
+    (tmp_path / "ann").mkdir()
+    (tmp_path / "G_10.pth").rename(tmp_path / "ann" / "model.pth")
+    (tmp_path / "config.json").rename(tmp_path / "ann" / "config.json")
+    encoder = f"encoder.checkpoint={write_hubert_base(tmp_path / 'hubert_base.pt')}"
+    wav, _ = convert(tmp_path / "ann", song, tmp_path / "out.wav", "f0.method=dio", encoder)
+    assert len(wav) == 2 * RATE and np.abs(wav).max() > 1e-3
+    wrong = f"encoder.checkpoint={GOLDEN / 'tiny_hubert_base.pt'}"
+    with pytest.raises(UserError, match=r"units of 48 numbers, and the voice takes 768"):
+        convert(tmp_path / "ann", song, tmp_path / "no.wav", wrong)
+
+
+def refused(voice: Path, song: Path, output: Path, *settings: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        convert(voice, song, output, *settings, speaker=None)
+    assert not output.exists()
+
+
+def test_what_a_person_can_put_right_is_said(voice: Path, song: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.wav"
+    refused(voice, song, out, words=r"has the speakers ann, ben; name one with --speaker")
+    refused(voice, song, out, "voice.speaker=eve", words=r"ann, ben; 'eve' is none of them")
+    refused(voice, song, out, "pitch.transpose=99", words=r"it must lie in -36 to 36 semitones")
+    refused(voice, song, out, "pitch.transpose=up", words=r"a number of semitones, or auto")
+    refused(voice, song, out, "encoder.name=log-mel", words=r"this voice was trained with mfcc")
+    refused(voice, song, out, "voice.speaker=ann", "voice.mix=ann=1", words="one says who sings")
+    refused(voice, song, out, "voice.mix=eve=1", words="eve")
+    empty = tmp_path / "empty.wav"
+    empty.touch()
+    refused(voice, empty, out, "voice.speaker=ann", words=r"empty\.wav cannot be converted: empty")
+    refused(voice, tmp_path / "none.wav", out, "voice.speaker=ann", words="there is no such file")
+    refused(voice, song, tmp_path / "out.txt", "voice.speaker=ann", words=r"must end in \.wav")
+    with pytest.raises(UserError, match="is the song itself"):
+        convert(voice, song, song)
+    with pytest.raises(UserError, match="holds no voice"):
+        read_request(tmp_path)
+
+
+def test_a_page_a_summary_and_the_settings(voice: Path, song: Path, tmp_path: Path) -> None:
+    words = ["convert", str(voice), str(song), str(tmp_path / "out.flac"), "--speaker", "ben"]
+    done = CliRunner().invoke(
+        app, [*words, "--transpose", "-5", "--report", "--json", str(tmp_path / "out.json")]
+    )
+    assert done.exit_code == 0, done.output
+    assert "written" in done.output
+    assert "<audio" in (tmp_path / "out.html").read_text()
+    summary = json.loads((tmp_path / "out.json").read_text())
+    assert summary["num_samples"] == 8 * RATE
+    printed = CliRunner().invoke(app, ["convert", str(voice), "--print-config", "--speaker", "ben"])
+    assert "speaker: ben" in printed.output and "method: dio" in printed.output
