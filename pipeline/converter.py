@@ -174,7 +174,7 @@ class _Task:
         given = 0
         for stretch in self.stretches:
             for piece, wav in self._sing_stretch(stretch):
-                sound = joiner.add(piece, wav)
+                sound = joiner.add(piece, wav)[: len(self.song) - given]
                 yield envelope.push(sound, self.song[given : given + len(sound)])
                 given += len(sound)
                 progress((piece.stop - piece.start) * self.hop / self.rate)
