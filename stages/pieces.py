@@ -168,7 +168,8 @@ def _gains(length: int) -> tuple[Array, Array]:
 
 def _faded(wav: Array, rising: bool) -> Array:
     gain = _gains(len(wav))[0 if rising else 1]
-    return wav * np.square(gain)
+    faded: Array = wav * np.square(gain)
+    return faded
 
 
 def _nearest(sample: int, hop_length: int) -> int:
