@@ -28,6 +28,7 @@ from pipeline.speaker_mix import SpeakerMix, read_mix
 from pipeline.voices import read_any_voice
 from stages.decode import Decoder
 from stages.errors import BadInput
+from stages.f0 import check_networks
 
 _FETCHED = Path("checkpoints")  # where `fetch-encoder` puts files unless it is told
 
@@ -77,6 +78,8 @@ def load_models(request: Request) -> Models:
             f"encoder: {cfg.name} gives units of {encoder.dim} numbers, and the voice takes "
             f"{voice.config.units_dim}"
         )
+    with naming("f0"):
+        check_networks(config.f0)
     enhancer = None
     if config.enhancer.checkpoint is not None:
         from models.synthesizer.enhancer import Enhancer
