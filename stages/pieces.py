@@ -157,7 +157,8 @@ def crossfade(old: Array, new: Array) -> Array:
     energy = float(np.sqrt(np.square(old).sum(dtype=np.float64) * np.square(new).sum(dtype=float)))
     alike = float(np.dot(old.astype(np.float64), new)) / energy if energy > 0 else 0.0
     level = np.sqrt(1 + 2 * max(0.0, alike) * rising * falling)
-    return ((old * falling + new * rising) / level).astype(np.float32)
+    both: Array = ((old * falling + new * rising) / level).astype(np.float32)
+    return both
 
 
 def _gains(length: int) -> tuple[Array, Array]:
@@ -168,8 +169,7 @@ def _gains(length: int) -> tuple[Array, Array]:
 
 def _faded(wav: Array, rising: bool) -> Array:
     gain = _gains(len(wav))[0 if rising else 1]
-    faded: Array = wav * np.square(gain)
-    return faded
+    return wav * np.square(gain)
 
 
 def _nearest(sample: int, hop_length: int) -> int:
