@@ -345,7 +345,7 @@ def measure_stages(corpus: Path, config: ExtractConfig, dataset: Path) -> Measur
     """What workers do, task by task in this process, without Ray: the same shards, in `dataset`."""
     from pipeline.clips import ClipsOfSongs
     from pipeline.halves import CpuHalf, UnitsHalf
-    from pipeline.job import Job
+    from pipeline.job import ExtractJob
 
     tiny = make_tiny_corpus(dataset / "warm-up" / "corpus", 1)
     for root, folder in ((tiny, dataset / "warm-up"), (corpus, dataset)):
@@ -356,7 +356,7 @@ def measure_stages(corpus: Path, config: ExtractConfig, dataset: Path) -> Measur
         if status != QUARANTINED:
             read_s.append(seconds)
 
-    job = Job(dataset / "warm-up", tiny, config, "benchmark", {})
+    job = ExtractJob(dataset / "warm-up", tiny, config, "benchmark", {})
     cpu, units = CpuHalf(job, heartbeat), UnitsHalf(job)
     assert isinstance(cpu.clips, ClipsOfSongs)
 
@@ -377,7 +377,7 @@ def measure_stages(corpus: Path, config: ExtractConfig, dataset: Path) -> Measur
     run(Costs())
     read_s.clear()
     # The warm libraries and decode child stay, the plan does not.
-    cpu.clips.job = units.job = Job(dataset, corpus, config, "benchmark", {})
+    cpu.clips.job = units.job = ExtractJob(dataset, corpus, config, "benchmark", {})
     cpu.clips.tasks = units.tasks = load_plan(dataset)
     costs = Costs()
     before = time.process_time() + child_cpu_s(), time.perf_counter()
@@ -392,7 +392,7 @@ def measure_stages(corpus: Path, config: ExtractConfig, dataset: Path) -> Measur
 
 
 def _write_plan(corpus: Corpus, dataset: Path, config: ExtractConfig) -> None:
-    songs = plan_songs(corpus, corpus.songs, config)
+    songs = plan_songs(corpus, corpus.songs, config.decode, config.workers.scratch)
     minutes = sum(song.duration_s for _, song in songs.values()) / 60
     size = config.plan.task_minutes or default_task_minutes(minutes)
     append_plan(dataset, make_tasks(list(songs.values()), size))

@@ -136,6 +136,12 @@ def _notices(
     if gone:
         names = some(sorted(gone))
         notices.append(f"{len(gone)} planned songs are not in the corpus now ({names})")
+    return notices + left_alone(corpus)
+
+
+def left_alone(corpus: Corpus) -> list[str]:
+    """What of a corpus is not taken for songs, in words."""
+    notices = []
     if corpus.ignored:
         kinds = ", ".join(f"{suffix} {n}" for suffix, n in corpus.ignored.most_common(6))
         notices.append(f"files that are not audio by name were left alone: {kinds}")

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import ExtractConfig
 from pipeline.errors import UserError
-from pipeline.job import Heartbeat, Job, TakenOver
+from pipeline.job import ExtractJob, Heartbeat, Job, TakenOver
 from pipeline.ledger import SongEntry, quarantine, settle
 from pipeline.pitch import Pitch, clip_name
 from pipeline.plan import PlannedSong, Task, load_plan
@@ -29,7 +29,7 @@ from stages.chain import Clip, PreparedSong, StageClock, prepare_song
 from stages.decode import Decoder
 from stages.errors import BadInput, Reason
 
-_CRASHED = "a worker process died on this song each time it was tried"
+CRASHED = "a worker process died on this song each time it was tried"
 
 
 class Scratch:
@@ -65,11 +65,11 @@ def _is_held(folder: Path) -> bool:
 class ClipsOfSongs:
     """A task's songs, decoded and cut into clips; with their pitch, where `pitch` is given."""
 
-    def __init__(self, job: Job, heartbeat: Heartbeat, pitch: Pitch | None) -> None:
+    def __init__(self, job: ExtractJob, heartbeat: Heartbeat, pitch: Pitch | None) -> None:
         self.pitch = pitch
         self.job = job
         self.heartbeat = heartbeat
-        self.tasks = load_plan(job.dataset)
+        self.tasks = load_plan(job.folder)
         self.scratch = Scratch(job.config.workers.scratch)
         self.decoder = Decoder(job.config.decode, self.scratch.folder)
 
@@ -104,9 +104,8 @@ class ClipsOfSongs:
         path = os.path.join(os.fsencode(self.job.corpus), planned.path)
         try:
             song, entry = settle(planned, path, prepare)
-            was_there = planned.mtime_ns > 0 and planned.song_id not in self.job.gone
-            if entry.reason == Reason.MISSING and was_there:
-                _require_mounted(os.path.dirname(path))
+            if entry.reason == Reason.MISSING:
+                require_mounted(self.job, planned, path)
             return song, entry
         except Exception as error:
             error.add_note(f"while working on {planned.song_id}")
@@ -116,7 +115,7 @@ class ClipsOfSongs:
         return prepare_song(path, self.decoder, self.job.config, clock)
 
     def _refuse(self, path: bytes, clock: StageClock) -> PreparedSong:
-        raise BadInput(Reason.CRASHED, _CRASHED)
+        raise BadInput(Reason.CRASHED, CRASHED)
 
     def close(self) -> None:
         self.decoder.close()
@@ -130,12 +129,12 @@ class ClipsOfShard:
     """
 
     def __init__(
-        self, job: Job, taken_over: TakenOver, heartbeat: Heartbeat, pitch: Pitch | None
+        self, job: ExtractJob, taken_over: TakenOver, heartbeat: Heartbeat, pitch: Pitch | None
     ) -> None:
         self.pitch = pitch
         self.taken_over = taken_over
         self.heartbeat = heartbeat
-        self.tasks = load_plan(job.dataset)
+        self.tasks = load_plan(job.folder)
 
     def prepare(
         self, index: int, crashed: Sequence[str], clock: StageClock, only: str | None = None
@@ -148,7 +147,7 @@ class ClipsOfShard:
         entries = {entry.song_id: entry for entry in footer.ledger}
         for song in wanted:
             if song.song_id in crashed:
-                fault = BadInput(Reason.CRASHED, _CRASHED)
+                fault = BadInput(Reason.CRASHED, CRASHED)
                 entries[song.song_id] = quarantine(song, fault, entries[song.song_id].sha256)
         ledger = [entries[song.song_id] for song in wanted]
         kept = [song.song_id for song in wanted if song.song_id not in crashed]
@@ -192,9 +191,14 @@ def damaged_source(path: Path, error: Exception) -> UserError:
     )
 
 
-def _require_mounted(folder: bytes) -> None:
-    """A song went missing during the run. Is it that song, or the mount that it lay on?"""
-    if not os.path.isdir(folder) or not any(os.scandir(folder)):
+def require_mounted(job: Job[Any], planned: PlannedSong, path: bytes) -> None:
+    """A song is missing at `path`. Is it that song, or the mount that it lay on?
+
+    Raises: OSError of a mount that went away during the run.
+    """
+    was_there = planned.mtime_ns > 0 and planned.song_id not in job.gone
+    folder = os.path.dirname(path)
+    if was_there and (not os.path.isdir(folder) or not any(os.scandir(folder))):
         words = "the folder is gone or empty since this run began (is it still mounted?)"
         raise FileNotFoundError(errno.ENOENT, words, os.fsdecode(folder))
 

@@ -297,7 +297,7 @@ def fingerprinted(
     return settings
 
 
-def counted(config: ExtractConfig) -> dict[str, Any]:
+def counted(config: object) -> dict[str, Any]:
     """What changes the output, by key, without the contents of files."""
     return {key: value for key, value in flatten(config).items() if _counts(key)}
 
@@ -307,6 +307,15 @@ def _counts(key: str) -> bool:
     if section in ("encoder", "encoders"):
         return rest.rpartition(".")[2] not in _NOT_OF_AN_ENCODER
     return section not in ("plan", "workers") and key not in _NOT_IN_FINGERPRINT
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The settings that differ, in words."""
+    return "; ".join(
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    )
 
 
 def fingerprint(settings: dict[str, Any]) -> str:

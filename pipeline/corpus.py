@@ -73,7 +73,8 @@ def list_corpus(path: Path, speaker: str | None = None) -> Corpus:
     else:
         raise UserError(f"there is no corpus at {path}")
     if not corpus.songs:
-        raise UserError(f"no audio files in {path}; expected {path}/SPEAKER/song.wav (or .flac, …)")
+        folder = path if speaker is not None else path / "SPEAKER"
+        raise UserError(f"no audio files in {path}; expected {folder}/song.wav (or .flac, …)")
     corpus.songs.sort(key=lambda song: (song.song_id, song.path))
     for one, other in zip(corpus.songs, corpus.songs[1:], strict=False):
         if one.song_id == other.song_id:

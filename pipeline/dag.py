@@ -18,39 +18,19 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.config import ExtractConfig
+from pipeline.config import WorkersConfig
 from pipeline.errors import SongBug, UserError
-from pipeline.job import Job, TakenOver, f0_networks
+from pipeline.job import Job, Needs, Workload
 from pipeline.plan import Task
 from pipeline.progress import Board
 from pipeline.shards import storage_fault
 from pipeline.weights import Weights, size_and_mtime
-from pipeline.workers import (
-    ExtractTask,
-    FinishTask,
-    PrepareTask,
-    TaskResult,
-    load_models,
-    probe_song,
-    read_result,
-    task_row,
-)
-
-# A worker's memory: libraries and one song's buffers, then what each minute of its task adds
-# (FLAC clips, f0, units in float32 while packed). Generous: one-minute tasks peak at 0.7 GB,
-# three hours of singing in one task below 2 GB.
-_WORKER_BASE_GB = 0.8
-_WORKER_GB_PER_MINUTE = 0.02
-
-# What each checkpoint adds where units are made: its weights, and what a batch of clips fills.
-_GB_PER_CHECKPOINT_GB = 1.1
-_BATCH_GB = 1.0
-_BUNDLED_GB = 0.5  # a network of f0 whose weights come with a package, at work; measured: 0.3
+from pipeline.workers import TaskResult, read_result, task_row
 
 
 @dataclass(frozen=True)
 class Pools:
-    """How many workers of each kind a run uses. gpu = 0: one operator does it all.
+    """How many workers of each kind a run uses. Where either is 0, one operator does it all.
 
     cpus: of each worker. memory, gpu_memory: bytes asked of Ray for each.
     """
@@ -66,94 +46,61 @@ class Pools:
         return max(1, int(self.cpus))
 
 
-def worker_memory_gb(tasks: Mapping[int, Task]) -> float:
-    """What a worker may hold at its longest task."""
-    longest = max(map(_believable_minutes, tasks.values()))
-    return _WORKER_BASE_GB + _WORKER_GB_PER_MINUTE * longest
-
-
 def _believable_minutes(task: Task) -> float:
     """Of audio. A header may lie; no file of music holds more than a second in a kilobyte."""
     return sum(min(song.duration_s, 60.0 + song.size / 1000) for song in task.songs) / 60
 
 
-def models_gb(weights: Mapping[str, Weights], bundled: int = 0) -> float:
-    """What the models add to a worker that makes pitch, units and x-vectors.
-
-    bundled: how many networks of f0 there are whose weights come with packages.
-    """
-    sizes = [weights[key].size for key in weights if key.endswith(".checkpoint")]
-    models = sum(_GB_PER_CHECKPOINT_GB * size / 2**30 + _BATCH_GB for size in sizes)
-    return models + bundled * _BUNDLED_GB
-
-
 def plan_pools(
-    nodes: list[dict[str, float]],
-    tasks: Mapping[int, Task],
-    config: ExtractConfig,
-    weights: Mapping[str, Weights] | None = None,
-    threads: int | None = None,
-    taken_over: TakenOver | None = None,
+    nodes: list[dict[str, float]], tasks: Mapping[int, Task], workload: Workload
 ) -> Pools:
     """Pool sizes for the resources of the living nodes ({"CPU", "GPU", "memory" in bytes}).
 
-    threads: that the shards so far were made with; kept where the settings leave them open, so
-    that the rest has the same bits, unless no such worker fits. taken_over: columns that nobody
-    has to compute.
+    The job's threads, that what is there was made with, are kept where the settings leave them
+    open, so that the rest has the same bits, unless no such worker fits.
     Raises: UserError with the numbers when not even one worker fits.
     """
-    workers = config.workers
-    memory = math.ceil(worker_memory_gb(tasks) * 2**30)
-    bundled = len(set(f0_networks(config, taken_over)) - {"rmvpe"})
-    models_size = models_gb(weights or {}, bundled)
-    units_memory = memory + math.ceil(models_size * 2**30)
-    most = min(len(tasks), workers.max_workers or len(tasks))
-    gpus_wanted = _wants_gpus(config, nodes, taken_over)
-    if gpus_wanted:
-        cpus = workers.cpus_per_worker or 1.0
-        cpu, gpu = _share_gpus(nodes, cpus, workers.gpus_per_worker, memory, units_memory, most)
-        if cpu and gpu:
-            return Pools(min(most, cpu), gpu, cpus, memory, units_memory)
-    else:
-        cpus = workers.cpus_per_worker or _cpus_that_fit(nodes, units_memory, threads)
-        slots = _slots(nodes, cpus, units_memory)
-        if slots:
-            return Pools(min(most, slots), 0, cpus, units_memory, 0)
+    needs, workers = workload.needs, workload.job.config.workers
     longest = max(tasks.values(), key=_believable_minutes)
+    minutes = _believable_minutes(longest)
+    memory = math.ceil((needs.base_gb + needs.gb_per_minute * minutes) * 2**30)
+    whole_memory = memory + math.ceil(needs.models_gb * 2**30)
+    most = min(len(tasks), workers.max_workers or len(tasks))
+    gpus_wanted = _wants_gpus(needs, workers, nodes)
+    cpus = workers.cpus_per_worker or 1.0
+    if gpus_wanted and workload.halves:
+        cpu, gpu = _share_gpus(nodes, cpus, workers.gpus_per_worker, memory, whole_memory, most)
+        if cpu and gpu:
+            return Pools(min(most, cpu), gpu, cpus, memory, whole_memory)
+    elif gpus_wanted:
+        gpu = sum(_placed_on_gpus(nodes, cpus, workers.gpus_per_worker, whole_memory))
+        if gpu:
+            return Pools(0, min(most, gpu), cpus, 0, whole_memory)
+    else:
+        cpus = workers.cpus_per_worker or _cpus_that_fit(nodes, whole_memory, workload.job.threads)
+        slots = _slots(nodes, cpus, whole_memory)
+        if slots:
+            return Pools(min(most, slots), 0, cpus, whole_memory, 0)
     have = "; ".join(
         f"{node.get('CPU', 0):g} CPUs and {node.get('memory', 0) / 2**30:.1f} GB" for node in nodes
     )
     with_gpus = f" (and {workers.gpus_per_worker:g} GPUs)" if gpus_wanted else ""
-    models = f", its models take {models_size:.1f} GB" if models_size else ""
+    models = f", its models take {needs.models_gb:.1f} GB" if needs.models_gb else ""
     raise UserError(
-        f"no worker fits: each needs {cpus:g} CPUs{with_gpus} and {units_memory / 2**30:.1f} GB "
-        f"(task {longest.index} holds {_believable_minutes(longest):.0f} minutes of audio{models})"
-        f", and the nodes offer {have or 'nothing'}; lower plan.task_minutes "
-        "(new dataset) or workers.cpus_per_worker, or use a larger machine"
+        f"no worker fits: each needs {cpus:g} CPUs{with_gpus} and {whole_memory / 2**30:.1f} GB "
+        f"(task {longest.index} holds {minutes:.0f} minutes of audio{models})"
+        f", and the nodes offer {have or 'nothing'}; {needs.remedy}, or use a larger machine"
     )
 
 
-def _wants_gpus(
-    config: ExtractConfig, nodes: list[dict[str, float]], taken_over: TakenOver | None
-) -> bool:
+def _wants_gpus(needs: Needs, workers: WorkersConfig, nodes: list[dict[str, float]]) -> bool:
     """The cluster has GPUs, and a model may use them.
 
     Raises: UserError when it has none and one must.
     """
-    taken = {identity.name for identity in taken_over.units} if taken_over else set()
-    devices = {
-        f"{section}.device": encoder.device
-        for section, encoder in config.all_encoders.items()
-        if encoder.name not in taken
-    }
-    if config.xvector.checkpoint is not None and not (taken_over and taken_over.xvector):
-        devices["xvector.device"] = config.xvector.device
-    if f0_networks(config, taken_over):
-        devices["f0.device"] = config.f0.device
-    per_worker = config.workers.gpus_per_worker
-    if any(node.get("GPU", 0) >= per_worker for node in nodes):
-        return any(device != "cpu" for device in devices.values())
-    for key, device in devices.items():
+    if any(node.get("GPU", 0) >= workers.gpus_per_worker for node in nodes):
+        return any(device != "cpu" for device in needs.devices.values())
+    for key, device in needs.devices.items():
         if device == "cuda":
             raise UserError(
                 f"{key} is cuda, and no node of the cluster offers a GPU; set {key} to auto or cpu"
@@ -190,16 +137,7 @@ def _share_gpus(
     most: int,
 ) -> tuple[int, int]:
     """Workers on CPUs and workers on GPUs; each of the latter takes `cpus` CPUs as well."""
-    placed = [
-        int(
-            min(
-                node.get("GPU", 0) // gpus,
-                node.get("CPU", 0) // cpus,
-                node.get("memory", 0) // gpu_memory,
-            )
-        )
-        for node in nodes
-    ]
+    placed = _placed_on_gpus(nodes, cpus, gpus, gpu_memory)
     while True:
         rest = [
             {
@@ -212,6 +150,22 @@ def _share_gpus(
         if not any(placed) or (room and sum(placed) <= most):
             return room, sum(placed)
         placed[placed.index(max(placed))] -= 1
+
+
+def _placed_on_gpus(
+    nodes: list[dict[str, float]], cpus: float, gpus: float, memory: int
+) -> list[int]:
+    """Workers of so many CPUs, GPUs and bytes that each node holds."""
+    return [
+        int(
+            min(
+                node.get("GPU", 0) // gpus,
+                node.get("CPU", 0) // cpus,
+                node.get("memory", 0) // memory,
+            )
+        )
+        for node in nodes
+    ]
 
 
 def living_nodes() -> list[dict[str, Any]]:
@@ -263,14 +217,15 @@ def check_nodes(dataset: Path, corpus: Path, weights: Collection[Weights] = ()) 
 
 
 def run_graph(
-    job: Job,
+    workload: Workload,
     tasks: Mapping[int, Task],
     crashed: Mapping[int, Collection[str]],
     pools: Pools,
     board: Any,
 ) -> Iterator[TaskResult]:
     """Results of the tasks as they end. A task whose worker died too often gives none."""
-    workers, cpus = job.config.workers, pools.cpus
+    job = workload.job
+    workers = job.config.workers
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
@@ -290,37 +245,32 @@ def run_graph(
     }
     rows = [task_row(index, crashed.get(index, ())) for index in tasks]
     data = ray.data.from_items(rows, override_num_blocks=len(rows))
-    cpu_pool = ray.data.ActorPoolStrategy(min_size=1, max_size=pools.cpu, initial_size=pools.cpu)
-    if pools.gpu == 0:
-        data = data.map_batches(
-            ExtractTask,
-            fn_constructor_args=(job, _Remote(board)),
-            compute=cpu_pool,
-            num_cpus=cpus,
-            memory=pools.memory,
-            **options,
-        )
+    of_cpu = {"num_cpus": pools.cpus, "memory": pools.memory, **options}
+    of_gpu = {
+        "num_cpus": pools.cpus,
+        "num_gpus": workers.gpus_per_worker,
+        "memory": pools.gpu_memory,
+        **options,
+    }
+    told = (job, _Remote(board))
+    if pools.cpu and pools.gpu and workload.halves:
+        first, second = workload.halves
+        data = _mapped(data, first, told, pools.cpu, of_cpu)
+        data = _mapped(data, second, (job,), pools.gpu, of_gpu)
+    elif pools.gpu:
+        data = _mapped(data, workload.whole, told, pools.gpu, of_gpu)
     else:
-        data = data.map_batches(
-            PrepareTask,
-            fn_constructor_args=(job, _Remote(board)),
-            compute=cpu_pool,
-            num_cpus=cpus,
-            memory=pools.memory,
-            **options,
-        ).map_batches(
-            FinishTask,
-            fn_constructor_args=(job,),
-            compute=ray.data.ActorPoolStrategy(
-                min_size=1, max_size=pools.gpu, initial_size=pools.gpu
-            ),
-            num_cpus=cpus,
-            num_gpus=workers.gpus_per_worker,
-            memory=pools.gpu_memory,
-            **options,
-        )
+        data = _mapped(data, workload.whole, told, pools.cpu, of_cpu)
     for batch in data.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
         yield read_result(batch)
+
+
+def _mapped(
+    data: ray.data.Dataset, operator: Any, told: tuple[Any, ...], size: int, options: dict[str, Any]
+) -> ray.data.Dataset:
+    """`data` through a pool of `size` actors."""
+    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=size, initial_size=size)
+    return data.map_batches(operator, fn_constructor_args=told, compute=pool, **options)
 
 
 class _Remote:
@@ -329,8 +279,8 @@ class _Remote:
     def __init__(self, board: Any) -> None:
         self.board = board
 
-    def __call__(self, song_id: str, seconds: float, status: str) -> None:
-        self.board.song_done.remote(song_id, seconds, status)
+    def __call__(self, song_id: str, seconds: float, status: str | None) -> None:
+        self.board.hear.remote(song_id, seconds, status)
 
 
 def start_board() -> Any:
@@ -340,18 +290,19 @@ def start_board() -> Any:
     return actor.options(scheduling_strategy=here).remote()
 
 
-def require_loadable(job: Job, pools: Pools) -> None:
+def require_loadable(workload: Workload, pools: Pools) -> None:
     """Load the models once in a worker of their own, before songs are blamed for its death.
 
     Raises: UserError when the worker dies of it, or cannot load them.
     """
-    if not job.weights and not job.f0_networks:
+    if workload.load is None:
         return
+    job = workload.job
     gpus = job.config.workers.gpus_per_worker if pools.gpu else 0
     memory = pools.gpu_memory or pools.memory
     load = ray.remote(
         num_cpus=pools.cpus, num_gpus=gpus, memory=memory, max_retries=0, max_calls=1
-    )(load_models)
+    )(workload.load)
     if _dies(load, job):
         files = ", ".join(sorted({file.path for file in job.weights.values()}))
         files = files or "the networks of f0"
@@ -361,26 +312,26 @@ def require_loadable(job: Job, pools: Pools) -> None:
         )
 
 
-def find_killers(job: Job, task: Task, pools: Pools) -> set[str]:
+def find_killers(workload: Workload, task: Task, pools: Pools) -> set[str]:
     """The songs of a task on which a fresh process dies twice, found one by one.
 
     Raises: UserError when it dies without any song.
     """
-    require_loadable(job, pools)
+    require_loadable(workload, pools)
     probe = ray.remote(
         num_cpus=pools.cpus,
         memory=pools.gpu_memory or pools.memory,
         max_retries=0,
         max_calls=1,
-    )(probe_song)
+    )(workload.probe)
 
     def dies(song_id: str) -> bool:
-        return _dies(probe, job, task.index, song_id)
+        return _dies(probe, workload.job, task.index, song_id)
 
     return {s.song_id for s in task.songs if dies(s.song_id) and dies(s.song_id)}
 
 
-def _dies(remote: Any, job: Job, *words: Any) -> bool:
+def _dies(remote: Any, job: Job[Any], *words: Any) -> bool:
     """Whether a process dies of this. Its other faults are raised as what they are."""
     try:
         ray.get(remote.remote(job, *words))

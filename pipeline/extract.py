@@ -23,6 +23,7 @@ from pipeline.changes import Asked, Changes, find_changes, some
 from pipeline.config import (
     SCHEMA_VERSION,
     ExtractConfig,
+    changed,
     check_codebooks,
     check_models,
     fingerprint,
@@ -30,7 +31,7 @@ from pipeline.config import (
 )
 from pipeline.corpus import Corpus, Source, list_corpus
 from pipeline.errors import UserError
-from pipeline.job import Job, TakenOver
+from pipeline.job import ExtractJob, TakenOver
 from pipeline.ledger import Account, take_account
 from pipeline.lock import lock
 from pipeline.plan import (
@@ -52,10 +53,13 @@ from pipeline.shards import (
     read_dataset_info,
     read_footers,
     require_current,
+    sweep,
     units_in_words,
     write_dataset_info,
 )
 from pipeline.weights import Weights, read_weights
+from pipeline.workers import extraction
+from stages.decode import DecodeConfig, Decoder
 from stages.errors import BadInput
 
 
@@ -142,7 +146,7 @@ def _make(
             _remove_dataset(dataset)
         _check_settings(dataset, settings)
         material.look()
-        _sweep(dataset)
+        sweep(dataset)
         if not plan_files(dataset):
             _write_info(dataset, config, settings, {}, source)
         outcome = Outcome()
@@ -160,7 +164,7 @@ def _make(
                 f"{len(missing)} of {len(tasks)} tasks to do, {hours:.2f} h of audio",
                 highlight=False,
             )
-            job = Job(
+            job = ExtractJob(
                 dataset,
                 material.root,
                 config,
@@ -170,7 +174,9 @@ def _make(
                 _threads_of(held, config),
                 material.take_over(),
             )
-            outcome.work = run_tasks(job, missing, options.ray_address, options.local, console)
+            outcome.work = run_tasks(
+                extraction(job), missing, options.ray_address, options.local, console
+            )
             outcome.notices += outcome.work.notices
         outcome.account, environments = _read_back(dataset, tasks)
         outcome.notices += _mixed(environments)
@@ -276,22 +282,10 @@ def _check_settings(dataset: Path, settings: dict[str, Any]) -> None:
     if before == settings or not plan_files(dataset):  # without a plan nothing was made with them
         return
     require_current(dataset, info)
-    changes = [
-        f"{key} was {before.get(key)!r}, is {settings.get(key)!r}"
-        for key in sorted(set(before) | set(settings))
-        if before.get(key) != settings.get(key)
-    ]
     raise UserError(
-        f"{dataset} was made with other settings ({'; '.join(changes)}); choose a new dataset "
-        "folder, or pass --force-new to delete this one and start over"
+        f"{dataset} was made with other settings ({changed(before, settings)}); choose a new "
+        "dataset folder, or pass --force-new to delete this one and start over"
     )
-
-
-def _sweep(dataset: Path) -> None:
-    """Remove what killed workers left half-written."""
-    if (dataset / ".tmp").is_dir():
-        for path in (dataset / ".tmp").iterdir():
-            path.unlink(missing_ok=True)
 
 
 def _examine(
@@ -328,7 +322,7 @@ def _plan_changes(
         return []
     console.print(f"planning {len(wanted)} songs", highlight=False)
     sources = [source for source in corpus.songs if source.song_id in wanted]
-    songs = plan_songs(corpus, sources, config)
+    songs = plan_songs(corpus, sources, config.decode, config.workers.scratch)
     renewed = [
         Task(index, tasks[index].split, tuple(songs.get(s.song_id, ("", s))[1] for s in kept))
         for index, kept in changes.renew.items()
@@ -341,19 +335,18 @@ def _plan_changes(
 
 
 def plan_songs(
-    corpus: Corpus, sources: Sequence[Source], config: ExtractConfig
+    corpus: Corpus, sources: Sequence[Source], decode: DecodeConfig, scratch_folder: str | None
 ) -> dict[str, tuple[str, PlannedSong]]:
     """(split, song) by song_id, durations read from the headers in a limited child process.
 
     A header that cannot be read gives 0 s: the song is planned, and quarantined when it is decoded.
     """
     from pipeline.clips import Scratch
-    from stages.decode import Decoder
 
-    scratch = Scratch(config.workers.scratch)
+    scratch = Scratch(scratch_folder)
     songs = {}
     try:
-        with Decoder(config.decode, scratch.folder) as decoder:
+        with Decoder(decode, scratch.folder) as decoder:
             root = os.fsencode(corpus.root)
             paths = (os.path.join(root, source.path) for source in sources)
             headers = decoder.probe_many(paths)

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -17,7 +18,7 @@ from pipeline.clips import ClipsOfShard, ClipsOfSongs
 from pipeline.config import SCHEMA_VERSION, ExtractConfig, load_codebook_of, naming
 from pipeline.decoded import DecodedClips
 from pipeline.errors import SongBug, UserError
-from pipeline.job import Heartbeat, Job
+from pipeline.job import ExtractJob, Heartbeat, Job
 from pipeline.ledger import SongEntry
 from pipeline.pitch import Pitch
 from pipeline.plan import Task, load_plan
@@ -43,8 +44,8 @@ _PACKAGE_OF = {"crepe": "torchcrepe", "crepe-tiny": "torchcrepe", "fcpe": "torch
 class CpuHalf:
     """What needs no GPU: the clips of a task, and their pitch unless a network finds it."""
 
-    def __init__(self, job: Job, heartbeat: Heartbeat) -> None:
-        _limit_threads(job)
+    def __init__(self, job: ExtractJob, heartbeat: Heartbeat) -> None:
+        limit_threads(job)
         pitch = Pitch(job) if job.makes_f0 and not job.f0_networks else None
         self.clips = (
             ClipsOfSongs(job, heartbeat, pitch)
@@ -116,10 +117,10 @@ class UnitsOf:
 class UnitsHalf:
     """What networks make of a task's clips (pitch, units, x-vectors), then its shard's commit."""
 
-    def __init__(self, job: Job) -> None:
-        _limit_threads(job)
+    def __init__(self, job: ExtractJob) -> None:
+        limit_threads(job)
         self.job = job
-        self.tasks = load_plan(job.dataset)
+        self.tasks = load_plan(job.folder)
         self.pitch = None
         if job.f0_networks:
             if "f0.checkpoint" in job.weights:
@@ -160,7 +161,7 @@ class UnitsHalf:
         with clock.stage("write"):
             task = self.tasks[index]
             footer = self._footer(task, ledger, Origin(**json.loads(origin)) if origin else None)
-            write_shard(self.job.dataset, task.shard_name, clips, footer)
+            write_shard(self.job.folder, task.shard_name, clips, footer)
 
     def complete(
         self, clips: pa.Table, ledger: list[SongEntry], clock: StageClock
@@ -237,12 +238,13 @@ def _loading(section: str) -> Iterator[None]:
         ) from error
 
 
-def threads_of(job: Job) -> int:
+def threads_of(job: Job[Any]) -> int:
     """Threads of a worker: as many as it has CPUs, so that N workers do not fight."""
     return job.threads or max(1, int(job.config.workers.cpus_per_worker or 1))
 
 
-def _limit_threads(job: Job) -> None:
+def limit_threads(job: Job[Any]) -> None:
+    """Of this process, for torch."""
     import torch
 
     torch.set_num_threads(threads_of(job))

@@ -1,12 +1,13 @@
-"""What every worker of a run is told."""
+"""What every worker of a run is told, and how the tasks of a run are done."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
-from pipeline.config import ExtractConfig
+from pipeline.config import ExtractConfig, WorkersConfig
 from pipeline.shards import (
     AUDIO_SCHEMA,
     PITCH_SCHEMA,
@@ -16,8 +17,79 @@ from pipeline.shards import (
 )
 from pipeline.weights import Weights
 
-# Called with (song_id, seconds of source audio, status) after every song.
-Heartbeat = Callable[[str, float, str], None]
+# Called with (song_id, seconds of it that are done, status); the status is None until its end.
+Heartbeat = Callable[[str, float, str | None], None]
+
+
+class RunConfig(Protocol):
+    """Settings of a run on many workers."""
+
+    @property
+    def workers(self) -> WorkersConfig: ...
+
+
+C = TypeVar("C", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class Job(Generic[C]):
+    """What every worker of a run is told. Tasks are named by their index in the plan.
+
+    threads: of a worker; None until it is known what fits.
+    """
+
+    folder: Path  # that is filled; it holds the plan
+    corpus: Path  # where the songs are
+    config: C
+    fingerprint: str
+    weights: Mapping[str, Weights]  # of what has to be loaded, by the key that names it
+    gone: frozenset[str] = frozenset()  # songs of the plan that were not there when the run began
+    threads: int | None = None
+
+
+class Worker(Protocol):
+    """An operator's code: one-row Arrow tables in and out, see `pipeline.workers`."""
+
+    def __call__(self, row: Any) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What workers take of a cluster.
+
+    base_gb: memory for libraries and the buffers of one song. gb_per_minute: what each minute of
+    a task adds. models_gb: of networks at work, where they run.
+    devices: "auto", "cpu" or "cuda" of each network, by the key that sets it.
+    remedy: what to do about a task that is too large for every worker.
+    """
+
+    base_gb: float
+    gb_per_minute: float
+    models_gb: float
+    devices: Mapping[str, str]
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The tasks of a run: what they are, who does one, and what that takes.
+
+    whole: the operator of a whole task. halves: where there are GPUs, the operator on CPUs, and
+    that on GPUs for what the first one leaves to it; None: there `whole` has a GPU.
+    load: loads everything that a worker loads; None: there is nothing to load.
+    probe: does one song of a task, given its index, and commits nothing.
+    notice: words before the run begins, told whether networks have a GPU.
+    """
+
+    job: Job[Any]
+    needs: Needs
+    whole: Callable[[Any, Heartbeat], Worker]
+    halves: tuple[type[Any], type[Any]] | None
+    load: Callable[[Any], None] | None
+    probe: Callable[[Any, int, str], None]
+    notice: Callable[[bool], str | None]
 
 
 @dataclass(frozen=True)
@@ -39,16 +111,9 @@ class TakenOver:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every worker of a run is told. Tasks are named by their index in the plan."""
+class ExtractJob(Job[ExtractConfig]):
+    """corpus: the other dataset, where one is taken over."""
 
-    dataset: Path
-    corpus: Path  # where the songs are; the other dataset, where one is taken over
-    config: ExtractConfig
-    fingerprint: str
-    weights: Mapping[str, Weights]  # of what has to be loaded, by the key that names it
-    gone: frozenset[str] = frozenset()  # songs of the plan that were not there when the run began
-    threads: int | None = None  # of a worker; None until it is known what fits
     taken_over: TakenOver | None = None
 
     @property
@@ -57,9 +122,5 @@ class Job:
 
     @property
     def f0_networks(self) -> tuple[str, ...]:
-        return f0_networks(self.config, self.taken_over)
-
-
-def f0_networks(config: ExtractConfig, taken_over: TakenOver | None) -> tuple[str, ...]:
-    """The networks that find the pitch of a run; none where the pitch is taken over."""
-    return () if taken_over is not None and taken_over.f0 else config.f0.networks
+        """The networks that find the pitch; none where the pitch is taken over."""
+        return self.config.f0.networks if self.makes_f0 else ()

@@ -10,7 +10,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from stages.errors import BadInput, Dropped, Reason
 from stages.source import open_source
@@ -58,7 +58,7 @@ def settle(
     """
     sha256 = None
     try:
-        sha256 = _check_unchanged(planned, path)
+        sha256 = check_unchanged(planned, path)
         song = prepare(path)
     except BadInput as fault:
         return None, quarantine(planned, fault, sha256)
@@ -111,8 +111,8 @@ def hash_source(path: bytes) -> tuple[os.stat_result, str]:
         return os.fstat(file.fileno()), hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_unchanged(planned: PlannedSong, path: bytes) -> str:
-    """SHA-256 of the source file, which must be the one that was planned."""
+def check_unchanged(planned: PlannedSong, path: bytes) -> str:
+    """SHA-256 of the source file. Raises: BadInput where it is not the one that was planned."""
     stat, sha256 = hash_source(path)
     if (stat.st_size, stat.st_mtime_ns) != (planned.size, planned.mtime_ns):
         raise BadInput(
@@ -123,13 +123,24 @@ def _check_unchanged(planned: PlannedSong, path: bytes) -> str:
     return sha256
 
 
+class Fate(Protocol):
+    """What every entry of a ledger says of its song."""
+
+    @property
+    def status(self) -> str: ...
+    @property
+    def reason(self) -> str | None: ...
+
+
+E = TypeVar("E", bound=Fate)
+
+
 @dataclass
-class Account:
-    """The latest entry of every song, and the totals that must balance."""
+class Balance(Generic[E]):
+    """The latest entry of every song, and what does not balance."""
 
     planned: int = 0
-    entries: dict[str, SongEntry] = field(default_factory=dict)
-    shards: int = 0
+    entries: dict[str, E] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def count(self, status: str) -> int:
@@ -139,6 +150,13 @@ class Account:
         return Counter(
             entry.reason or "" for entry in self.entries.values() if entry.status == status
         )
+
+
+@dataclass
+class Account(Balance[SongEntry]):
+    """Of a dataset."""
+
+    shards: int = 0
 
     def dropped_s(self) -> dict[str, float]:
         """Seconds left out of readable songs, by reason."""

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.decoded import DecodedClips
-from pipeline.job import Job
+from pipeline.job import ExtractJob
 from pipeline.ledger import FILTERED, SongEntry
 from pipeline.shards import PITCH_SCHEMA
 from pipeline.weights import require_unchanged
@@ -30,7 +30,7 @@ from stages.types import Array
 class Pitch:
     """f0 and its measures as columns; clips beyond the limits of `quality` go, with a reason."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: ExtractJob) -> None:
         self.config = job.config
         self.weights = job.weights.get("f0.checkpoint")
         # Another dataset's clips stay, whatever is found on them: their audio is taken over whole.

@@ -20,7 +20,7 @@ _MOST_UNANSWERED = 2  # readings in a row, of 5 s each
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Songs done so far in this run. Audio by the headers' durations."""
+    """What is done so far in this run. songs: whole ones. Audio by the headers' durations."""
 
     songs: int = 0
     audio_s: float = 0.0
@@ -29,20 +29,23 @@ class Snapshot:
 
 
 class Board:
-    """Counts finished songs. Told of a song twice (a retried task), it counts it once."""
+    """Counts songs. Told of a song twice (a retried task), it counts it once."""
 
     def __init__(self) -> None:
-        self._songs: dict[str, tuple[float, str]] = {}
+        self._songs: dict[str, tuple[float, str | None]] = {}
         self._last = ""
 
-    def song_done(self, song_id: str, seconds: float, status: str) -> None:
+    def hear(self, song_id: str, seconds: float, status: str | None) -> None:
+        """So many seconds of a song are done; all of it, once it has a status."""
         self._songs[song_id] = (seconds, status)
-        self._last = song_id
+        if status is not None:
+            self._last = song_id
 
     def snapshot(self) -> Snapshot:
-        done = list(self._songs.values())
-        bad = sum(status == QUARANTINED for _, status in done)
-        return Snapshot(len(done), sum(seconds for seconds, _ in done), bad, self._last)
+        told = list(self._songs.values())
+        whole = [status for _, status in told if status is not None]
+        seconds = sum(seconds for seconds, _ in told)
+        return Snapshot(len(whole), seconds, whole.count(QUARANTINED), self._last)
 
 
 class ProgressDisplay:

@@ -17,12 +17,19 @@ from rich.console import Console
 
 from pipeline.changes import some
 from pipeline.errors import SongBug, StorageFault, UserError
-from pipeline.job import Job
+from pipeline.job import Workload
 from pipeline.plan import Task
 from pipeline.progress import Board, ProgressDisplay, Snapshot
-from pipeline.workers import BUG, COMMITTED, REFUSED, STORAGE, TaskResult
+from pipeline.workers import (
+    BUG,
+    COMMITTED,
+    REFUSED,
+    STORAGE,
+    TaskResult,
+    read_result,
+    task_row,
+)
 from stages.device import resolve_device
-from stages.f0.crepe import cost_notice
 
 _STORAGE_WAITS_S = (1.0, 5.0, 25.0)  # before each further try of a task that the storage failed
 _ROUNDS_OF_DEATH = 3
@@ -42,7 +49,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Session:
-    """Somewhere to run tasks. on_gpu: networks of f0 have a GPU there."""
+    """Somewhere to run tasks. on_gpu: networks may use GPUs there."""
 
     run_round: Callable[[dict[int, Task], dict[int, set[str]]], Iterator[TaskResult]]
     snapshot: Callable[[], Snapshot | None]
@@ -51,7 +58,11 @@ class Session:
 
 
 def run_tasks(
-    job: Job, missing: dict[int, Task], ray_address: str | None, local: bool, console: Console
+    workload: Workload,
+    missing: dict[int, Task],
+    ray_address: str | None,
+    local: bool,
+    console: Console,
 ) -> Work:
     """Commit every task of `missing`.
 
@@ -61,11 +72,10 @@ def run_tasks(
     work = Work(audio_s=sum(task.duration_s for task in missing.values()))
     started = time.monotonic()
     open_session = local_session if local else functools.partial(ray_session, ray_address)
-    with open_session(job, missing) as session:
+    with open_session(workload, missing) as session:
         work.start_up_s = time.monotonic() - started
-        config = job.config
-        notice = cost_notice(config.f0, session.on_gpu, config.audio.sample_rate)
-        if notice is not None and job.makes_f0:
+        notice = workload.notice(session.on_gpu)
+        if notice is not None:
             console.print(f"note: {notice}", highlight=False)
         with ProgressDisplay(console, work.audio_s, session.snapshot):
             run_rounds(session, missing, work)
@@ -114,14 +124,12 @@ def run_rounds(session: Session, missing: dict[int, Task], work: Work) -> None:
 
 
 @contextmanager
-def local_session(job: Job, missing: dict[int, Task]) -> Iterator[Session]:
+def local_session(workload: Workload, missing: dict[int, Task]) -> Iterator[Session]:
     """This process, one task after the other."""
     import pyarrow as pa
 
-    from pipeline.workers import ExtractTask, read_result, task_row
-
     board = Board()
-    worker = ExtractTask(job, board.song_done)
+    worker = workload.whole(workload.job, board.hear)
 
     def run_round(tasks: dict[int, Task], crashed: dict[int, set[str]]) -> Iterator[TaskResult]:
         for index in tasks:
@@ -129,28 +137,31 @@ def local_session(job: Job, missing: dict[int, Task]) -> Iterator[Session]:
             yield read_result(worker(row))
 
     try:
-        on_gpu = job.config.f0.networks != () and resolve_device(job.config.f0.device) == "cuda"
+        on_gpu = resolve_device("auto") == "cuda"
         yield Session(run_round, board.snapshot, lambda task: set(), on_gpu)
     finally:
         worker.close()
 
 
 @contextmanager
-def ray_session(address: str | None, job: Job, missing: dict[int, Task]) -> Iterator[Session]:
+def ray_session(
+    address: str | None, workload: Workload, missing: dict[int, Task]
+) -> Iterator[Session]:
     """The cluster at `address`, or one on this machine for the time of the run."""
     import ray
 
     from pipeline import dag
     from pipeline.cluster import connected
 
+    job = workload.job
     workers = job.config.workers
     threads = max(1, int(workers.cpus_per_worker or 1))  # torch gets its own in the worker
     with connected(address, threads, workers.object_store_gb):
         nodes = [node["Resources"] for node in dag.living_nodes()]
-        pools = dag.plan_pools(nodes, missing, job.config, job.weights, job.threads, job.taken_over)
-        job = replace(job, threads=pools.threads)
-        dag.check_nodes(job.dataset, job.corpus, job.weights.values())
-        dag.require_loadable(job, pools)
+        pools = dag.plan_pools(nodes, missing, workload)
+        settled = replace(workload, job=replace(job, threads=pools.threads))
+        dag.check_nodes(job.folder, job.corpus, job.weights.values())
+        dag.require_loadable(settled, pools)
         board = dag.start_board()
 
         def snapshot() -> Snapshot | None:
@@ -160,8 +171,8 @@ def ray_session(address: str | None, job: Job, missing: dict[int, Task]) -> Iter
                 return None
 
         yield Session(
-            lambda tasks, crashed: dag.run_graph(job, tasks, crashed, pools, board),
+            lambda tasks, crashed: dag.run_graph(settled, tasks, crashed, pools, board),
             snapshot,
-            lambda task: dag.find_killers(job, task, pools),
-            pools.gpu > 0 and job.config.f0.device != "cpu",
+            lambda task: dag.find_killers(settled, task, pools),
+            pools.gpu > 0,
         )

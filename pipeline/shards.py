@@ -240,6 +240,13 @@ def commit_file(dataset: Path, relative: str, write: Callable[[BinaryIO], Any]) 
     return final
 
 
+def sweep(folder: Path) -> None:
+    """Remove what killed writers of `commit_file` left half-written."""
+    if (folder / ".tmp").is_dir():
+        for path in (folder / ".tmp").iterdir():
+            path.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Put the names in `folder` on the disk. Raises OSError of the storage."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -252,23 +259,32 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def write_info(folder: Path, name: str, info: dict[str, Any]) -> None:
+    """Write FOLDER/NAME as JSON, whole or not at all."""
+    text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
+    commit_file(folder, name, lambda file: file.write(text.encode()))
+
+
 def write_dataset_info(dataset: Path, info: dict[str, Any]) -> None:
     """Write DATASET/dataset.json."""
-    text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
-    commit_file(dataset, "dataset.json", lambda file: file.write(text.encode()))
+    write_info(dataset, "dataset.json", info)
 
 
 def read_dataset_info(dataset: Path) -> dict[str, Any]:
     """DATASET/dataset.json. Raises UserError when `dataset` is not one of ours."""
-    path = dataset / "dataset.json"
+    if not (dataset / "dataset.json").exists():
+        raise UserError(f"{dataset} is not a dataset: it has no dataset.json")
+    return read_info(dataset / "dataset.json")
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """What `write_info` wrote of a run's settings. Raises: UserError when it is none of ours."""
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{dataset} is not a dataset: it has no dataset.json") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(info, dict) or not {"fingerprint", "settings"} <= info.keys():
-        raise UserError(f"{path} is not the dataset.json of this program")
+        raise UserError(f"{path} is not the {path.name} of this program")
     return info
 
 

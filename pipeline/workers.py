@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,15 +17,28 @@ import pyarrow as pa
 
 from pipeline.errors import UserError
 from pipeline.halves import CpuHalf, UnitsHalf
-from pipeline.job import Heartbeat, Job
+from pipeline.job import ExtractJob, Heartbeat, Needs, Workload
 from pipeline.ledger import SongEntry
 from pipeline.shards import (
     is_disk_full,
     storage_fault,
 )
+from pipeline.weights import Weights
 from stages.chain import StageClock
+from stages.f0.crepe import cost_notice
 
 COMMITTED, BUG, STORAGE, REFUSED = "committed", "bug", "storage", "refused"
+
+# A worker's memory: libraries and one song's buffers, then what each minute of its task adds
+# (FLAC clips, f0, units in float32 while packed). Generous: one-minute tasks peak at 0.7 GB,
+# three hours of singing in one task below 2 GB.
+_WORKER_BASE_GB = 0.8
+_WORKER_GB_PER_MINUTE = 0.02
+
+# What each checkpoint adds where units are made: its weights, and what a batch of clips fills.
+GB_PER_CHECKPOINT_GB = 1.1
+_BATCH_GB = 1.0
+BUNDLED_GB = 0.5  # a network of f0 whose weights come with a package, at work; measured: 0.3
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,7 @@ class TaskResult:
 class PrepareTask:
     """The CPU operator before a GPU operator: the clips travel as one Arrow IPC buffer."""
 
-    def __init__(self, job: Job, heartbeat: Heartbeat) -> None:
+    def __init__(self, job: ExtractJob, heartbeat: Heartbeat) -> None:
         self.job = job
         self.heartbeat = heartbeat
 
@@ -51,8 +64,8 @@ class PrepareTask:
         return CpuHalf(self.job, self.heartbeat)
 
     def __call__(self, row: pa.Table) -> pa.Table:
-        task, crashed = _unpack_row(row)
-        return _guarded(task, lambda clock: self._run(task, crashed, clock))
+        task, crashed = read_row(row)
+        return guarded(task, lambda clock: self._run(task, crashed, clock))
 
     def _run(self, task: int, crashed: list[str], clock: StageClock) -> bytes | None:
         clips, ledger = self.cpu.prepare(task, crashed, clock)
@@ -83,7 +96,7 @@ class ExtractTask(PrepareTask):
 class FinishTask:
     """The GPU operator: units of what `PrepareTask` sent, and the commit."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: ExtractJob) -> None:
         self.job = job
 
     @functools.cached_property
@@ -102,10 +115,10 @@ class FinishTask:
             ledger = [SongEntry.from_dict(entry) for entry in entries]
             self.units.finish(before.task, clips, ledger, clock)
 
-        return _guarded(before.task, run)
+        return guarded(before.task, run)
 
 
-def probe_song(job: Job, task: int, song_id: str) -> None:
+def probe_song(job: ExtractJob, task: int, song_id: str) -> None:
     """One song through both halves, nothing written: does it kill the process?"""
     cpu, clock = CpuHalf(job, lambda *_: None), StageClock()
     try:
@@ -115,9 +128,58 @@ def probe_song(job: Job, task: int, song_id: str) -> None:
         cpu.close()
 
 
-def load_models(job: Job) -> None:
+def load_models(job: ExtractJob) -> None:
     """Everything a worker loads, for finding out whether that kills it."""
     UnitsHalf(job)
+
+
+def extraction(job: ExtractJob) -> Workload:
+    """The tasks of a dataset."""
+
+    def notice(on_gpu: bool) -> str | None:
+        f0 = job.config.f0
+        rate = job.config.audio.sample_rate
+        return cost_notice(f0, on_gpu and f0.device != "cpu", rate) if job.makes_f0 else None
+
+    needs = Needs(
+        base_gb=_WORKER_BASE_GB,
+        gb_per_minute=_WORKER_GB_PER_MINUTE,
+        models_gb=_models_gb(job.weights, job.f0_networks),
+        devices=_devices(job),
+        remedy="lower plan.task_minutes (new dataset) or workers.cpus_per_worker",
+    )
+    loads = bool(job.weights or job.f0_networks)
+    return Workload(
+        job=job,
+        needs=needs,
+        whole=ExtractTask,
+        halves=(PrepareTask, FinishTask),
+        load=load_models if loads else None,
+        probe=probe_song,
+        notice=notice,
+    )
+
+
+def _models_gb(weights: Mapping[str, Weights], f0_networks: Collection[str]) -> float:
+    """What the models add to a worker that makes pitch, units and x-vectors."""
+    sizes = [weights[key].size for key in weights if key.endswith(".checkpoint")]
+    models = sum(GB_PER_CHECKPOINT_GB * size / 2**30 + _BATCH_GB for size in sizes)
+    return models + len(set(f0_networks) - {"rmvpe"}) * BUNDLED_GB
+
+
+def _devices(job: ExtractJob) -> dict[str, str]:
+    config, over = job.config, job.taken_over
+    taken = {identity.name for identity in over.units} if over else set()
+    devices: dict[str, str] = {
+        f"{section}.device": encoder.device
+        for section, encoder in config.all_encoders.items()
+        if encoder.name not in taken
+    }
+    if config.xvector.checkpoint is not None and not (over and over.xvector):
+        devices["xvector.device"] = config.xvector.device
+    if job.f0_networks:
+        devices["f0.device"] = config.f0.device
+    return devices
 
 
 def task_row(task: int, crashed: Collection[str] = ()) -> dict[str, Any]:
@@ -125,7 +187,8 @@ def task_row(task: int, crashed: Collection[str] = ()) -> dict[str, Any]:
     return {"task": task, "crashed": json.dumps(sorted(crashed))}
 
 
-def _unpack_row(row: pa.Table) -> tuple[int, list[str]]:
+def read_row(row: pa.Table) -> tuple[int, list[str]]:
+    """The task, and the songs of it on which workers died."""
     return row["task"][0].as_py(), json.loads(row["crashed"][0].as_py())
 
 
@@ -138,7 +201,7 @@ def read_result(row: pa.Table) -> TaskResult:
     return TaskResult(**json.loads(row["result"][0].as_py()))
 
 
-def _guarded(task: int, run: Callable[[StageClock], bytes | None]) -> pa.Table:
+def guarded(task: int, run: Callable[[StageClock], bytes | None]) -> pa.Table:
     """The row a task gives. Its faults become a row too: the driver decides, Ray does not retry.
 
     run: gives the clips that the next operator is to finish, or None when the task is committed.

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from pipeline.config import ExtractConfig, load_config
-from pipeline.dag import check_nodes, plan_pools
+from pipeline.dag import Pools, check_nodes, plan_pools
 from pipeline.errors import StorageFault, UserError
-from pipeline.job import TakenOver
+from pipeline.job import ExtractJob, TakenOver
 from pipeline.plan import PlannedSong, Task
 from pipeline.rounds import Session, Work, run_rounds
 from pipeline.shards import EncoderIdentity, XvectorIdentity, iter_shards
 from pipeline.weights import Weights
-from pipeline.workers import COMMITTED, REFUSED, STORAGE, TaskResult
+from pipeline.workers import COMMITTED, REFUSED, STORAGE, TaskResult, extraction
 from tests.pipeline.conftest import Extract, shard_hashes
 
 GB = 2**30
@@ -41,23 +41,34 @@ def node(cpus: float, memory_gb: float = 64.0, gpus: float = 0.0) -> dict[str, f
     return {"CPU": cpus, "memory": memory_gb * GB, "GPU": gpus}
 
 
+def plan(
+    nodes: list[dict[str, float]],
+    tasks: dict[int, Task],
+    config: ExtractConfig,
+    weights: dict[str, Weights] | None = None,
+    **more: Any,
+) -> Pools:
+    job = ExtractJob(Path(), Path(), config, "", weights or {}, **more)
+    return plan_pools(nodes, tasks, extraction(job))
+
+
 def test_one_worker_a_cpu_and_no_more_than_tasks() -> None:
-    pools = plan_pools([node(8), node(4)], tasks(100), settings())
+    pools = plan([node(8), node(4)], tasks(100), settings())
     assert (pools.cpu, pools.gpu) == (12, 0)
-    assert plan_pools([node(8)], tasks(3), settings()).cpu == 3
+    assert plan([node(8)], tasks(3), settings()).cpu == 3
     limited = settings(["workers.max_workers=2"])
-    assert plan_pools([node(8)], tasks(100), limited).cpu == 2
+    assert plan([node(8)], tasks(100), limited).cpu == 2
 
 
 def test_memory_limits_the_pool_too() -> None:
-    assert plan_pools([node(64, memory_gb=4.2)], tasks(100, minutes=10), settings()).cpu == 4
+    assert plan([node(64, memory_gb=4.2)], tasks(100, minutes=10), settings()).cpu == 4
 
 
 def test_a_gpu_worker_takes_a_cpu_from_the_pool() -> None:
-    pools = plan_pools([node(8, gpus=2), node(8)], tasks(100), settings())
+    pools = plan([node(8, gpus=2), node(8)], tasks(100), settings())
     assert (pools.cpu, pools.gpu) == (14, 2)
     on_cpu = settings(["encoder.device=cpu"])
-    assert plan_pools([node(8, gpus=2)], tasks(100), on_cpu).gpu == 0
+    assert plan([node(8, gpus=2)], tasks(100), on_cpu).gpu == 0
 
 
 def weights(gb: float, key: str = "encoder.checkpoint") -> dict[str, Weights]:
@@ -66,72 +77,72 @@ def weights(gb: float, key: str = "encoder.checkpoint") -> dict[str, Weights]:
 
 def test_a_model_takes_memory_where_units_are_made() -> None:
     config, model = settings(), weights(1.0)
-    alone = plan_pools([node(8)], tasks(100), config)
-    with_model = plan_pools([node(8)], tasks(100), config, model)
+    alone = plan([node(8)], tasks(100), config)
+    with_model = plan([node(8)], tasks(100), config, model)
     assert (with_model.memory - alone.memory) / GB == pytest.approx(2.1, abs=0.01)
-    on_gpu = plan_pools([node(8, gpus=1)], tasks(100), config, model)
+    on_gpu = plan([node(8, gpus=1)], tasks(100), config, model)
     assert (on_gpu.memory, on_gpu.gpu_memory) == (alone.memory, with_model.memory)
     with pytest.raises(UserError, match=r"its models take 67\.0 GB"):
-        plan_pools([node(8)], tasks(100), config, weights(60))
+        plan([node(8)], tasks(100), config, weights(60))
 
 
 def test_workers_that_do_not_all_fit_are_fewer_and_have_more_threads() -> None:
     config = settings()  # 0.82 + 1.1 + 1 GB each
     for memory_gb, expected in ((64, (8, 1)), (12, (4, 2)), (6, (2, 4)), (3, (1, 8))):
-        pools = plan_pools([node(8, memory_gb)], tasks(100), config, weights(1))
+        pools = plan([node(8, memory_gb)], tasks(100), config, weights(1))
         assert (pools.cpu, pools.threads) == expected
-    assert plan_pools([node(6, 6)], tasks(100), config, weights(1)).threads == 2
+    assert plan([node(6, 6)], tasks(100), config, weights(1)).threads == 2
     as_set = settings(["workers.cpus_per_worker=2"])
-    pools = plan_pools([node(8, 6)], tasks(100), as_set, weights(1))
+    pools = plan([node(8, 6)], tasks(100), as_set, weights(1))
     assert (pools.cpu, pools.threads) == (2, 2)
 
 
 def test_threads_depend_neither_on_what_is_left_nor_on_a_change_of_memory() -> None:
     config = settings()
     for left in (1, 3, 100):
-        assert plan_pools([node(8, 12)], tasks(left), config, weights(1)).threads == 2
-    resumed = plan_pools([node(8, 64)], tasks(9), config, weights(1), threads=2)
+        assert plan([node(8, 12)], tasks(left), config, weights(1)).threads == 2
+    resumed = plan([node(8, 64)], tasks(9), config, weights(1), threads=2)
     assert (resumed.cpu, resumed.threads) == (4, 2)
-    assert plan_pools([node(1)], tasks(9), config, weights(1), threads=2).threads == 1
+    assert plan([node(1)], tasks(9), config, weights(1), threads=2).threads == 1
 
 
 def test_gpus_serve_where_any_encoder_may_use_one() -> None:
     further = ["encoder.device=cpu", "encoders.log-mel.device=auto"]
-    assert plan_pools([node(8, gpus=1)], tasks(9), settings(further)).gpu == 1
+    assert plan([node(8, gpus=1)], tasks(9), settings(further)).gpu == 1
     none = ["encoder.device=cpu", "encoders.log-mel.device=cpu"]
-    assert plan_pools([node(8, gpus=1)], tasks(9), settings(none)).gpu == 0
+    assert plan([node(8, gpus=1)], tasks(9), settings(none)).gpu == 0
     must = settings(["encoders.log-mel.device=cuda"])
     with pytest.raises(UserError, match=r"log-mel\.device is cuda, and no node .* to auto or cpu"):
-        plan_pools([node(8)], tasks(9), must)
-    two = plan_pools([node(2, gpus=2)], tasks(9), settings())
+        plan([node(8)], tasks(9), must)
+    two = plan([node(2, gpus=2)], tasks(9), settings())
     assert (two.cpu, two.gpu) == (1, 1)  # songs need a CPU too
 
 
 def test_a_network_of_f0_takes_memory_and_a_gpu() -> None:
     for method, networks in (("praat", 0), ("fcpe", 1), ("ensemble", 2)):
         config = load_config(None, [f"f0.method={method}", "encoder.device=cpu"])
-        pools = plan_pools([node(8)], tasks(9), config)
+        pools = plan([node(8)], tasks(9), config)
         assert pools.memory == pytest.approx((0.82 + 0.5 * networks) * GB, rel=1e-3)
-        assert plan_pools([node(8, gpus=1)], tasks(9), config).gpu == min(1, networks)
+        assert plan([node(8, gpus=1)], tasks(9), config).gpu == min(1, networks)
     over = TakenOver(Path("d"), "", True, (), None)
     config = load_config(None, ["f0.method=fcpe", "encoder.device=cpu"])
-    assert plan_pools([node(8, gpus=1)], tasks(9), config, taken_over=over).gpu == 0
+    assert plan([node(8, gpus=1)], tasks(9), config, taken_over=over).gpu == 0
     must = load_config(None, ["f0.method=fcpe", "f0.device=cuda"])
     with pytest.raises(UserError, match=r"f0\.device is cuda"):
-        plan_pools([node(8)], tasks(9), must)
+        plan([node(8)], tasks(9), must)
 
 
 def test_units_that_are_taken_over_ask_for_no_gpu() -> None:
     config = settings(["encoder.device=cuda"])
     mfcc = EncoderIdentity("mfcc", 39, "float16", 50.0, None)
     over = TakenOver(Path("d"), "", f0=False, units=(mfcc,), xvector=None)
-    assert plan_pools([node(8)], tasks(9), config, taken_over=over).gpu == 0
-    assert plan_pools([node(8, gpus=1)], tasks(9), config, taken_over=over).gpu == 0
+    assert plan([node(8)], tasks(9), config, taken_over=over).gpu == 0
+    assert plan([node(8, gpus=1)], tasks(9), config, taken_over=over).gpu == 0
     vectors = settings(["xvector.checkpoint=x", "xvector.device=cuda"])
     with pytest.raises(UserError, match=r"xvector\.device is cuda"):
-        plan_pools([node(8)], tasks(9), vectors, taken_over=over)
+        plan([node(8)], tasks(9), vectors, taken_over=over)
     over = replace(over, xvector=XvectorIdentity(12, ""))
-    assert plan_pools([node(8)], tasks(9), vectors, taken_over=over).gpu == 0
+    assert plan([node(8)], tasks(9), vectors, taken_over=over).gpu == 0
 
 
 @pytest.mark.parametrize(
@@ -147,7 +158,7 @@ def test_a_plan_that_cannot_fit_is_refused_with_numbers(
     nodes: list[dict[str, float]], minutes: float, words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        plan_pools(nodes, tasks(4, minutes), settings())
+        plan(nodes, tasks(4, minutes), settings())
 
 
 class Rounds:

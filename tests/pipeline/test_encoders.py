@@ -18,7 +18,7 @@ from models.checkpoint import sha256_of
 from models.encoders.codebook import Codebook, save_codebooks
 from pipeline.config import load_config
 from pipeline.errors import UserError
-from pipeline.job import Job
+from pipeline.job import ExtractJob
 from pipeline.report import write_report
 from pipeline.shards import Footer, XvectorIdentity, iter_shards, read_footer, shard_writer
 from pipeline.verify import verify
@@ -140,7 +140,7 @@ def test_a_worker_says_in_words_that_its_checkpoint_is_gone(
     )
     weights = read_weights(config.weight_paths)
     hubert.unlink()
-    worker = ExtractTask(Job(dataset, corpus, config, "x", weights), lambda *_: None)
+    worker = ExtractTask(ExtractJob(dataset, corpus, config, "x", weights), lambda *_: None)
     result = read_result(worker(pa.Table.from_pylist([task_row(0)])))
     assert result.status == REFUSED
     assert result.detail.startswith("encoder.checkpoint: ") and "Traceback" not in result.detail

@@ -16,7 +16,7 @@ import soundfile as sf
 
 from pipeline.config import load_config
 from pipeline.errors import SongBug, UserError
-from pipeline.job import Job
+from pipeline.job import ExtractJob
 from pipeline.plan import load_plan
 from pipeline.shards import iter_shards, read_footer
 from pipeline.verify import verify
@@ -189,7 +189,7 @@ def test_a_gpu_operator_finds_the_pitch_as_one_operator_does(
     before = shard_hashes(tmp_path / "d")
     config = load_config(None, [*FAST[:1], *FAST[2:], *settings])
     fingerprint = read_footer(iter_shards(tmp_path / "d")[0]).fingerprint
-    job = Job(tmp_path / "d", singing, config, fingerprint, {})
+    job = ExtractJob(tmp_path / "d", singing, config, fingerprint, {})
     first, second = PrepareTask(job, lambda *_: None), FinishTask(job)
     for path in iter_shards(tmp_path / "d"):
         path.unlink()

@@ -18,7 +18,7 @@ from pipeline.clips import ClipsOfShard
 from pipeline.config import fingerprint
 from pipeline.errors import UserError
 from pipeline.extract import ExtractOptions, Outcome, reextract
-from pipeline.job import Job, TakenOver
+from pipeline.job import ExtractJob, TakenOver
 from pipeline.plan import load_plan
 from pipeline.reextract import FromDataset, compare, config_from, read_source
 from pipeline.report import write_report
@@ -263,7 +263,9 @@ def test_a_song_that_kills_its_worker_is_left_out(dataset: Path, tmp_path: Path)
     source = read_source(dataset)
     task = next(t for t in load_plan(dataset).values() if t.songs[0].song_id == "spk1/song0.wav")
     over = TakenOver(dataset, source.fingerprint, True, (), None)
-    half = ClipsOfShard(Job(dataset, dataset, source.config, "x", {}), over, lambda *_: None, None)
+    half = ClipsOfShard(
+        ExtractJob(dataset, dataset, source.config, "x", {}), over, lambda *_: None, None
+    )
     clips, ledger = half.prepare(task.index, [task.songs[0].song_id], StageClock())
     assert clips.num_rows == sum(entry.clips for entry in ledger)
     assert (ledger[0].status, ledger[0].reason, ledger[0].clips) == ("quarantined", "crashed", 0)
@@ -287,7 +289,9 @@ def test_two_operators_write_the_same_bytes_as_one(
     config = config_from(source, None, settings)
     reading = compare(source, config)
     over = FromDataset(reading).take_over()
-    job = Job(tmp_path / "new", dataset, config, fingerprint(reading.settings), {}, taken_over=over)
+    job = ExtractJob(
+        tmp_path / "new", dataset, config, fingerprint(reading.settings), {}, taken_over=over
+    )
     first, second = PrepareTask(job, lambda *_: None), FinishTask(job)
     for path in iter_shards(tmp_path / "new"):
         task = read_footer(path).task
