@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,16 @@ from models.synthesizer.config import ModelConfig, SynthesizerConfig
 from models.synthesizer.noise import Noise
 from models.synthesizer.snake import Snake
 from models.synthesizer.source import SineSource
-from models.synthesizer.weight_norm import Conv1d, ConvTranspose1d
+from models.synthesizer.tiles import decode_in_tiles, lay_out_for_tiles
+from models.synthesizer.weight_norm import Conv1d, ConvTranspose1d, fold_weight_norm
 
 _SLOPE = 0.1  # of leaky ReLUs
 _LAST_SLOPE = 0.01  # of the last one
 
 Activation = Callable[[int], nn.Module]
 """Builds the activation of so many channels."""
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class SourceFilter(nn.Module):
@@ -56,6 +60,18 @@ class SourceFilter(nn.Module):
         """
         return self._filtered(self.conv_pre(z), self.m_source(f0, noise, phase))
 
+    @torch.no_grad()
+    def infer(self, z: Tensor, f0: Tensor, noise: Noise, phase: Tensor | None = None) -> Tensor:
+        """As `forward`, for singing: on a CPU in tiles, so that it takes less time and room."""
+        if not _tiles_pay(z):
+            return self(z, f0, noise, phase)
+        return self._in_tiles(self.conv_pre(z), self.m_source.infer(f0, noise, phase))
+
+    def _in_tiles(self, x: Tensor, source: Tensor) -> Tensor:
+        """As `_filtered`, one example after the other."""
+        examples = zip(x.split(1), source.split(1), strict=True)
+        return torch.cat([decode_in_tiles(self, *example) for example in examples])
+
     def _filtered(self, x: Tensor, source: Tensor) -> Tensor:
         """wav (B, 1, T) of the first layer's output (B, C, F) and the source (B, 1, T)."""
         for i, up in enumerate(self.ups):
@@ -81,6 +97,16 @@ class Generator(SourceFilter):
         """
         source = self.m_source(f0, noise, phase)
         return self._filtered(self.conv_pre(z) + self.cond(g), source)
+
+    @torch.no_grad()
+    def infer(
+        self, z: Tensor, f0: Tensor, g: Tensor, noise: Noise, phase: Tensor | None = None
+    ) -> Tensor:
+        """As `forward`, for singing: on a CPU in tiles, so that it takes less time and room."""
+        if not _tiles_pay(z):
+            return self(z, f0, g, noise, phase)
+        source = self.m_source.infer(f0, noise, phase)
+        return self._in_tiles(self.conv_pre(z) + self.cond(g), source)
 
 
 class PlainGenerator(nn.Module):
@@ -127,6 +153,14 @@ class ResBlock1(nn.Module):
             x = plain(_masked(self.activations[2 * i + 1](y), mask)).add_(x)
         return _masked(x, mask)
 
+    def branches(self) -> list[list[tuple[nn.Module, nn.Conv1d]]]:
+        """See tiles.Block."""
+        pairs = zip(self.convs1, self.convs2, strict=True)
+        return [
+            list(zip(self.activations[2 * i : 2 * i + 2], pair, strict=True))
+            for i, pair in enumerate(pairs)
+        ]
+
 
 class ResBlock2(nn.Module):
     """For each dilation one convolution beside the way straight through."""
@@ -148,6 +182,29 @@ class ResBlock2(nn.Module):
         for conv, activation in zip(self.convs, self.activations, strict=True):
             x = conv(_masked(activation(x), mask)).add_(x)
         return _masked(x, mask)
+
+    def branches(self) -> list[list[tuple[nn.Module, nn.Conv1d]]]:
+        """See tiles.Block."""
+        return [[layer] for layer in zip(self.activations, self.convs, strict=True)]
+
+
+def for_singing(network: Network) -> Network:
+    """A decoder, or a network with one, made ready to sing and no longer to learn, in place.
+
+    Weight norm is folded (the state dict then has `weight`, see `fold_weight_norm`), and weights of
+    decoders are stored in the order in which tiles read them. What it sings is the same but for
+    rounding; without it each piece has its weights prepared anew.
+    """
+    fold_weight_norm(network).requires_grad_(False).eval()
+    for part in network.modules():
+        if isinstance(part, SourceFilter):
+            lay_out_for_tiles(part)
+    return network
+
+
+def _tiles_pay(x: Tensor) -> bool:
+    """Accelerators like large tensors, and a traced graph has no loop over a length that varies."""
+    return x.device.type == "cpu" and not torch.jit.is_tracing()
 
 
 def _leaky(channels: int) -> nn.Module:

@@ -20,6 +20,8 @@ _KAISER_BETA = 4.663800127934911  # for 51 dB, by Kaiser's formula: a transition
 class Snake(nn.Module):
     """x + sin^2(a x) / b at twice the rate, with a and b of each channel; (B, C, T) to the same."""
 
+    reach = _REACH  # samples before and after it that a sample of the output depends on
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels

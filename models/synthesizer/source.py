@@ -19,6 +19,7 @@ HARMONICS = 9  # f0 and its overtones
 _AMPLITUDE = 0.1
 _VOICED_NOISE = 0.003  # standard deviation beside the sines
 _UNVOICED_NOISE = _AMPLITUDE / 3  # in their place
+_PIECE = 64  # frames that are worked out together where memory is to be spared
 
 
 class SineSource(nn.Module):
@@ -42,15 +43,35 @@ class SineSource(nn.Module):
         return torch.tanh(mixed + self.l_linear.bias)
 
     @torch.no_grad()
+    def infer(self, f0: Tensor, noise: Noise, phase: Tensor | None = None) -> Tensor:
+        """What `forward` gives, piece by piece: phases in float64 take much room."""
+        if phase is None:
+            phase = first_phase(f0, noise)
+        drawn = noise.normal(f0.new_empty(*phase.shape, f0.shape[1] * self.hop_length))
+        pieces = []
+        for part, normal in zip(
+            f0.split(_PIECE, dim=1), drawn.split(_PIECE * self.hop_length, dim=2), strict=True
+        ):
+            waves = sines(part, self.sample_rate, self.hop_length, phase)
+            mixed = self.l_linear.weight @ self._with_noise(waves, part, normal)
+            pieces.append(torch.tanh(mixed + self.l_linear.bias))
+            phase = phase_after(part, self.sample_rate, self.hop_length, phase)
+        return torch.cat(pieces, dim=2)
+
+    @torch.no_grad()
     def waves(self, f0: Tensor, noise: Noise, phase: Tensor | None = None) -> Tensor:
         """(B, N, T): sines with a little noise where voiced, noise alone elsewhere."""
         if phase is None:
             phase = first_phase(f0, noise)
         waves = sines(f0, self.sample_rate, self.hop_length, phase)
+        return self._with_noise(waves, f0, noise.normal(waves))
+
+    def _with_noise(self, waves: Tensor, f0: Tensor, normal: Tensor) -> Tensor:
+        """waves (B, N, T) in place; normal: as many random numbers."""
         voiced = (f0 > 0).repeat_interleave(self.hop_length, dim=1).unsqueeze(1)  # (B, 1, T)
         amplitude = torch.where(voiced, _AMPLITUDE, 0.0).to(waves)
         deviation = torch.where(voiced, _VOICED_NOISE, _UNVOICED_NOISE).to(waves)
-        return waves.mul_(amplitude).addcmul_(deviation, noise.normal(waves))
+        return waves.mul_(amplitude).addcmul_(deviation, normal)
 
 
 def first_phase(f0: Tensor, noise: Noise) -> Tensor:

@@ -118,7 +118,21 @@ class Synthesizer(nn.Module):
         m_p, logs_p = self.enc_p(x, mask, f0_to_coarse(f0, peer=True))
         z_p = m_p + noise.normal(m_p) * torch.exp(logs_p) * noise_scale
         z = self.flow(z_p, mask, g, reverse=True)
-        return self.dec(z, f0, g, noise, phase).squeeze(1), f0
+        return self.dec.infer(z, f0, g, noise, phase).squeeze(1), f0
+
+    @torch.no_grad()
+    def predict_f0(
+        self,
+        units: Tensor,
+        f0: Tensor,
+        voiced: Tensor,
+        speaker: Tensor,
+        volume: Tensor | None = None,
+    ) -> Tensor:
+        """The predictor's melody (B, F) in Hz; the arguments, and what is raised, as of `infer`."""
+        mask = torch.ones_like(f0).unsqueeze(1)
+        x = self._content(units, voiced, mask, volume)
+        return self._predict_f0(x, f0, voiced, mask, self._speaker(speaker))
 
     @torch.no_grad()
     def resynthesize(
@@ -128,7 +142,7 @@ class Synthesizer(nn.Module):
         g = self._speaker(speaker)
         mask = sequence_mask(lengths, spec.shape[-1]).unsqueeze(1).to(spec.dtype)
         z, _, _ = self.enc_q(spec, mask, g, noise)
-        return self.dec(z * mask, f0, g, noise).squeeze(1)
+        return self.dec.infer(z * mask, f0, g, noise).squeeze(1)
 
     def _content(
         self, units: Tensor, voiced: Tensor, mask: Tensor, volume: Tensor | None

@@ -23,7 +23,7 @@ class Conv1d(nn.Conv1d):
         _split_weight(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, _weight(self), self.bias)
+        return self._conv_forward(x, weight_of(self), self.bias)
 
 
 class Conv2d(nn.Conv2d):
@@ -34,7 +34,7 @@ class Conv2d(nn.Conv2d):
         _split_weight(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, _weight(self), self.bias)
+        return self._conv_forward(x, weight_of(self), self.bias)
 
 
 class ConvTranspose1d(nn.ConvTranspose1d):
@@ -47,7 +47,7 @@ class ConvTranspose1d(nn.ConvTranspose1d):
     def forward(self, x: Tensor) -> Tensor:
         return F.conv_transpose1d(
             x,
-            _weight(self),
+            weight_of(self),
             self.bias,
             self.stride,
             self.padding,
@@ -105,6 +105,13 @@ class SeparableConvTranspose1d(nn.Module):
         return self.point_conv(self.depth_conv(x))
 
 
+def weight_of(conv: nn.Module) -> Tensor:
+    """The weight that a convolution, weight-normalised or plain, has now."""
+    if hasattr(conv, "weight_v"):
+        return torch._weight_norm(conv.weight_v, conv.weight_g, 0)
+    return conv.weight
+
+
 _PLAIN = {Conv1d: nn.Conv1d, Conv2d: nn.Conv2d, ConvTranspose1d: nn.ConvTranspose1d}
 
 
@@ -116,7 +123,7 @@ def fold_weight_norm(module: nn.Module) -> nn.Module:
     """
     for part in module.modules():
         if type(part) in _PLAIN:
-            weight = nn.Parameter(_weight(part).detach())
+            weight = nn.Parameter(weight_of(part).detach())
             del part.weight_g, part.weight_v
             part.register_parameter("weight", weight)
             part.__class__ = _PLAIN[type(part)]
@@ -129,7 +136,3 @@ def _split_weight(conv: nn.Module) -> None:
     length = torch.linalg.vector_norm(weight.detach().flatten(1), dim=1)
     conv.weight_g = nn.Parameter(length.view(-1, *[1] * (weight.dim() - 1)))
     conv.weight_v = weight
-
-
-def _weight(conv: nn.Module) -> Tensor:
-    return torch._weight_norm(conv.weight_v, conv.weight_g, 0)

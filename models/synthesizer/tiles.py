@@ -1,0 +1,245 @@
+"""Decoding in tiles of time: what a decoder gives as a whole, worked out tile by tile.
+
+A tile of each stage of upsampling fits a core's cache however long the signal is, and room is taken
+for tiles alone. A tile is read with as many samples around it as the convolutions see, and each
+convolution leaves those off that it has used up; at the ends of the signal it pads, as it does in
+the whole. So the result is the whole's but for rounding.
+
+Tensors are (1, C, 1, T) in the memory format `channels_last`, in which convolutions of few channels
+are up to twice as quick. C channels, T samples at the rate of a stage, R how many of them a sample
+before it becomes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.synthesizer.snake import Snake
+from models.synthesizer.weight_norm import weight_of
+
+_VALUES = 1 << 18  # of a tile, a megabyte, so that a core's cache holds what is made of it
+_REACHES = 64  # a tile is at least so many times as long as what is read around it; 2 or more
+
+
+class Block(Protocol):
+    """A residual block."""
+
+    def branches(self) -> list[list[tuple[nn.Module, nn.Conv1d]]]:
+        """One after the other, each of them beside the way straight through."""
+        ...
+
+
+class Decoder(Protocol):
+    """The stages of a HiFi-GAN with a source; of the blocks each stage has an equal share."""
+
+    ups: nn.ModuleList
+    snakes: nn.ModuleList  # activations before the upsamplers
+    noise_convs: nn.ModuleList
+    resblocks: nn.ModuleList
+    snake_post: nn.Module
+    conv_post: nn.Conv1d
+
+
+def decode_in_tiles(decoder: Decoder, x: Tensor, source: Tensor) -> Tensor:
+    """wav (1, 1, T) of x (1, C, F), what the first stage is given, and the source (1, 1, T)."""
+    chunks: Iterable[Tensor] = [x.unsqueeze(2).contiguous(memory_format=torch.channels_last)]
+    blocks = len(decoder.resblocks) // len(decoder.ups)
+    for i, up in enumerate(decoder.ups):
+        stage = _Stage(
+            _Activation(decoder.snakes[i]),
+            _Upsampler(up),
+            _SourceConv(decoder.noise_convs[i]),
+            [_Block(block) for block in decoder.resblocks[i * blocks : (i + 1) * blocks]],
+        )
+        chunks = stage(chunks, source)
+    return torch.cat(list(_last_layer(decoder, chunks)), dim=-1).squeeze(2)
+
+
+def lay_out_for_tiles(decoder: Decoder) -> None:
+    """Stores weights as tiles read them, in place; otherwise they are copied at each decoding.
+
+    Shapes and values stay. Weight norm is to be folded before.
+    """
+    for conv in [*decoder.ups, *decoder.resblocks.modules(), decoder.conv_post]:
+        if isinstance(conv, nn.Conv1d | nn.ConvTranspose1d):
+            conv.weight.data = _flat_weight(conv).squeeze(2)
+
+
+def _last_layer(decoder: Decoder, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    activation, conv = _Activation(decoder.snake_post), _Conv(decoder.conv_post)
+    halo = activation.reach + conv.reach
+    for window in _windows(chunks, _size(conv.channels, halo), halo):
+        yield torch.tanh(conv(activation(window.x, window.ends), window.ends))
+
+
+# ---- windows -----------------------------------------------------------------------------------
+
+
+class _Ends(NamedTuple):
+    """Whether a tile begins and ends where the signal does; elsewhere it is cut."""
+
+    first: bool
+    last: bool
+
+
+class _Window(NamedTuple):
+    """A tile and what is around it: `halo` samples at either end that is cut."""
+
+    x: Tensor
+    begin: int  # of x in the signal
+    ends: _Ends
+
+
+def _windows(chunks: Iterable[Tensor], size: int, halo: int) -> Iterator[_Window]:
+    """Tiles of `size` samples, the last one of `halo` to `size + halo`; `size` is more than `halo`.
+
+    chunks: the signal, in pieces of any length.
+    """
+    held: Tensor | None = None
+    begin, around = 0, 0  # around: how much of what is held comes before the next tile
+    for chunk in chunks:
+        held = chunk if held is None else torch.cat([held, chunk], dim=-1)
+        while held.shape[-1] > around + size + halo:
+            x = held[..., : around + size + halo]
+            yield _Window(x, begin, _Ends(begin == 0, False))
+            step = around + size - halo
+            held, begin, around = held[..., step:], begin + step, halo
+    assert held is not None
+    yield _Window(held, begin, _Ends(begin == 0, True))
+
+
+def _inner(x: Tensor, reach: int, ends: _Ends) -> Tensor:
+    """x without `reach` samples at the ends that are cut."""
+    return x[..., 0 if ends.first else reach : x.shape[-1] - (0 if ends.last else reach)]
+
+
+# ---- layers ------------------------------------------------------------------------------------
+# `reach`: how many samples before and after it a sample of the output depends on. So many fewer
+# come out at the ends that are cut.
+
+
+class _Activation:
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.reach = module.reach if isinstance(module, Snake) else 0
+
+    def __call__(self, x: Tensor, ends: _Ends, overwrite: bool = False) -> Tensor:
+        if isinstance(self.module, nn.LeakyReLU):
+            return F.leaky_relu(x, self.module.negative_slope, inplace=overwrite)
+        return _inner(self.module(x.squeeze(2)).unsqueeze(2), self.reach, ends)
+
+
+class _Conv:
+    """One that pads so that its output is as long as its input."""
+
+    def __init__(self, conv: nn.Conv1d) -> None:
+        self.weight, self.bias = _flat_weight(conv), conv.bias
+        self.channels, self.dilation = conv.in_channels, conv.dilation[0]
+        self.reach = int(conv.padding[0])
+
+    def __call__(self, x: Tensor, ends: _Ends) -> Tensor:
+        if any(ends):
+            x = F.pad(x, [self.reach * end for end in ends])
+        return F.conv2d(x, self.weight, self.bias, dilation=(1, self.dilation))
+
+
+class _Upsampler:
+    """(1, C, 1, T) to (1, C', 1, R T). Near cut ends, `reach` samples of its input, it is wrong."""
+
+    def __init__(self, up: nn.ConvTranspose1d) -> None:
+        self.weight, self.bias = _flat_weight(up), up.bias
+        self.channels, self.rate, self.padding = up.out_channels, up.stride[0], int(up.padding[0])
+        self.reach = (up.kernel_size[0] - 1 - self.padding) // self.rate
+
+    def __call__(self, x: Tensor) -> Tensor:
+        stride, padding = (1, self.rate), (0, self.padding)
+        return F.conv_transpose2d(x, self.weight, self.bias, stride, padding)
+
+
+class _SourceConv:
+    """The source at the rate and width of a stage."""
+
+    def __init__(self, conv: nn.Conv1d) -> None:
+        self.weight, self.bias = conv.weight.squeeze(1), conv.bias  # (C, taps)
+        self.stride, self.padding = conv.stride[0], int(conv.padding[0])
+
+    def __call__(self, source: Tensor, begin: int, count: int) -> Tensor:
+        """(1, C, 1, count) from sample `begin` of the output on; source is (1, 1, T)."""
+        first = begin * self.stride - self.padding
+        last = first + (count - 1) * self.stride + self.weight.shape[1]
+        inside = source[..., max(0, first) : last]
+        padded = F.pad(inside, (max(0, -first), max(0, last - source.shape[-1])))
+        taps = padded.squeeze(1).unfold(-1, self.weight.shape[1], self.stride)
+        return F.linear(taps, self.weight, self.bias).transpose(1, 2).unsqueeze(2)
+
+
+class _Branch:
+    def __init__(self, layers: list[tuple[nn.Module, nn.Conv1d]]) -> None:
+        self.layers = [(_Activation(activation), _Conv(conv)) for activation, conv in layers]
+        self.reach = sum(activation.reach + conv.reach for activation, conv in self.layers)
+
+    def __call__(self, x: Tensor, ends: _Ends) -> Tensor:
+        y = x
+        for activation, conv in self.layers:
+            y = conv(activation(y, ends, overwrite=y is not x), ends)
+        return y.add_(_inner(x, self.reach, ends))
+
+
+class _Block:
+    def __init__(self, block: Block) -> None:
+        self.branches = [_Branch(layers) for layers in block.branches()]
+        self.reach = sum(branch.reach for branch in self.branches)
+
+    def __call__(self, x: Tensor, ends: _Ends) -> Tensor:
+        for branch in self.branches:
+            x = branch(x, ends)
+        return x
+
+
+class _Stage:
+    """Upsampling, the source added, and the mean of residual blocks."""
+
+    def __init__(
+        self,
+        activation: _Activation,
+        up: _Upsampler,
+        source_conv: _SourceConv,
+        blocks: Sequence[_Block],
+    ) -> None:
+        self.activation, self.up = activation, up
+        self.source_conv, self.blocks = source_conv, blocks
+        self.reach = max(block.reach for block in blocks)  # samples of the output
+        self.halo = activation.reach + up.reach + -(-self.reach // up.rate)  # of the input
+        self.size = max(2 * self.halo, _size(up.channels, self.reach) // up.rate)
+
+    def __call__(self, chunks: Iterable[Tensor], source: Tensor) -> Iterator[Tensor]:
+        """The stage's output in pieces, of its input in pieces and the whole source (1, 1, T)."""
+        for x, begin, ends in _windows(chunks, self.size, self.halo):
+            spare = self.halo * self.up.rate - self.reach
+            y = self.up(self.activation(x, ends))
+            y = _inner(y, spare - self.activation.reach * self.up.rate, ends)
+            begin = begin * self.up.rate + (0 if ends.first else spare)
+            y += self.source_conv(source, begin, y.shape[-1])
+            yield self._average(y, ends)
+
+    def _average(self, x: Tensor, ends: _Ends) -> Tensor:
+        total = self.blocks[0](_inner(x, self.reach - self.blocks[0].reach, ends), ends)
+        for block in self.blocks[1:]:
+            total += block(_inner(x, self.reach - block.reach, ends), ends)
+        return total.div_(len(self.blocks))
+
+
+def _size(channels: int, reach: int) -> int:
+    """Samples of a tile: few enough for the cache, and enough for what is read around them."""
+    return max(_VALUES // channels, _REACHES * reach)
+
+
+def _flat_weight(conv: nn.Conv1d | nn.ConvTranspose1d) -> Tensor:
+    """(C', C, 1, taps) in the memory format of the tiles."""
+    weight = weight_of(conv).detach().unsqueeze(2)
+    return weight.contiguous(memory_format=torch.channels_last)
