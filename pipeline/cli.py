@@ -306,16 +306,20 @@ def convert(
     given = {"voice.speaker": speaker, "pitch.transpose": transpose, "compute.backend": backend}
     settings += [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
 
-    from pipeline.convert import convert_file, read_request, write_page
+    if print_config:  # also without the encoder's weights, and before it is known who sings
+        from pipeline.convert_config import convert_config
+        from pipeline.settings import dump_yaml
+        from pipeline.voices import read_any_voice
 
+        resolved = convert_config(read_any_voice(Path(places[0])), config, settings)
+        sys.stdout.write(dump_yaml(dataclasses.asdict(resolved)))
+        return
     if len(places) > 3:
         raise UserError(f"'{places[3]}' is neither a setting (section.key=value) nor asked for")
-    request = read_request(Path(places[0]), settings, config, encoder_checkpoint)
-    if print_config:
-        from pipeline.settings import dump_yaml
 
-        sys.stdout.write(dump_yaml(dataclasses.asdict(request.config)))
-        return
+    from pipeline.convert import convert_file, read_request, write_page
+
+    request = read_request(Path(places[0]), settings, config, encoder_checkpoint)
     song, out = Path(places[1]), Path(places[2])
     console = _console()
     try:
