@@ -1,0 +1,144 @@
+"""What a voice sang, sung again by a vocoder that has heard far more singers.
+
+The vocoder makes sound anew of the mel of the voice's sound and of its f0. What is higher than it
+was trained on it hears slowed down, lower by `adaptive_key`, and what it then sings is played as
+much faster.
+
+Source: modules/enhancer.py of so-vits-svc (commit 730930d), which has it from DDSP-SVC.
+
+N harmonics, F frames, T samples.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.synthesizer.noise import KeyedNoise, Noise
+from models.synthesizer.nvstft import vocoder_mel
+from models.synthesizer.source import first_phase, phase_after
+from models.synthesizer.vocoder import Vocoder
+from models.torchaudio_compat import import_torchaudio
+
+_HIGHEST_HZ = 760.0  # that a vocoder sings as it is
+_MOST_SEMITONES = 24
+_LOWPASS_WIDTH = 128  # zero crossings of the resampling filter
+
+AdaptiveKey = float | Literal["auto"]
+"""Semitones; "auto": `automatic_key` of the f0 at hand."""
+
+
+def automatic_key(f0: Tensor) -> int:
+    """The fewest whole semitones, from 0, that bring all of f0 (F,) down to 760 Hz.
+
+    Source: the enhancer of DDSP-SVC; so-vits-svc's has numbers alone.
+    """
+    highest = float(f0.max()) if len(f0) else 0.0
+    return math.ceil(12 * math.log2(max(1.0, highest / _HIGHEST_HZ)))
+
+
+class Enhancer:
+    """Sings with `vocoder`, on its device."""
+
+    def __init__(self, vocoder: Vocoder) -> None:
+        self.vocoder = vocoder
+        self.sample_rate = vocoder.config.sample_rate
+        self._hop_length = vocoder.config.hop_length
+        self._device = next(vocoder.parameters()).device
+        self._resamplers: dict[tuple[int, int], nn.Module] = {}
+
+    @torch.no_grad()
+    def enhance(
+        self,
+        wav: Tensor,
+        sample_rate: int,
+        f0: Tensor,
+        hop_length: int,
+        adaptive_key: AdaptiveKey = 0.0,
+        silence_front: float = 0.0,
+        *,
+        noise: Noise | None = None,
+        phase: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
+        """wav (T,) as the vocoder sings it, and its sample rate: the vocoder's.
+
+        It is whole frames of the vocoder long, and may end a frame before `wav`.
+
+        f0: (F,) in Hz, a frame each `hop_length` samples, without gaps: filled where unvoiced.
+        silence_front: seconds, rounded down to frames, that become silence.
+        noise: of one example; None: always the same. phase: (1, N) of the sine source before the
+        first sample, in cycles; None: 0 for f0, chance for its overtones.
+
+        Raises ValueError for a key of more than two octaves.
+        """
+        lifted = self._lifted_rate(adaptive_key, f0)
+        skipped = int(silence_front * sample_rate / hop_length)
+        heard, f0_heard = wav[skipped * hop_length :], f0[skipped:]
+        if len(heard) == 0 or len(f0_heard) == 0:
+            return wav.new_zeros(round(len(wav) * self.sample_rate / sample_rate)), self.sample_rate
+        heard = self._resample(heard.to(self._device), sample_rate, lifted)
+        config = self.vocoder.config
+        mel = vocoder_mel(heard[None], config.mel, config.sample_rate, config.hop_length)
+        contour = self._contour(f0_heard, hop_length / sample_rate, lifted, mel.shape[-1]).to(mel)
+        noise = noise or KeyedNoise([0], self._device)
+        if phase is None:
+            phase = first_phase(contour, noise)
+        else:
+            before = f0[None, :skipped].to(self._device)
+            phase = phase_after(before, sample_rate, hop_length, phase.to(self._device))
+        sung = self.vocoder.infer(mel, contour, noise, phase)[0, 0]
+        silence = sung.new_zeros(round(skipped * hop_length * self.sample_rate / sample_rate))
+        return torch.cat(
+            [silence, self._resample(sung, lifted, self.sample_rate)]
+        ), self.sample_rate
+
+    def phase_after(
+        self,
+        f0: Tensor,
+        sample_rate: int,
+        hop_length: int,
+        adaptive_key: AdaptiveKey,
+        phase: Tensor,
+    ) -> Tensor:
+        """(1, N) float64 in cycles at the end of f0 (F,): for the piece that begins there.
+
+        The arguments are those of `enhance`; phase: (1, N) before the first sample of f0.
+        """
+        lifted = self._lifted_rate(adaptive_key, f0)
+        frames = len(f0) * hop_length / sample_rate * lifted / self._hop_length
+        whole = int(frames)
+        contour = self._contour(f0, hop_length / sample_rate, lifted, whole + 1)
+        phase = phase_after(contour[:, :whole], self.sample_rate, self._hop_length, phase.cpu())
+        rest = (frames - whole) * self._hop_length
+        return phase_after(contour[:, whole:], self.sample_rate, rest, phase)
+
+    def _lifted_rate(self, adaptive_key: AdaptiveKey, f0: Tensor) -> int:
+        """What the wav is resampled to, for the vocoder to take it for its own rate."""
+        key = automatic_key(f0) if adaptive_key == "auto" else adaptive_key
+        if not -_MOST_SEMITONES <= key <= _MOST_SEMITONES:
+            raise ValueError(
+                f"the enhancer's adaptive key is {key:g}; it must lie in -{_MOST_SEMITONES} to "
+                f"{_MOST_SEMITONES} semitones"
+            )
+        return 100 * round(self.sample_rate / 2 ** (-key / 12) / 100)
+
+    def _contour(self, f0: Tensor, frame_s: float, lifted: int, frames: int) -> Tensor:
+        """f0 (1, frames) that the vocoder is to sing, of f0 (F,) with a frame each `frame_s`."""
+        slower = self.sample_rate / lifted
+        lowered = f0.cpu().numpy() * slower
+        have = frame_s * np.arange(len(lowered)) / slower
+        want = self._hop_length / self.sample_rate * np.arange(frames)
+        return torch.from_numpy(np.interp(want, have, lowered)).float().unsqueeze(0)
+
+    def _resample(self, wav: Tensor, rate: int, target: int) -> Tensor:
+        if rate == target:
+            return wav
+        if (rate, target) not in self._resamplers:
+            transforms = import_torchaudio().transforms
+            resampler = transforms.Resample(rate, target, lowpass_filter_width=_LOWPASS_WIDTH)
+            self._resamplers[rate, target] = resampler.to(wav)
+        return self._resamplers[rate, target](wav)
