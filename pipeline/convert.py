@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from models.checkpoint import CheckpointError, sha256_of
 from models.encoders import WITHOUT_WEIGHTS, load_encoder
+from models.synthesizer.onnx import OnnxSynthesizer, export_voice
 from models.synthesizer.voice import Voice, load_network
 from pipeline.bar import show_bar
 from pipeline.config import naming
@@ -19,13 +21,13 @@ from pipeline.conversion import Conversion
 from pipeline.convert_config import ConvertConfig, convert_config
 from pipeline.convert_report import write_conversion_report
 from pipeline.convert_units import UnitControls
-from pipeline.converter import Converter, Models
+from pipeline.converter import Converter, Models, Singing
 from pipeline.errors import UserError
 from pipeline.outputs import choose_device
 from pipeline.settings import flatten
 from pipeline.song_file import check_output
 from pipeline.speaker_mix import SpeakerMix, read_mix
-from pipeline.voices import read_any_voice
+from pipeline.voices import is_graph, read_any_voice, weights_file
 from stages.decode import Decoder
 from stages.errors import BadInput
 from stages.f0 import check_networks
@@ -69,7 +71,6 @@ def load_models(request: Request) -> Models:
     """Raises: UserError for what does not load."""
     voice, config = request.voice, request.config
     device = choose_device(config.compute.device, "compute.device")
-    network = load_network(voice, device)
     cfg = config.encoder
     with naming("encoder"):
         encoder = load_encoder(cfg.name, cfg.checkpoint, device, **cfg.options())
@@ -90,7 +91,7 @@ def load_models(request: Request) -> Models:
     speaker = config.voice.speaker
     return Models(
         voice=voice,
-        network=network,
+        network=_network(request, device),
         encoder=encoder,
         mix=_mix(voice, config),
         controls=UnitControls(config.units, voice, speaker),
@@ -161,6 +162,18 @@ def _speaker(voice: Voice, config: ConvertConfig) -> str | None:
         wanted = "name one with --speaker" if speaker is None else f"'{speaker}' is none of them"
         raise UserError(f"this voice has the speakers {', '.join(voice.speakers)}; {wanted}")
     return speaker
+
+
+def _network(request: Request, device: str) -> Singing:
+    """Of torch, or of onnxruntime: there a voice that is no graph yet is made one for the time."""
+    file = weights_file(request.checkpoint)
+    with naming("compute.backend"), tempfile.TemporaryDirectory() as folder:
+        if is_graph(file):
+            return OnnxSynthesizer(file, device)
+        if request.config.compute.backend == "onnx":
+            export_voice(folder, request.voice)
+            return OnnxSynthesizer(folder, device)
+    return load_network(request.voice, device)
 
 
 def _mix(voice: Voice, config: ConvertConfig) -> SpeakerMix:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
@@ -361,7 +361,7 @@ class _Task:
 
     def _enhance(self, enhancer: Enhancer, wav: Array, f0: Array) -> Array:
         cfg = self.config.enhancer
-        key = "auto" if cfg.adaptive_key is None else cfg.adaptive_key
+        key: float | Literal["auto"] = "auto" if cfg.adaptive_key is None else cfg.adaptive_key
         sung, rate = enhancer.enhance(
             torch.from_numpy(wav),
             self.rate,

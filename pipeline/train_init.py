@@ -15,7 +15,8 @@ from models.synthesizer.sovits import read_discriminator, read_voice
 from models.synthesizer.voice import WEIGHTS, Voice, load_voice, require_same
 from pipeline.errors import UserError
 from pipeline.shards import EncoderIdentity
-from pipeline.train_state import TRAINING_FILE, Checkpoints, part_of, read_checkpoint
+from pipeline.train_state import TRAINING_FILE, part_of, read_checkpoint
+from pipeline.voices import weights_file
 
 _OF_DISCRIMINATOR = ("spectral_norm", "discriminator_channels")
 _MAY_DIFFER = ("n_speakers", "dropout", "source_rate", *_OF_DISCRIMINATOR)
@@ -42,30 +43,14 @@ class Start:
     lines: tuple[str, ...]
 
 
-def weights_file(path: Path) -> Path:
-    """The file of a synthesizer's weights that --init-from means. Raises UserError."""
-    if path.is_dir() and (path / "run.json").exists():
-        latest = Checkpoints(path / "checkpoints").latest(lambda line: None)
-        if latest is None:
-            raise UserError(f"--init-from: the run {path} has no checkpoint yet")
-        path = latest.folder
-    file = path / WEIGHTS if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(
-            f"--init-from: {file} does not exist; name a voice's or a checkpoint's folder, or a "
-            "G_*.pth of so-vits-svc with its config.json beside it"
-        )
-    return file
-
-
 def read_start(path: Path, wanted: Wanted) -> Start:
     """Raises UserError where the weights are not of such a voice."""
-    file = weights_file(path)
     try:
+        file = weights_file(path)
         voice = load_voice(file) if file.name == WEIGHTS else _read_sovits(file)
         _require_alike(voice, wanted)
         discriminator = _read_discriminator(file, voice, wanted)
-    except ValueError as error:
+    except (ValueError, UserError) as error:
         raise UserError(f"--init-from {path}: {error}") from error
     table, line = _speaker_rows(voice, wanted.speakers)
     lines = [line]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from models.checkpoint import CheckpointError
+from models.synthesizer.onnx import GRAPH, OnnxSynthesizer
 from models.synthesizer.sovits import read_voice
 from models.synthesizer.voice import DESCRIPTION, WEIGHTS, Voice, load_voice
 from pipeline.errors import UserError
@@ -22,7 +22,7 @@ def weights_file(path: Path) -> Path:
 
     Of a run it is the last checkpoint's; of a folder with a config.json (so-vits-svc's, or the
     NAME/{model.pth, config.json} of its first releases) the G_*.pth of the largest number, or
-    the only *.pth. Raises UserError.
+    the only *.pth; of an exported voice it is the graph. Raises UserError.
     """
     if path.is_dir() and (path / "run.json").exists():
         latest = Checkpoints(path / "checkpoints").latest(lambda line: None)
@@ -37,19 +37,27 @@ def weights_file(path: Path) -> Path:
 
 
 def read_any_voice(path: Path) -> Voice:
-    """The voice that `path` means. Raises UserError in a sentence."""
+    """The voice that `path` means; without tensors, of graphs. Raises UserError in a sentence."""
     file = weights_file(path)
     try:
+        if is_graph(file):
+            return OnnxSynthesizer(file).voice
         if file.name in (WEIGHTS, DESCRIPTION):
             return load_voice(file)
         return read_voice(file, file.parent / _SOVITS_CONFIG)
-    except CheckpointError as error:
+    except ValueError as error:  # a CheckpointError, or onnxruntime is missing
         raise UserError(str(error)) from error
+
+
+def is_graph(file: Path) -> bool:
+    return file.name == GRAPH
 
 
 def _file_in(folder: Path) -> Path:
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS
+    if (folder / GRAPH).is_file():
+        return folder / GRAPH
     if not (folder / _SOVITS_CONFIG).is_file():
         raise UserError(f"{folder} holds no voice; {_KINDS}")
     found = sorted(folder.glob("*.pth"))

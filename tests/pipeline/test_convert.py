@@ -293,3 +293,20 @@ def test_a_page_a_summary_and_the_settings(voice: Path, song: Path, tmp_path: Pa
     assert summary["num_samples"] == 8 * RATE
     printed = CliRunner().invoke(app, ["convert", str(voice), "--print-config", "--speaker", "ben"])
     assert "speaker: ben" in printed.output and "method: dio" in printed.output
+
+
+def test_onnxruntime_sings_the_same(voice: Path, song: Path, tmp_path: Path) -> None:
+    """Made a graph for the time, and from a folder that `export` wrote."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from pipeline.export import export
+
+    ours, _ = convert(voice, song, tmp_path / "a.wav", FLOAT)
+    theirs, _ = convert(voice, song, tmp_path / "b.wav", FLOAT, "compute.backend=onnx")
+    np.testing.assert_allclose(theirs, ours, atol=1e-5)
+    export(voice, tmp_path / "graphs")
+    graphs, _ = convert(tmp_path / "graphs", song, tmp_path / "c.wav", FLOAT)
+    np.testing.assert_array_equal(graphs, theirs)
+    own, _ = convert(tmp_path / "graphs", song, tmp_path / "d.wav", FLOAT, "pitch.predict=true")
+    melody, _ = convert(voice, song, tmp_path / "e.wav", FLOAT, "pitch.predict=true")
+    np.testing.assert_allclose(own, melody, atol=1e-3)
