@@ -403,7 +403,7 @@ def test_a_run_begins_with_the_weights_of_another(data: Path, whole: Path, tmp_p
         (whole, ("model.gin_channels=4",), r"model\.gin_channels is 4, and the voice has 8"),
         (whole, ("mel.n_fft=512",), r"mel\.n_fft is 512"),
         (tmp_path / "none", (), "none does not exist"),
-        (tmp_path, (), "does not exist; name a voice's"),
+        (tmp_path, (), "holds no voice; name a voice's"),
     ):
         with pytest.raises(UserError, match=message):
             continued(data, tmp_path / "new", start, *words)
