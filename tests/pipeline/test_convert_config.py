@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,15 @@ def test_convert_yaml_names_exactly_the_keys_and_defaults() -> None:
 def test_every_line_of_convert_yaml_that_sets_a_key_has_a_comment() -> None:
     lines = (CONFIGS / "convert.yaml").read_text().splitlines()
     assert [line for line in lines if line.startswith("  ") and "#" not in line] == []
+
+
+def test_the_page_of_converting_names_settings_that_are_there() -> None:
+    page = (CONFIGS.parent / "docs" / "converting.md").read_text(encoding="utf-8")
+    sections = {field.name for field in dataclasses.fields(ConvertConfig)}
+    named = re.findall(r"\b(([a-z0-9]+)\.(?!md|onnx|safetensors)[a-z_]+)\b", page)
+    keys = {key for key, section in named if section in sections}
+    assert keys <= flatten(ConvertConfig()).keys()
+    assert len(keys) > 20
 
 
 def test_clips_are_made_as_those_of_the_voice_were() -> None:
