@@ -13,7 +13,10 @@ from rich.console import Console
 
 from models.checkpoint import CheckpointError, sha256_of
 from models.encoders import WITHOUT_WEIGHTS, load_encoder
+from models.synthesizer.decoder import for_singing
+from models.synthesizer.enhancer import Enhancer
 from models.synthesizer.onnx import OnnxSynthesizer, export_voice
+from models.synthesizer.vocoder import load_vocoder
 from models.synthesizer.voice import Voice, load_network
 from pipeline.bar import show_bar
 from pipeline.config import naming
@@ -83,9 +86,6 @@ def load_models(request: Request) -> Models:
         check_networks(config.f0)
     enhancer = None
     if config.enhancer.checkpoint is not None:
-        from models.synthesizer.enhancer import Enhancer
-        from models.synthesizer.vocoder import load_vocoder
-
         with naming("enhancer.checkpoint"):
             enhancer = Enhancer(load_vocoder(config.enhancer.checkpoint, device))
     speaker = config.voice.speaker
@@ -173,7 +173,7 @@ def _network(request: Request, device: str) -> Singing:
         if request.config.compute.backend == "onnx":
             export_voice(folder, request.voice)
             return OnnxSynthesizer(folder, device)
-    return load_network(request.voice, device)
+    return for_singing(load_network(request.voice, device))
 
 
 def _mix(voice: Voice, config: ConvertConfig) -> SpeakerMix:

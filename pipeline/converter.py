@@ -9,10 +9,11 @@ The stages are those of extraction, with the settings that made the voice's own 
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from models.encoders import Encoder
 from models.synthesizer.config import SynthesizerConfig
+from models.synthesizer.enhancer import Enhancer, automatic_key
 from models.synthesizer.noise import KeyedNoise, Noise, PlacedNoise
 from models.synthesizer.segments import expand_units, volume_of
-from models.synthesizer.source import HARMONICS, phase_after
+from models.synthesizer.source import first_phase, phase_after
 from models.synthesizer.voice import Voice
 from pipeline.conversion import Conversion
 from pipeline.convert_config import ConvertConfig
@@ -41,9 +43,6 @@ from stages.resample import resample
 from stages.slice import is_silent, slice_silence
 from stages.types import Array
 from stages.units import UnitStatistics, encode_units, pack_units, unpack_units
-
-if TYPE_CHECKING:
-    from models.synthesizer.enhancer import Enhancer
 
 HIGHEST_HZ = 1100.0  # of what so-vits-svc's networks tell apart
 Progress = Callable[[float], None]  # is told seconds of the song
@@ -164,6 +163,7 @@ class _Task:
             self.notices.append("the song is silent throughout")
         self.stretches = [_Stretch(pieces, self._f0(pieces)) for pieces in stretches(self.pieces)]
         self.semitones = self._semitones()
+        self.key = self._vocoder_key()
         self.statistics = self._statistics()
         self._warn_of_height()
 
@@ -252,6 +252,14 @@ class _Task:
         self.notices.append(f"transposed by {semitones:+d} semitones")
         return semitones
 
+    def _vocoder_key(self) -> float:
+        """Semitones that the enhancer sings lower by: the same for all of the song."""
+        key = self.config.enhancer.adaptive_key
+        if key is not None:
+            return key
+        highest = max((float(self.asked(each).max()) for each in self.stretches), default=0.0)
+        return automatic_key(torch.tensor([highest]))
+
     def _statistics(self) -> UnitStatistics | None:
         """Of the song's units, where the voice learnt from units of mean 0 and variance 1."""
         if self.config.encoder.normalize != "song":
@@ -277,11 +285,8 @@ class _Task:
         asked = self.asked(stretch)
         filled = fill_unvoiced(asked.astype(np.float64), self.rate, self.hop).astype(np.float32)
         voiced = (asked > 0).astype(np.float32)
-        seed = self.config.voice.seed
-        chance = KeyedNoise([seed ^ (stretch.start & 0xFFFFFFFF)]).uniform(
-            torch.empty(1, HARMONICS - 1, dtype=torch.float64)
-        )
-        phase = torch.cat([torch.zeros(1, 1, dtype=torch.float64), chance], dim=1)
+        chance = KeyedNoise([zlib.crc32(f"{self.config.voice.seed} {stretch.start}".encode())])
+        phase = vocoder_phase = first_phase(torch.zeros(1, 1), chance).double()
         reached = stretch.start
         for piece in stretch.pieces:
             gain_db = self._gain_of(piece)
@@ -291,6 +296,10 @@ class _Task:
                 self._predict(stretch, piece, inputs, filled)
             between = filled[reached - stretch.start : piece.read_start - stretch.start]
             phase = phase_after(torch.from_numpy(between)[None], self._source_rate, self.hop, phase)
+            if self.models.enhancer is not None:
+                vocoder_phase = self.models.enhancer.phase_after(
+                    torch.from_numpy(between), self.rate, self.hop, self.key, vocoder_phase
+                )
             reached = piece.read_start
             f0 = stretch.of(piece, filled)
             wav = self._sing(piece, inputs, f0, phase)
@@ -298,7 +307,7 @@ class _Task:
                 again = self._inputs(piece, self._quantised(wav), stretch.of(piece, voiced))
                 wav = self._sing(piece, again, f0, phase)
             if self.models.enhancer is not None:
-                wav = self._enhance(self.models.enhancer, wav, f0)
+                wav = self._enhance(self.models.enhancer, wav, f0, vocoder_phase)
             yield piece, apply_gain(wav, -gain_db)
 
     @property
@@ -359,16 +368,15 @@ class _Task:
         )
         return wav[0].float().cpu().numpy()
 
-    def _enhance(self, enhancer: Enhancer, wav: Array, f0: Array) -> Array:
-        cfg = self.config.enhancer
-        key: float | Literal["auto"] = "auto" if cfg.adaptive_key is None else cfg.adaptive_key
+    def _enhance(self, enhancer: Enhancer, wav: Array, f0: Array, phase: Tensor) -> Array:
         sung, rate = enhancer.enhance(
             torch.from_numpy(wav),
             self.rate,
             torch.from_numpy(f0),
             self.hop,
-            key,
-            cfg.silence_front,
+            self.key,
+            self.config.enhancer.silence_front,
+            phase=phase,
         )
         out = resample(sung.cpu().numpy(), rate, self.rate, self.config.resample)[: len(wav)]
         return np.pad(out, (0, len(wav) - len(out)))

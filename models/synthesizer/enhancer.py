@@ -108,6 +108,8 @@ class Enhancer:
 
         The arguments are those of `enhance`; phase: (1, N) before the first sample of f0.
         """
+        if len(f0) == 0:
+            return phase
         lifted = self._lifted_rate(adaptive_key, f0)
         frames = len(f0) * hop_length / sample_rate * lifted / self._hop_length
         whole = int(frames)

@@ -29,6 +29,7 @@ from stages.decode import DecodeConfig, Decoder
 from stages.singer import VOICES, sing
 from stages.types import Array
 from tests.checkpoints import GOLDEN, write_hubert_base
+from tests.models.synthesizer.test_vocoder import write_vocoder
 from tests.pipeline.conftest import Extract
 from tests.songs import tune
 from tests.voices import SETTINGS, small_voice, write_small_voice
@@ -310,3 +311,19 @@ def test_onnxruntime_sings_the_same(voice: Path, song: Path, tmp_path: Path) -> 
     own, _ = convert(tmp_path / "graphs", song, tmp_path / "d.wav", FLOAT, "pitch.predict=true")
     melody, _ = convert(voice, song, tmp_path / "e.wav", FLOAT, "pitch.predict=true")
     np.testing.assert_allclose(own, melody, atol=1e-3)
+
+
+def test_a_vocoder_sings_it_again(voice: Path, held: Path, tmp_path: Path) -> None:
+    (tmp_path / "vocoder").mkdir()
+    vocoder = write_vocoder(tmp_path / "vocoder", "tiny")
+    enhanced = (FLOAT, f"enhancer.checkpoint={vocoder}")
+    plain, _ = convert(voice, held, tmp_path / "a.wav", FLOAT)
+    sung, _ = convert(voice, held, tmp_path / "b.wav", *enhanced)
+    assert len(sung) == len(plain) and np.abs(sung - plain).max() > 1e-3
+    whole, one = convert(voice, held, tmp_path / "c.wav", *enhanced, *WHOLE)
+    cut, several = convert(voice, held, tmp_path / "d.wav", *enhanced, "slice.max_length_ms=2000")
+    assert (one.pieces, several.pieces) == (1, 4)
+    assert level_db(cut - whole) - level_db(whole) < -6
+    convert(voice, held, tmp_path / "e.wav", *enhanced, "enhancer.adaptive_key=null")
+    with pytest.raises(UserError, match=r"enhancer\.checkpoint"):
+        convert(voice, held, tmp_path / "f.wav", f"enhancer.checkpoint={tmp_path / 'none'}")
