@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -9,14 +10,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from models.synthesizer.config import MelConfig, SynthesizerConfig
+from models.synthesizer.onnx import GRAPH, export_voice
 from models.synthesizer.synthesizer import Synthesizer
-from models.synthesizer.voice import DESCRIPTION, WEIGHTS, Voice, VoiceEncoder, save_voice
+from models.synthesizer.voice import (
+    DESCRIPTION,
+    WEIGHTS,
+    Voice,
+    VoiceEncoder,
+    load_voice,
+    save_voice,
+)
+from pipeline.cli import app
+from pipeline.convert_config import ConvertConfig
 from pipeline.errors import UserError
 from pipeline.train_state import Checkpoints
-from pipeline.voices import read_any_voice, weights_file
+from pipeline.voices import is_graph, read_any_voice, weights_file
 from tests.models.synthesizer.sovits_files import manifest, state_dict, write_voice
 
 CONFIG = SynthesizerConfig(
@@ -183,6 +196,26 @@ def test_half_of_a_voice_of_ours(ours: Path, tmp_path: Path) -> None:
     assert "no whole safetensors file" in refusal(tmp_path)
     (tmp_path / WEIGHTS).unlink()
     assert refusal(tmp_path / DESCRIPTION).endswith(f"it has no {WEIGHTS}")
+
+
+def test_a_voice_as_graphs_by_its_folder_or_its_graph(
+    ours: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("graphs")
+    export_voice(folder, load_voice(ours))
+    for path in (folder, folder / GRAPH):
+        voice = read_any_voice(path)
+        assert (voice.step, voice.speakers, voice.config) == (7, ("ann", "ben"), CONFIG)
+        assert is_graph(weights_file(path)) and not voice.tensors
+    assert not is_graph(weights_file(ours))
+
+
+def test_the_settings_of_a_voice_are_printed_before_it_is_said_who_sings(ours: Path) -> None:
+    words = ["convert", str(ours), "--print-config", "f0.method=dio", "voice.seed=3"]
+    printed = yaml.safe_load(CliRunner().invoke(app, words).output)
+    assert printed["audio"]["sample_rate"] == 16000 and printed["f0"]["hop_length"] == 16
+    assert (printed["f0"]["method"], printed["voice"]["seed"]) == ("dio", 3)
+    assert list(printed) == [field.name for field in dataclasses.fields(ConvertConfig)]
 
 
 def refusal(path: Path) -> str:
