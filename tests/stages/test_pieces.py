@@ -177,6 +177,9 @@ def test_at_the_ends_of_a_song_nothing_fades() -> None:
     gain = gains(plan(spans), 2400)[:2400]
     assert gain[0] == gain[-1] == 1
     np.testing.assert_array_equal(gain[1008 + 10 : 1408 - 10], 0)  # frames 63 to 88 are silent
+    fall, rise = gain[1008 - 10 : 1008 + 10], gain[1408 - 10 : 1408 + 10]
+    assert (np.diff(fall) < 0).all()
+    np.testing.assert_array_equal(fall, rise[::-1])
 
 
 def test_a_sound_comes_and_goes_evenly_around_its_ends() -> None:
