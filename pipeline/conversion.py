@@ -34,3 +34,8 @@ class Conversion:
     peak: float
     wall_s: float
     cpu_s: float
+
+    @property
+    def duration_s(self) -> float:
+        """Of the song, in whole frames."""
+        return len(self.f0) * self.hop_length / self.sample_rate

@@ -45,6 +45,11 @@ class SpeakerMix:
         return mixed
 
 
+def is_mix_file(text: str) -> bool:
+    """`text` is the path of a CSV file, and no weights."""
+    return text.lower().endswith(".csv") or "=" not in text
+
+
 def read_mix(text: str, speakers: Sequence[str], rows: int | None = None) -> SpeakerMix:
     """The mix that `text` asks for: "ann=0.7,ben=0.3" or the path of a CSV file.
 
@@ -56,7 +61,7 @@ def read_mix(text: str, speakers: Sequence[str], rows: int | None = None) -> Spe
     Raises: UserError naming what is wrong and, in a file, its line.
     """
     width = len(speakers) if rows is None else rows
-    if text.lower().endswith(".csv") or "=" not in text:
+    if is_mix_file(text):
         return _read_file(Path(text), speakers, width)
     names, cells = [], []
     for part in text.split(","):

@@ -11,7 +11,7 @@ from models.synthesizer.voice import DESCRIPTION, WEIGHTS, Voice, load_voice
 from pipeline.errors import UserError
 from pipeline.train_state import Checkpoints
 
-_SOVITS_CONFIG = "config.json"
+SOVITS_CONFIG = "config.json"
 _KINDS = (
     "name a voice's folder, a run's, or a G_*.pth of so-vits-svc with its config.json beside it"
 )
@@ -44,7 +44,7 @@ def read_any_voice(path: Path) -> Voice:
             return OnnxSynthesizer(file).voice
         if file.name in (WEIGHTS, DESCRIPTION):
             return load_voice(file)
-        return read_voice(file, file.parent / _SOVITS_CONFIG)
+        return read_voice(file, file.parent / SOVITS_CONFIG)
     except ValueError as error:  # a CheckpointError, or onnxruntime is missing
         raise UserError(str(error)) from error
 
@@ -58,11 +58,11 @@ def _file_in(folder: Path) -> Path:
         return folder / WEIGHTS
     if (folder / GRAPH).is_file():
         return folder / GRAPH
-    if not (folder / _SOVITS_CONFIG).is_file():
+    if not (folder / SOVITS_CONFIG).is_file():
         raise UserError(f"{folder} holds no voice; {_KINDS}")
     found = sorted(folder.glob("*.pth"))
     if not found:
-        raise UserError(f"{folder} has a {_SOVITS_CONFIG} and no *.pth beside it")
+        raise UserError(f"{folder} has a {SOVITS_CONFIG} and no *.pth beside it")
     steps = {int(n[1]): file for file in found if (n := re.fullmatch(r"G_(\d+)", file.stem))}
     if steps:
         return steps[max(steps)]

@@ -73,7 +73,11 @@ def start(corpus: Path, dataset: Path, *more: str, **environment: str) -> psutil
 
 
 def start_extract(*words: object, **environment: str) -> psutil.Popen:
-    command = [sys.executable, ROOT / "run_pipeline.py", "extract", *words]
+    return start_command("extract", *words, **environment)
+
+
+def start_command(*words: object, **environment: str) -> psutil.Popen:
+    command = [sys.executable, ROOT / "run_pipeline.py", *words]
     return psutil.Popen(
         list(map(str, command)),
         stdout=subprocess.PIPE,
