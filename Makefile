@@ -7,7 +7,7 @@ KILLS ?= 20
 MINUTES ?= 10
 TEST_PROCESSES ?= 2
 
-.PHONY: setup demo test soak lint bench bench-encode bench-f0 bench-train clean
+.PHONY: setup demo test soak lint bench bench-encode bench-f0 bench-train bench-convert clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,9 @@ bench-encode: setup
 
 bench-train: setup
 	$(BIN)/python benchmarks/train.py
+
+bench-convert: setup
+	$(BIN)/python benchmarks/convert.py
 
 bench-f0: setup
 	$(BIN)/python benchmarks/f0.py --page docs/f0.md

@@ -212,7 +212,7 @@ class Bench:
         begun = time.process_time()
         self.step(self.batch)
         whole = time.process_time() - begun
-        return Cost({**self.clock.seconds, WHOLE: whole}, _peak_rss_mb())
+        return Cost({**self.clock.seconds, WHOLE: whole}, peak_rss_mb())
 
 
 def compare(config: SynthesizerConfig, frames: int, repeats: int) -> dict[str, Cost]:
@@ -251,7 +251,7 @@ def _best(costs: Sequence[Cost]) -> Cost:
     return Cost(seconds, max(cost.peak_mb for cost in costs))
 
 
-def _peak_rss_mb() -> float:
+def peak_rss_mb() -> float:
     """Of this process alone; ru_maxrss begins with that of the process it was started from."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
