@@ -305,6 +305,8 @@ def convert(
     settings = [word for word in words if word not in places]
     given = {"voice.speaker": speaker, "pitch.transpose": transpose, "compute.backend": backend}
     settings += [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    # Threads that wait for the next tile by spinning would take other programs' time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     if print_config:  # also without the encoder's weights, and before it is known who sings
         from pipeline.convert_config import convert_config

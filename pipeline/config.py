@@ -144,14 +144,18 @@ def load_config(
     name = before.get("encoder", {}).get("name")
     if given.get("encoder", {}).get("name", name) != name:
         before["encoder"] = {}
-    f0 = before.get("f0", {})
-    if given.get("f0", {}).get("method", f0.get("method")) != f0.get("method"):
-        before["f0"] = {key: v for key, v in f0.items() if key not in _OF_A_METHOD}
+    before["f0"] = of_the_same_method(before.get("f0", {}), given.get("f0", {}))
     for name in [name for name, s in given.get("encoders", {}).items() if s is None]:
         del given["encoders"][name]
         before.get("encoders", {}).pop(name, None)
     _make_paths_absolute(given)
     return build_settings(ExtractConfig, before, given)
+
+
+def of_the_same_method(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of f0 as they were, without those that another method than the given one had."""
+    same = given.get("method", before.get("method")) == before.get("method")
+    return {key: v for key, v in before.items() if same or key not in _OF_A_METHOD}
 
 
 def _make_paths_absolute(sections: dict[str, Any]) -> None:

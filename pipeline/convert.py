@@ -61,7 +61,10 @@ def read_request(
     voice = read_any_voice(checkpoint)
     config = convert_config(voice, file, settings)
     given = str(encoder_checkpoint.absolute()) if encoder_checkpoint else config.encoder.checkpoint
-    weights = _encoder_weights(voice, given, encoder_checkpoint is not None)
+    weights = _encoder_weights(voice, given)
+    if weights is not None and voice.encoder.checkpoint_sha256 is None:  # so-vits-svc's do not say
+        known = replace(voice.encoder, checkpoint_sha256=_sha256(weights))
+        voice = replace(voice, encoder=known)
     config = replace(
         config,
         encoder=replace(config.encoder, checkpoint=weights),
@@ -184,8 +187,8 @@ def _mix(voice: Voice, config: ConvertConfig) -> SpeakerMix:
     return SpeakerMix(np.eye(rows)[[voice.speakers.index(config.voice.speaker)]])
 
 
-def _encoder_weights(voice: Voice, path: str | None, asked: bool) -> str | None:
-    """The file of the voice's encoder. path: where the user says (`asked`), or where it lay.
+def _encoder_weights(voice: Voice, path: str | None) -> str | None:
+    """The file of the voice's encoder. path: the one that is asked for, or that training had.
 
     Raises: UserError.
     """
@@ -193,23 +196,30 @@ def _encoder_weights(voice: Voice, path: str | None, asked: bool) -> str | None:
     if encoder.name in WITHOUT_WEIGHTS:
         return path
     wanted = encoder.checkpoint_sha256
-    if path is not None and os.path.exists(path):
-        if wanted is None or _sha256(path) == wanted:
-            return path
-        raise UserError(
-            f"{path} is not the encoder that this voice was trained with: that is {encoder.name} "
-            f"of SHA-256 {wanted}"
-        )
-    if path is not None and asked:
-        raise UserError(f"there is no encoder at {path}")
-    for file in sorted(_FETCHED.glob("*")):
-        if wanted is not None and file.is_file() and _sha256(str(file)) == wanted:
-            return str(file.absolute())
+    if path is not None and path != _trained_with(voice):
+        if not os.path.exists(path):
+            raise UserError(f"there is no encoder at {path}")
+        if wanted is not None and _sha256(path) != wanted:
+            raise UserError(
+                f"{path} is not the encoder that this voice was trained with: that is "
+                f"{encoder.name} of SHA-256 {wanted}"
+            )
+        return path
+    here = [] if path is None else [path]
+    for file in here + sorted(map(str, _FETCHED.absolute().glob("*"))):
+        if wanted is not None and os.path.exists(file) and _sha256(file) == wanted:
+            return file
     which = f" of SHA-256 {wanted}" if wanted else ""
     raise UserError(
         f"this voice sings from units of {encoder.name}{which}; name its weights with "
         "--encoder-checkpoint (`fetch-encoder --list` shows what can be fetched)"
     )
+
+
+def _trained_with(voice: Voice) -> str | None:
+    """Where the encoder's weights lay when the voice was trained."""
+    path: str | None = (voice.extraction or {}).get("encoder", {}).get("checkpoint")
+    return path
 
 
 def _sha256(path: str) -> str:

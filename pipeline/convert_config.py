@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from models.synthesizer.config import require_at_least
 from models.synthesizer.voice import Voice
-from pipeline.config import WorkersConfig
+from pipeline.config import WorkersConfig, of_the_same_method
 from pipeline.convert_units import UnitsConfig
 from pipeline.errors import UserError
 from pipeline.settings import build_settings, check_settings, read_settings
@@ -177,10 +177,7 @@ def convert_config(
     base = _of_the_voice(voice)
     given = read_settings(ConvertConfig, path, overrides)
     before = check_settings(ConvertConfig, base, "the voice")
-    f0 = before["f0"]
-    if given.get("f0", {}).get("method", f0.get("method")) != f0.get("method"):
-        for key in ("voicing_threshold", "checkpoint", "ensemble", "crepe_hop_ms"):
-            f0.pop(key, None)
+    before["f0"] = of_the_same_method(before["f0"], given.get("f0", {}))
     config = build_settings(ConvertConfig, before, given)
     _refuse_other_identity(voice, config)
     return config
@@ -206,7 +203,3 @@ def _refuse_other_identity(voice: Voice, config: ConvertConfig) -> None:
     for key, asked, own in pairs:
         if asked != own:
             raise UserError(f"{key} cannot be {asked}: this voice was trained with {own}")
-
-
-def with_checkpoint(config: ConvertConfig, path: str) -> ConvertConfig:
-    return replace(config, encoder=replace(config.encoder, checkpoint=path))
