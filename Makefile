@@ -22,8 +22,8 @@ demo: setup
 	$(BIN)/python run_pipeline.py verify demo/dataset
 	$(BIN)/python run_pipeline.py report demo/dataset
 	$(BIN)/python run_pipeline.py train demo/dataset demo/run --config configs/tiny.yaml
-	$(BIN)/python run_pipeline.py convert demo/run demo/corpus/alto/song-01.flac demo/converted.wav \
-		--speaker bass --transpose auto --report
+	$(BIN)/python run_pipeline.py convert demo/run demo/corpus/soprano/song-01.flac demo/converted.wav \
+		--speaker alto --transpose auto --report
 
 test: setup
 	$(BIN)/python -m pytest -m 'not soak' --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder

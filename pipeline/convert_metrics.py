@@ -26,7 +26,8 @@ _DB_PER_NEPER = 20 / math.log(10)
 def follow_f0(asked: Array, found: Array, cents: float = 50.0) -> dict[str, float]:
     """Two contours (F,) in Hz, 0 where unvoiced.
 
-    near: share within `cents` of the frames that are voiced in both.
+    right: share within `cents` of the frames that are voiced in `asked`.
+    near: of those that are voiced in both.
     median_cents: median distance over those frames.
     voicing_agreement: share of all frames that are voiced in both or in neither.
     Each is NaN where there is no such frame.
@@ -35,6 +36,7 @@ def follow_f0(asked: Array, found: Array, cents: float = 50.0) -> dict[str, floa
     off = apart[np.isfinite(apart)]
     same = (asked > 0) == (found > 0)
     return {
+        "right": float(np.sum(off <= cents) / max(1, np.sum(asked > 0))),
         "near": float(np.mean(off <= cents)) if len(off) else math.nan,
         "median_cents": float(np.median(off)) if len(off) else math.nan,
         "voicing_agreement": float(np.mean(same)) if len(same) else math.nan,

@@ -1,0 +1,90 @@
+"""Whether a voice sings the melody that it is given, and whose colour it has: songs of a corpus
+with known f0 (`cantor demo-corpus`), each in the voices of the others.
+
+    python benchmarks/follow.py RUN CORPUS
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pipeline.convert import convert_file, read_request
+from pipeline.convert_metrics import (
+    envelope_distance,
+    follow_f0,
+    long_term_envelope,
+    measure_f0,
+)
+from pipeline.voices import read_any_voice
+from stages.resample import ResampleConfig, resample
+from stages.types import Array
+
+_HEADER = "| song | in the voice of | moved | right | near | median cents | to target | to source |"
+
+
+def sound(path: Path, sample_rate: int) -> Array:
+    """(T,) of a song, mixed down, at `sample_rate`."""
+    wav, rate = sf.read(path, dtype="float32", always_2d=True)
+    return resample(wav.mean(axis=1), rate, sample_rate, ResampleConfig())
+
+
+def songs_of(corpus: Path, speaker: str) -> list[Path]:
+    truth = corpus / ".truth" / speaker
+    return sorted(
+        path for path in (corpus / speaker).iterdir() if (truth / f"{path.stem}.csv").exists()
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("voice", type=Path)
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("--songs", type=int, default=1, help="of each speaker")
+    parser.add_argument("settings", nargs="*", help="section.key=value, for convert")
+    options = parser.parse_args()
+    voice = read_any_voice(options.voice)
+    rate = voice.sample_rate
+    envelopes = {
+        speaker: long_term_envelope(
+            np.concatenate([sound(path, rate) for path in songs_of(options.corpus, speaker)]), rate
+        )
+        for speaker in voice.speakers
+    }
+    print(_HEADER)
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "sung.wav"
+        for source, target in itertools.permutations(voice.speakers, 2):
+            for song in songs_of(options.corpus, source)[: options.songs]:
+                settings = [f"voice.speaker={target}", "pitch.transpose=auto", *options.settings]
+                request = read_request(options.voice, settings)
+                done = convert_file(request, song, output, Console(file=io.StringIO()))
+                wav = sound(output, rate)
+                found = measure_f0(wav, rate, done.hop_length, len(done.f0_asked))
+                follows = follow_f0(done.f0_asked, found)
+                envelope = long_term_envelope(wav, rate)
+                voiced = (done.f0 > 0) & (done.f0_asked > 0)
+                moved = 12 * np.log2(np.median(done.f0_asked[voiced] / done.f0[voiced]))
+                print(
+                    f"| {source}/{song.name} | {target} | {moved:+.0f} "
+                    f"| {100 * follows['right']:.1f} % | {100 * follows['near']:.1f} % "
+                    f"| {follows['median_cents']:.1f} "
+                    f"| {envelope_distance(envelope, envelopes[target]):.1f} dB "
+                    f"| {envelope_distance(envelope, envelopes[source]):.1f} dB |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
