@@ -6,8 +6,8 @@ lock -> same settings? -> list -> plan -> what is missing -> run -> balance
 from __future__ import annotations
 
 import dataclasses
-import glob
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,6 +55,9 @@ _FILES = (
     "units.index",
     "units.codebook",
 )
+
+# As SongFile and write_conversion_report name what they write.
+_HALF_WRITTEN = re.compile(r"\.[0-9a-f]{16}\.\w+|\..+\.html\.[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -331,7 +334,8 @@ def _threads_of(records: Iterable[Record], config: ConvertConfig) -> int | None:
 
 
 def _sweep_songs(outputs: Iterable[Path]) -> None:
-    """Remove what killed workers left of songs half-written."""
-    for path in outputs:
-        for half in path.parent.glob(f".{glob.escape(path.stem)}.????????{path.suffix}"):
-            half.unlink(missing_ok=True)
+    """Remove what killed workers left half-written in the folders of `outputs`."""
+    for folder in {path.parent for path in outputs}:
+        for path in folder.glob(".*"):
+            if _HALF_WRITTEN.fullmatch(path.name):
+                path.unlink(missing_ok=True)

@@ -156,12 +156,14 @@ def test_the_same_command_makes_what_is_lost_or_new_or_changed(own: Path, conver
     with (out / "b" / "two.wav").open("r+b") as file:
         file.truncate(1000)
     (out / "ledger" / "00000.json").write_text("{")
-    (out / ".one.0a1b2c3d.wav").write_bytes(b"half a song")
+    for half in (".0a1b2c3d0a1b2c3d.wav", ".one.html.0a1b2c3d"):
+        (out / half).write_bytes(b"half a song")
     write_song(songs / "new.wav", 7)
     write_song(songs / "empty.wav", 8)
     outcome = convert(songs, out)
     assert outcome.account.problems == []
     assert outcome.work.tasks_run == 5
+    assert {path.name for path in out.glob(".*")} == {".lock", ".tmp"}
     after = hashes(out)
     assert {name: after[name] for name in before} == before
     assert after.keys() - before.keys() == {"new.wav", "empty.wav"}
@@ -367,4 +369,4 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert hashes(out) == hashes(tmp_path / "whole")
     numbers = json.loads((tmp_path / "done.json").read_text())
     assert (numbers["converted"], numbers["quarantined"]) == (10, {"empty_file": 1})
-    assert not list(out.glob(".*.wav"))
+    assert {path.name for path in out.glob(".*")} == {".lock", ".tmp"}
