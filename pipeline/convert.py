@@ -58,6 +58,7 @@ def read_request(
     encoder_checkpoint: the encoder's weights, for a voice that does not say where they are.
     Raises: UserError in a sentence for whatever does not go together.
     """
+    checkpoint = weights_file(checkpoint)  # of a run that goes on, one and the same
     voice = read_any_voice(checkpoint)
     config = convert_config(voice, file, settings)
     given = str(encoder_checkpoint.absolute()) if encoder_checkpoint else config.encoder.checkpoint
