@@ -250,7 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for frames in options.frames
         for batch in options.batch
     }
-    print(table(costs, TEMPLATE), flush=True)
+    if costs:
+        print(table(costs, TEMPLATE), flush=True)
     figures: dict[str, object] = {
         f"{frames} x {batch}": {side: asdict(cost) for side, cost in sides.items()}
         for (frames, batch), sides in costs.items()
@@ -261,7 +262,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for minutes in options.minutes:
         cost = conversion(minutes)
         figures[f"{minutes} minutes"] = asdict(cost)
-        print(f"A song of {minutes:g} minutes: {cost.seconds:.1f} CPU s, {cost.peak_mb:.0f} MB")
+        print(
+            f"A song of {minutes:g} minutes: {cost.seconds:.1f} CPU s, {cost.peak_mb:.0f} MB",
+            flush=True,
+        )
     loads.append(os.getloadavg()[0])
     print("\nLoad average before and after: " + ", ".join(f"{load:.1f}" for load in loads))
     if options.json:
