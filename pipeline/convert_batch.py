@@ -40,7 +40,7 @@ from pipeline.rounds import Work, run_tasks
 from pipeline.shards import read_info, sweep, write_info
 from pipeline.song_file import check_output
 from pipeline.speaker_mix import is_mix_file
-from pipeline.voices import SOVITS_CONFIG, is_graph, weights_file
+from pipeline.voices import SOVITS_CONFIG, is_graph
 from pipeline.weights import Weights, read_weights
 from stages.retrieval import index_files
 
@@ -93,7 +93,7 @@ def convert_folder(
     config = _with_absolute_paths(request.config)
     suffix = f".{config.output.format}"
     check_output(folder / f"song{suffix}", config.output, config.audio.sample_rate)
-    checkpoint = weights_file(request.checkpoint).absolute()
+    checkpoint = request.checkpoint.absolute()
     weights = read_weights(_files(checkpoint, config))
     settings = _fingerprinted(config, weights)
     corpus = list_corpus(source, config.voice.speaker or "a mix")
@@ -106,7 +106,7 @@ def convert_folder(
         names = output_names(tasks, suffix)
         _refuse_to_overwrite(folder, corpus, names)
         sweep(folder)
-        _write_info(folder, request, config, settings)
+        _write_info(folder, checkpoint, config, settings)
         if asked:
             append_plan(folder, asked)
         job = ConvertJob(
@@ -167,13 +167,13 @@ def _files(checkpoint: Path, config: ConvertConfig) -> dict[str, str]:
 
 
 def _voice_files(checkpoint: Path) -> dict[str, Path]:
-    """Of a voice all files that are more than its licence."""
-    if checkpoint.name in (WEIGHTS, DESCRIPTION):  # the weights' file has the description's hash
+    """Of a voice, without the description of ours: the weights' file and the graphs hold the hash
+    of all but its licence."""
+    if checkpoint.name in (WEIGHTS, DESCRIPTION):
         return {"voice.checkpoint": checkpoint.with_name(WEIGHTS)}
-    beside = (MELODY, DESCRIPTION) if is_graph(checkpoint) else (SOVITS_CONFIG,)
-    others = {f"voice.{name}": checkpoint.with_name(name) for name in beside}
-    there = {key: path for key, path in others.items() if path.is_file()}
-    return {"voice.checkpoint": checkpoint, **there}
+    beside = checkpoint.with_name(MELODY if is_graph(checkpoint) else SOVITS_CONFIG)
+    others = {f"voice.{beside.name}": beside} if beside.is_file() else {}
+    return {"voice.checkpoint": checkpoint, **others}
 
 
 def _fingerprinted(config: ConvertConfig, weights: Mapping[str, Weights]) -> dict[str, Any]:
@@ -270,7 +270,7 @@ def _refuse_to_overwrite(folder: Path, corpus: Corpus, names: Mapping[int, str])
 
 
 def _write_info(
-    folder: Path, request: Request, config: ConvertConfig, settings: dict[str, Any]
+    folder: Path, checkpoint: Path, config: ConvertConfig, settings: dict[str, Any]
 ) -> None:
     """convert.json, for people and for the next run."""
     info = {
@@ -278,7 +278,7 @@ def _write_info(
         "fingerprint": fingerprint(settings),
         "settings": settings,
         "config": dataclasses.asdict(config),
-        "voice": str(request.checkpoint),
+        "voice": str(checkpoint),
         "voice_sha256": settings["voice.checkpoint_sha256"],
         "encoder_sha256": settings.get("encoder.checkpoint_sha256"),
     }
