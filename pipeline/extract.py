@@ -30,6 +30,7 @@ from pipeline.config import (
     fingerprinted,
 )
 from pipeline.corpus import Corpus, Source, list_corpus
+from pipeline.environment import mixed, threads_before
 from pipeline.errors import UserError
 from pipeline.job import ExtractJob, TakenOver
 from pipeline.ledger import Account, take_account
@@ -171,7 +172,7 @@ def _make(
                 wanted,
                 weights,
                 asked.gone,
-                _threads_of(held, config),
+                threads_before((f.environment for f in held.values()), config.workers),
                 material.take_over(),
             )
             outcome.work = run_tasks(
@@ -179,7 +180,7 @@ def _make(
             )
             outcome.notices += outcome.work.notices
         outcome.account, environments = _read_back(dataset, tasks)
-        outcome.notices += _mixed(environments)
+        outcome.notices += mixed("shards of one dataset", environments)
         if tasks:  # of a run that did nothing too: one before it may have ended just short of this
             _write_info(dataset, config, settings, tasks, source)
             _write_card(dataset, outcome.account)
@@ -229,13 +230,6 @@ def _still_held(tasks: dict[int, Task], held: dict[int, Footer], asked: Asked) -
         for index, footer in held.items()
         if footer.task_id == tasks[index].task_id and index not in asked.stale
     }
-
-
-def _threads_of(held: dict[int, Footer], config: ExtractConfig) -> int | None:
-    """Threads of the workers that made what is there, where the settings leave them open."""
-    threads = {footer.environment.get("threads") for footer in held.values()}
-    before = threads.pop() if len(threads) == 1 else None
-    return None if before is None or config.workers.cpus_per_worker else int(before)
 
 
 def _read_back(dataset: Path, tasks: dict[int, Task]) -> tuple[Account, list[dict[str, str]]]:
@@ -392,20 +386,6 @@ def _dry_run(
     for notice in outcome.notices + asked.notices:
         say(f"note     {notice}")
     say(f"to do    {len(after) - len(done)} tasks, {hours:.2f} h; nothing was written (--dry-run)")
-
-
-def _mixed(environments: list[dict[str, str]]) -> list[str]:
-    """A word of warning when other libraries, machines or numerics made parts of a dataset."""
-    absent = {"dtype": "float32"}
-    keys = {key: None for environment in environments for key in environment}
-    values = {
-        key: sorted({environment.get(key, absent.get(key, "?")) for environment in environments})
-        for key in keys
-    }
-    words = "; ".join(f"{key} {' and '.join(v)}" for key, v in values.items() if len(v) > 1)
-    if not words:
-        return []
-    return [f"shards of one dataset made under different conditions may differ in bits: {words}"]
 
 
 def _write_info(

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import json
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +13,7 @@ from models.encoders import load_encoder
 from pipeline.clips import ClipsOfShard, ClipsOfSongs
 from pipeline.config import SCHEMA_VERSION, ExtractConfig, load_codebook_of, naming
 from pipeline.decoded import DecodedClips
+from pipeline.environment import environment, environment_of_networks
 from pipeline.errors import SongBug, UserError
 from pipeline.job import ExtractJob, Heartbeat, Job
 from pipeline.ledger import SongEntry
@@ -37,8 +34,6 @@ from stages.f0 import load_networks
 from stages.types import Array
 from stages.units import EncoderConfig, encode_units, pack_ids, pack_units
 from stages.xvector import embed_clips
-
-_PACKAGE_OF = {"crepe": "torchcrepe", "crepe-tiny": "torchcrepe", "fcpe": "torchfcpe"}
 
 
 class CpuHalf:
@@ -201,18 +196,12 @@ class UnitsHalf:
 
     def _numerics(self) -> dict[str, str]:
         """For the footer's environment: which packages had weights, what is not float32."""
-        numerics: dict[str, str] = {}
-        if self.pitch is not None:
-            packages = {_PACKAGE_OF[n] for n in self.job.f0_networks if n in _PACKAGE_OF}
-            numerics |= {name: importlib.metadata.version(name) for name in packages}
+        onnx = any(each.cfg.name.endswith("-onnx") for each in self.encoders)
+        numerics = environment_of_networks(self.job.f0_networks, onnx)
         others = [f"{each.cfg.name} {each.cfg.dtype}" for each in self.encoders]
         others = [words for words in others if not words.endswith(" float32")]
         if others:
             numerics["dtype"] = ", ".join(others)
-        if any(each.cfg.name.endswith("-onnx") for each in self.encoders):
-            import onnxruntime
-
-            numerics["onnxruntime"] = onnxruntime.__version__
         return numerics
 
 
@@ -248,28 +237,3 @@ def limit_threads(job: Job[Any]) -> None:
     import torch
 
     torch.set_num_threads(threads_of(job))
-
-
-@functools.cache
-def environment(threads: int) -> dict[str, str]:
-    """What may change last bits of the output without changing its meaning."""
-    libraries = ("numpy", "scipy", "torch", "librosa", "soxr", "soundfile", "pyloudnorm")
-    estimators = ("praat-parselmouth", "pyworld", "pyarrow")
-    versions = {name: importlib.metadata.version(name) for name in (*libraries, *estimators)}
-    import torch
-
-    return versions | {
-        "machine": platform.machine(),
-        "cpu": _cpu_model(),
-        "threads": str(threads),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

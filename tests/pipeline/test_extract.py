@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 
+from pipeline.environment import environment
 from pipeline.errors import SongBug, StorageFault, UserError
-from pipeline.halves import environment
 from pipeline.plan import load_plan
 from pipeline.shards import iter_shards, read_footer
 from pipeline.verify import export_ledger, verify
