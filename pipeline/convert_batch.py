@@ -22,6 +22,7 @@ from pipeline.config import changed, counted, fingerprint
 from pipeline.convert import Request
 from pipeline.convert_config import ConvertConfig
 from pipeline.convert_ledger import (
+    CONVERTED,
     ConvertAccount,
     Record,
     is_whole,
@@ -31,6 +32,7 @@ from pipeline.convert_ledger import (
 )
 from pipeline.convert_workers import ConvertJob, conversion
 from pipeline.corpus import Corpus, Source, list_corpus
+from pipeline.environment import mixed, threads_before
 from pipeline.errors import UserError
 from pipeline.extract import plan_songs
 from pipeline.ledger import QUARANTINED
@@ -116,8 +118,9 @@ def convert_folder(
             fingerprint=fingerprint(settings),
             weights=weights,
             gone=_gone(corpus, tasks),
-            threads=_threads_of(records.values(), config),
+            threads=threads_before((r.environment for r in records.values()), config.workers),
             checkpoint=checkpoint,
+            encoder=request.voice.encoder,
             report=options.report,
         )
         outcome.notices += left_alone(corpus)
@@ -133,6 +136,8 @@ def convert_folder(
         records, damaged = read_records(folder, tasks)
         outcome.account = take_account(folder, tasks, records)
         outcome.account.problems += map(str, damaged)
+        made = [r.environment for r in records.values() if r.entry.status == CONVERTED]
+        outcome.notices += mixed("songs of one folder", made)
         return outcome
 
 
@@ -180,6 +185,7 @@ def _fingerprinted(config: ConvertConfig, weights: Mapping[str, Weights]) -> dic
     """What changes the output, files by their SHA-256."""
     left_out = {"compute.device", *weights, *_FILES}
     settings = {key: value for key, value in counted(config).items() if key not in left_out}
+    settings["encoder.dtype"] = config.encoder.dtype
     hashes = {f"{key}_sha256": file.sha256 for key, file in weights.items()}
     return {"version": VERSION, **settings, **hashes}
 
@@ -325,12 +331,6 @@ def _run(
     work = run_tasks(conversion(job), missing, options.ray_address, options.local, console)
     _sweep_songs(outputs)
     return work
-
-
-def _threads_of(records: Iterable[Record], config: ConvertConfig) -> int | None:
-    """Threads of the workers that made what is there, where the settings leave them open."""
-    threads = {record.threads for record in records}
-    return threads.pop() if len(threads) == 1 and not config.workers.cpus_per_worker else None
 
 
 def _sweep_songs(outputs: Iterable[Path]) -> None:

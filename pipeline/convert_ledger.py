@@ -46,12 +46,12 @@ class ConvertEntry:
 
 @dataclass(frozen=True)
 class Record:
-    """A file of the ledger. threads: of the worker that converted the song."""
+    """A file of the ledger. environment: of the worker that did the song."""
 
     task: int
     task_id: str
     fingerprint: str
-    threads: int
+    environment: dict[str, str]
     entry: ConvertEntry
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
 
+from models.synthesizer.voice import VoiceEncoder
 from pipeline.clips import CRASHED, Scratch, require_mounted
 from pipeline.convert import Request, load_models, write_page
 from pipeline.convert_config import ConvertConfig
@@ -21,11 +22,13 @@ from pipeline.convert_ledger import (
     quarantined,
 )
 from pipeline.converter import Converter, Progress
+from pipeline.environment import environment, environment_of_networks
 from pipeline.halves import limit_threads, threads_of
 from pipeline.job import Heartbeat, Job, Needs, Workload
 from pipeline.ledger import check_unchanged
+from pipeline.outputs import choose_device
 from pipeline.plan import PlannedSong, Task, load_plan
-from pipeline.voices import read_any_voice
+from pipeline.voices import is_graph, read_any_voice
 from pipeline.weights import require_unchanged
 from pipeline.workers import BUNDLED_GB, GB_PER_CHECKPOINT_GB, guarded, read_row
 from stages.chain import StageClock
@@ -43,9 +46,12 @@ _WORKER_GB_PER_MINUTE = 0.002
 
 @dataclass(frozen=True)
 class ConvertJob(Job[ConvertConfig]):
-    """checkpoint: the file of the voice's weights. report: each song gets a page beside it."""
+    """checkpoint: the file of the voice's weights. encoder: the voice's, with what the driver found
+    out about it. report: each song gets a page beside it.
+    """
 
-    checkpoint: Path = Path()
+    checkpoint: Path = field(kw_only=True)
+    encoder: VoiceEncoder = field(kw_only=True)
     report: bool = False
 
 
@@ -69,6 +75,18 @@ class ConvertTask:
     def converter(self) -> Converter:
         return Converter(load_models(self.request), self.job.config)
 
+    @functools.cached_property
+    def environment(self) -> dict[str, str]:
+        config = self.job.config
+        onnx = (
+            config.compute.backend == "onnx"
+            or is_graph(self.job.checkpoint)
+            or config.encoder.name.endswith("-onnx")
+        )
+        devices = {key: choose_device(device, key) for key, device in _devices(config).items()}
+        networks = environment_of_networks(config.f0.networks, onnx)
+        return environment(threads_of(self.job)) | networks | devices
+
     def __call__(self, row: pa.Table) -> pa.Table:
         index, crashed = read_row(row)
         return guarded(index, lambda clock: self._run(self.tasks[index], crashed, clock))
@@ -85,6 +103,7 @@ class ConvertTask:
         (planned,) = task.songs
         name = self.names[task.index]
         output = folder / name
+        page = output.with_suffix(".html")
         path = os.path.join(os.fsencode(self.job.corpus), planned.path)
         sha256 = None
         try:
@@ -99,11 +118,12 @@ class ConvertTask:
                 self._progress(planned),
             )
             if self.job.report:
-                write_page(self.request, [made], output.with_suffix(".html"))
+                write_page(self.request, [made], page)
         except BadInput as fault:
             if fault.reason == Reason.MISSING:
                 require_mounted(self.job, planned, path)
-            output.unlink(missing_ok=True)  # of the song as it was before
+            for path_before in (output, page):  # of the song as it was before
+                path_before.unlink(missing_ok=True)
             return quarantined(planned, sha256, name, fault)
         except Exception as error:
             error.add_note(f"while working on {planned.song_id}")
@@ -115,9 +135,7 @@ class ConvertTask:
         with clock.stage("convert"):
             entry = self.convert(task, self.job.folder, crashed=planned.song_id in crashed)
         with clock.stage("write"):
-            record = Record(
-                task.index, task.task_id, self.job.fingerprint, threads_of(self.job), entry
-            )
+            record = Record(task.index, task.task_id, self.job.fingerprint, self.environment, entry)
             commit_record(self.job.folder, record)
         self.heartbeat(planned.song_id, planned.duration_s, entry.status)
 
@@ -139,7 +157,8 @@ def load_request(job: ConvertJob) -> Request:
     """
     for key, weights in job.weights.items():
         require_unchanged(key, weights)
-    return Request(job.checkpoint, read_any_voice(job.checkpoint), job.config)
+    voice = replace(read_any_voice(job.checkpoint), encoder=job.encoder)
+    return Request(job.checkpoint, voice, job.config)
 
 
 def load_everything(job: ConvertJob) -> None:
@@ -156,21 +175,28 @@ def probe_song(job: ConvertJob, index: int, song_id: str) -> None:
         worker.close()
 
 
+def _devices(config: ConvertConfig) -> dict[str, str]:
+    """What each network may run on, by the key that sets it."""
+    devices: dict[str, str] = {"compute.device": config.compute.device}
+    if config.encoder.device != "auto":  # that is where the voice runs
+        devices["encoder.device"] = config.encoder.device
+    if config.f0.networks:
+        devices["f0.device"] = config.f0.device
+    return devices
+
+
 def conversion(job: ConvertJob) -> Workload:
     """The songs to convert."""
     config = job.config
-    sizes = [file.size for key, file in job.weights.items() if key.endswith(".checkpoint")]
+    sizes = [file.size for file in job.weights.values()]  # an index too may be of gigabytes
     if "voice.checkpoint" in job.weights:
         sizes.append(job.weights["voice.checkpoint"].size)  # a second time
     networks = len(set(config.f0.networks) - {"rmvpe"})
-    devices: dict[str, str] = {"compute.device": config.compute.device}
-    if config.f0.networks:
-        devices["f0.device"] = config.f0.device
     needs = Needs(
         base_gb=_WORKER_BASE_GB,
         gb_per_minute=_WORKER_GB_PER_MINUTE,
         models_gb=GB_PER_CHECKPOINT_GB * sum(sizes) / 2**30 + networks * BUNDLED_GB + _PIECE_GB,
-        devices=devices,
+        devices=_devices(config),
         remedy="lower workers.cpus_per_worker",
     )
 

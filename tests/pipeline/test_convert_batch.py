@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from pipeline.convert import read_request
 from pipeline.convert_batch import BatchOptions, BatchOutcome, convert_folder
 from pipeline.convert_ledger import output_names
 from pipeline.convert_tables import batch_summary, show_batch
-from pipeline.convert_workers import ConvertJob, ConvertTask, conversion, probe_song
+from pipeline.convert_workers import ConvertJob, ConvertTask, conversion, load_request, probe_song
 from pipeline.dag import plan_pools
+from pipeline.environment import environment
 from pipeline.errors import StorageFault, UserError
 from pipeline.plan import PlannedSong, Task, load_plan
 from pipeline.weights import Weights
@@ -175,10 +177,11 @@ def test_a_song_that_has_become_unreadable_leaves_no_output_of_before(
     own: Path, convert: Convert
 ) -> None:
     (own / "songs" / "b" / "two.wav").write_bytes(b"")
+    (own / "out" / "b" / "two.html").write_text("its page")
     outcome = convert(own / "songs", own / "out")
     assert outcome.account.entries["b/two.wav"].reason == "empty_file"
     assert outcome.account.problems == []
-    assert not (own / "out" / "b" / "two.wav").exists()
+    assert not list((own / "out" / "b").glob("two.*"))
 
 
 def test_what_is_gone_stays_converted_and_the_quarantined_are_tried_when_asked(
@@ -198,11 +201,24 @@ def test_other_settings_and_another_voice_are_refused_by_name(
     before = hashes(own / "out")
     with pytest.raises(UserError, match=r"voice\.seed was 0, is 1"):
         convert(own / "songs", own / "out", "voice.seed=1")
+    with pytest.raises(UserError, match=r"encoder\.dtype was 'float32', is 'float16'"):
+        convert(own / "songs", own / "out", "encoder.dtype=float16")
     convert(own / "songs", own / "out", "workers.max_workers=1")
     other = read_request(write_small_voice(tmp_path / "other", seed=1), ["voice.speaker=ann"])
     with pytest.raises(UserError, match=r"voice\.checkpoint_sha256 was"):
         convert_folder(other, own / "songs", own / "out", BatchOptions(local=True), Console())
     assert hashes(own / "out") == before
+
+
+def test_a_resume_on_another_machine_is_remarked_on(
+    own: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (own / "out" / "one.wav").unlink()
+    monkeypatch.setattr("platform.machine", lambda: "abacus")
+    environment.cache_clear()
+    outcome = convert(own / "songs", own / "out")
+    environment.cache_clear()
+    assert any("machine abacus and" in notice for notice in outcome.notices)
 
 
 def test_files_count_by_their_content_wherever_they_lie(
@@ -296,8 +312,11 @@ def test_a_mount_that_vanishes_during_the_run_quarantines_nobody(
 
 
 def job_of(out: Path, songs: Path, voice: Path, *settings: str) -> ConvertJob:
-    config = read_request(voice, ["voice.speaker=ann", *settings]).config
-    return ConvertJob(out, songs, config, "x", {}, checkpoint=voice)
+    request = read_request(voice, ["voice.speaker=ann", *settings])
+    encoder = request.voice.encoder
+    return ConvertJob(
+        out, songs, request.config, "x", {}, checkpoint=request.checkpoint, encoder=encoder
+    )
 
 
 def test_a_song_that_kills_its_worker_is_quarantined_and_probing_writes_nothing(
@@ -315,6 +334,12 @@ def test_a_song_that_kills_its_worker_is_quarantined_and_probing_writes_nothing(
     finally:
         worker.close()
     assert (entry.status, entry.reason) == ("quarantined", "crashed")
+
+
+def test_workers_know_of_the_encoder_what_the_driver_found_out(own: Path, voice: Path) -> None:
+    job = job_of(own / "out", own / "songs", voice)
+    known = replace(job.encoder, checkpoint_sha256="0" * 64)
+    assert load_request(replace(job, encoder=known)).voice.encoder == known
 
 
 def test_pieces_are_told_of_while_a_song_is_converted(own: Path, voice: Path) -> None:
@@ -335,7 +360,7 @@ def test_workers_share_gpus_where_there_are_any(made: Path, voice: Path) -> None
     tasks = load_plan(made / "out")
     job = job_of(made / "out", made / "songs", voice)
     weights = {"voice.checkpoint": Weights("v", "", 2**30, 0)}
-    job = ConvertJob(job.folder, job.corpus, job.config, "x", weights)
+    job = replace(job, weights=weights)
     node = {"CPU": 8.0, "memory": 64.0 * 2**30, "GPU": 2.0}
     pools = plan_pools([node], tasks, conversion(job))
     assert (pools.cpu, pools.gpu) == (0, 2)
@@ -343,6 +368,13 @@ def test_workers_share_gpus_where_there_are_any(made: Path, voice: Path) -> None
     assert (pools.cpu, pools.gpu) == (6, 0)
     on_cpu = job_of(made / "out", made / "songs", voice, "compute.device=cpu")
     assert plan_pools([node], tasks, conversion(on_cpu)).gpu == 0
+
+
+def test_a_worker_has_memory_for_all_files_that_it_reads(made: Path, voice: Path) -> None:
+    job = job_of(made / "out", made / "songs", voice)
+    index = {"units.index": Weights("i", "", 2**30, 0)}
+    with_index = conversion(replace(job, weights=index)).needs.models_gb
+    assert with_index - conversion(job).needs.models_gb >= 1
 
 
 @pytest.mark.ray
