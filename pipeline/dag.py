@@ -42,6 +42,11 @@ class Pools:
     gpu_memory: int
 
     @property
+    def most_memory(self) -> int:
+        """Of a worker that runs networks."""
+        return self.gpu_memory or self.memory
+
+    @property
     def threads(self) -> int:
         return max(1, int(self.cpus))
 
@@ -298,17 +303,13 @@ def require_loadable(workload: Workload, pools: Pools) -> None:
     if workload.load is None:
         return
     job = workload.job
-    gpus = job.config.workers.gpus_per_worker if pools.gpu else 0
-    memory = pools.gpu_memory or pools.memory
-    load = ray.remote(
-        num_cpus=pools.cpus, num_gpus=gpus, memory=memory, max_retries=0, max_calls=1
-    )(workload.load)
+    load = _in_a_worker_of_its_own(workload.load, job, pools)
     if _dies(load, job):
         files = ", ".join(sorted({file.path for file in job.weights.values()}))
         files = files or "the networks of f0"
         raise UserError(
             f"a worker process dies while it loads {files}; is there enough memory? "
-            f"{memory / 2**30:.1f} GB were set aside for it"
+            f"{pools.most_memory / 2**30:.1f} GB were set aside for it"
         )
 
 
@@ -318,17 +319,19 @@ def find_killers(workload: Workload, task: Task, pools: Pools) -> set[str]:
     Raises: UserError when it dies without any song.
     """
     require_loadable(workload, pools)
-    probe = ray.remote(
-        num_cpus=pools.cpus,
-        memory=pools.gpu_memory or pools.memory,
-        max_retries=0,
-        max_calls=1,
-    )(workload.probe)
+    probe = _in_a_worker_of_its_own(workload.probe, workload.job, pools)
 
     def dies(song_id: str) -> bool:
         return _dies(probe, workload.job, task.index, song_id)
 
     return {s.song_id for s in task.songs if dies(s.song_id) and dies(s.song_id)}
+
+
+def _in_a_worker_of_its_own(function: Any, job: Job[Any], pools: Pools) -> Any:
+    """The function in a fresh process, with what a worker has that runs the networks."""
+    gpus = job.config.workers.gpus_per_worker if pools.gpu else 0
+    options = {"num_cpus": pools.cpus, "num_gpus": gpus, "memory": pools.most_memory}
+    return ray.remote(max_retries=0, max_calls=1, **options)(function)
 
 
 def _dies(remote: Any, job: Job[Any], *words: Any) -> bool:

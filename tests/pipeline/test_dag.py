@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import ExtractConfig, load_config
-from pipeline.dag import Pools, check_nodes, plan_pools
+from pipeline.dag import Pools, check_nodes, find_killers, plan_pools
 from pipeline.errors import StorageFault, UserError
 from pipeline.job import ExtractJob, TakenOver
 from pipeline.plan import PlannedSong, Task
@@ -314,6 +314,26 @@ def test_a_node_that_does_not_see_the_corpus_is_named(tmp_path: Path, cluster: A
     with pytest.raises(UserError, match=rf"node {here} .*hubert\.pt: No such file"):
         check_nodes(tmp_path, tmp_path, [seen])
     assert list((tmp_path / ".tmp").iterdir()) == []
+
+
+def test_songs_are_tried_alone_with_the_gpu_that_a_worker_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def remote(**options: Any) -> Any:
+        asked.append(options)
+        return lambda function: function
+
+    monkeypatch.setattr("pipeline.dag.ray.remote", remote)
+    monkeypatch.setattr("pipeline.dag._dies", lambda *words: words[-1] == "ann/0.wav")
+    one = tasks(1)
+    job = ExtractJob(Path(), Path(), settings(["workers.gpus_per_worker=0.5"]), "", weights(1))
+    for gpus in (0.0, 0.5):
+        asked.clear()
+        pools = plan_pools([node(8, gpus=2 * gpus)], one, extraction(job))
+        assert find_killers(extraction(job), one[0], pools) == {"ann/0.wav"}
+        assert [options["num_gpus"] for options in asked] == [gpus, gpus]
 
 
 @pytest.mark.ray
