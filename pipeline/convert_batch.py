@@ -183,11 +183,27 @@ def _voice_files(checkpoint: Path) -> dict[str, Path]:
 
 def _fingerprinted(config: ConvertConfig, weights: Mapping[str, Weights]) -> dict[str, Any]:
     """What changes the output, files by their SHA-256."""
-    left_out = {"compute.device", *weights, *_FILES}
+    left_out = {"compute.device", *weights, *_FILES, *_without_effect(config)}
     settings = {key: value for key, value in counted(config).items() if key not in left_out}
     settings["encoder.dtype"] = config.encoder.dtype
+    if config.pitch.transpose != "auto":
+        settings["pitch.transpose"] = float(config.pitch.transpose)  # "0" and "0.0" are the same
     hashes = {f"{key}_sha256": file.sha256 for key, file in weights.items()}
     return {"version": VERSION, **settings, **hashes}
+
+
+def _without_effect(config: ConvertConfig) -> set[str]:
+    """Settings of what is not used."""
+    units, idle = config.units, set()
+    if units.index is None:
+        idle.add("units.index_ratio")
+    if units.codebook is None:
+        idle.add("units.codebook_ratio")
+    if units.index is None and units.codebook is None:
+        idle.add("units.protect")
+    if config.enhancer.checkpoint is None:
+        idle |= {"enhancer.adaptive_key", "enhancer.silence_front"}
+    return idle
 
 
 def _refuse_nested(folder: Path, source: Path) -> None:
