@@ -17,6 +17,8 @@ import soundfile as sf
 from rich.console import Console
 
 import pipeline.convert_batch
+from models.synthesizer.onnx import export_voice
+from models.synthesizer.voice import load_voice
 from pipeline.convert import read_request
 from pipeline.convert_batch import BatchOptions, BatchOutcome, convert_folder
 from pipeline.convert_ledger import output_names
@@ -262,6 +264,28 @@ def test_files_count_by_their_content_wherever_they_lie(
     Path("mix.csv").write_text("time_s,ann,ben\n0,0,1\n")
     with pytest.raises(UserError, match=r"voice\.mix_sha256 was"):
         run("mix.csv")
+
+
+def test_the_licence_of_an_exported_voice_may_be_edited(voice: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+
+    def run() -> BatchOutcome:
+        request = read_request(tmp_path / "graph", ["voice.speaker=ann"])
+        options = BatchOptions(local=True)
+        return convert_folder(
+            request, tmp_path / "songs", tmp_path / "out", options, Console(file=io.StringIO())
+        )
+
+    write_song(tmp_path / "songs" / "a.wav")
+    export_voice(tmp_path / "graph", load_voice(voice))
+    assert run().account.count("converted") == 1
+    description = tmp_path / "graph" / "voice.json"
+    said = json.loads(description.read_text())
+    description.write_text(json.dumps(said | {"licence": "CC0"}))
+    assert run().work.tasks_run == 0
+    (record,) = (tmp_path / "out" / "ledger").glob("*.json")
+    assert "onnxruntime" in json.loads(record.read_text())["environment"]
 
 
 def test_folders_that_would_eat_each_other_are_refused(
