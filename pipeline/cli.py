@@ -304,7 +304,11 @@ def convert(
         raise UserError("name a CHECKPOINT, an INPUT and an OUTPUT; see convert --help")
     settings = [word for word in words if word not in places]
     given = {"voice.speaker": speaker, "pitch.transpose": transpose, "compute.backend": backend}
-    settings += [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    settings += [
+        f"{key}={json.dumps(value, ensure_ascii=False)}"
+        for key, value in given.items()
+        if value is not None
+    ]
     # Threads that wait for the next tile by spinning would take other programs' time.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

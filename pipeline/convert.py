@@ -23,7 +23,7 @@ from pipeline.config import naming
 from pipeline.conversion import Conversion
 from pipeline.convert_config import ConvertConfig, convert_config
 from pipeline.convert_report import write_conversion_report
-from pipeline.convert_units import UnitControls
+from pipeline.convert_units import UnitControls, names_of
 from pipeline.converter import Converter, Models, Singing
 from pipeline.errors import UserError
 from pipeline.outputs import choose_device
@@ -80,7 +80,8 @@ def load_models(request: Request) -> Models:
     device = choose_device(config.compute.device, "compute.device")
     cfg = config.encoder
     with naming("encoder"):
-        encoder = load_encoder(cfg.name, cfg.checkpoint, device, **cfg.options())
+        where = device if cfg.device == "auto" else choose_device(cfg.device, "encoder.device")
+        encoder = load_encoder(cfg.name, cfg.checkpoint, where, **cfg.options())
     if encoder.dim != voice.config.units_dim:
         raise UserError(
             f"encoder: {cfg.name} gives units of {encoder.dim} numbers, and the voice takes "
@@ -164,7 +165,7 @@ def _speaker(voice: Voice, config: ConvertConfig) -> str | None:
         return voice.speakers[0]
     if speaker not in voice.speakers:
         wanted = "name one with --speaker" if speaker is None else f"'{speaker}' is none of them"
-        raise UserError(f"this voice has the speakers {', '.join(voice.speakers)}; {wanted}")
+        raise UserError(f"this voice has the speakers {names_of(voice.speakers)}; {wanted}")
     return speaker
 
 

@@ -15,9 +15,10 @@ from pipeline.errors import UserError
 from pipeline.settings import build_settings, check_settings, read_settings
 from stages.chain import AudioConfig
 from stages.decode import DecodeConfig
+from stages.errors import BadInput
 from stages.f0.config import F0Config
 from stages.loudness import LoudnessConfig
-from stages.resample import ResampleConfig
+from stages.resample import ResampleConfig, stream_resampler
 from stages.slice import SliceConfig
 from stages.units import EncoderConfig
 
@@ -95,7 +96,7 @@ class EnhancerConfig:
 
     checkpoint: the NSF-HiFiGAN of the community, a file with its config.json beside it.
     adaptive_key: semitones that it is lifted by where the song goes beyond what it was trained on.
-    silence_front: seconds at the beginning of a piece that it leaves out.
+    silence_front: seconds at the beginning of the song that it leaves silent.
     """
 
     checkpoint: str | None = None
@@ -180,6 +181,14 @@ def convert_config(
     before["f0"] = of_the_same_method(before["f0"], given.get("f0", {}))
     config = build_settings(ConvertConfig, before, given)
     _refuse_other_identity(voice, config)
+    if config.pitch.predict and not voice.config.predict_f0:
+        raise UserError("pitch.predict is true, but this voice was built without a pitch predictor")
+    try:
+        stream_resampler(
+            voice.sample_rate, config.output.sample_rate or voice.sample_rate, config.resample
+        )
+    except BadInput as error:
+        raise UserError(f"output.sample_rate: {error.detail}") from error
     return config
 
 

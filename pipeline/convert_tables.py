@@ -49,7 +49,7 @@ def summary_of(conversion: Conversion) -> dict[str, Any]:
 
 
 def write_conversion(path: Path, conversion: Conversion) -> None:
-    path.write_text(json.dumps(summary_of(conversion), indent=2, ensure_ascii=False) + "\n")
+    _write_json(path, summary_of(conversion))
 
 
 def batch_summary(outcome: BatchOutcome) -> dict[str, Any]:
@@ -81,8 +81,13 @@ def batch_summary(outcome: BatchOutcome) -> dict[str, Any]:
 
 
 def write_batch(path: Path, outcome: BatchOutcome) -> None:
+    _write_json(path, batch_summary(outcome))
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    """In ASCII: names of files may be no valid text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(batch_summary(outcome), indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="ascii")
 
 
 def show_batch(console: Console, outcome: BatchOutcome, folder: Path) -> None:

@@ -87,7 +87,7 @@ def _index_of(folder: Path, voice: Voice, speaker: str | None) -> SpeakerIndex:
         raise UserError(f"{where} is no folder; name the one that `index` wrote from a dataset")
     known = _speakers_indexed(folder)
     if speaker is None or speaker not in known:
-        raise UserError(f"{where} has no index {_of(speaker)}; it has {_names(known)}")
+        raise UserError(f"{where} has no index {_of(speaker)}; it has {_that_of(known)}")
     with naming("units.index"):
         found = load_index(folder, speaker)
     note = found.note
@@ -116,7 +116,7 @@ def _codebook_of(path: Path, voice: Voice, speaker: str | None) -> Codebook:
     found = by_speaker.get(speaker) or by_speaker.get(None)
     if found is None:
         known = [name for name in by_speaker if name is not None]
-        raise UserError(f"{where} has no centres {_of(speaker)}; it has {_names(known)}")
+        raise UserError(f"{where} has no centres {_of(speaker)}; it has {_that_of(known)}")
     if found.encoder is not None:
         _require_encoder(where, "codebook", voice, found.encoder, found.checkpoint_sha256)
         made_by = (voice.extraction or {}).get("encoder", {})
@@ -151,7 +151,11 @@ def _of(speaker: str | None) -> str:
     return "of a mix of speakers" if speaker is None else f"of speaker '{speaker}'"
 
 
-def _names(speakers: Sequence[str]) -> str:
+def _that_of(speakers: Sequence[str]) -> str:
+    return f"that of {names_of(speakers)}" if speakers else "none"
+
+
+def names_of(speakers: Sequence[str]) -> str:
     """Of as many as one likes to read."""
     more = f" and {len(speakers) - 10} more" if len(speakers) > 10 else ""
-    return "that of " + ", ".join(speakers[:10]) + more if speakers else "none"
+    return ", ".join(speakers[:10]) + more

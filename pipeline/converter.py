@@ -88,10 +88,14 @@ class Models:
 
 @dataclass
 class _Stretch:
-    """Pieces without silence between them, and their f0 from the first that is read to the last."""
+    """Pieces without silence between them, and contours from the first that is read to the last.
+
+    f0: Hz of the song, 0 = unvoiced. asked: Hz that is to be sung, 0 = unvoiced.
+    """
 
     pieces: list[Piece]
-    f0: Array  # Hz, 0 = unvoiced
+    f0: Array
+    asked: Array
 
     @property
     def start(self) -> int:
@@ -124,11 +128,11 @@ class Converter:
         """
         begun, cpu = time.perf_counter(), time.process_time()
         with decoder.decode(source, self.sample_rate, self.config.resample) as decoded:
-            task = _Task(self, decoded)
+            task = _Task(self, decoded, progress)
             with SongFile(
                 output, self.config.output, decoded, self.config.resample, self.sample_rate
             ) as file:
-                for sound in task.sing(progress):
+                for sound in task.sing():
                     file.write(sound)
             return Conversion(
                 song_id=song_id,
@@ -138,7 +142,7 @@ class Converter:
                 hop_length=self.hop_length,
                 num_samples=file.num_samples,
                 f0=task.contour(lambda stretch: stretch.f0),
-                f0_asked=task.contour(task.asked),
+                f0_asked=task.contour(lambda stretch: stretch.asked),
                 notices=(*task.notices, *file.notices),
                 pieces=len(task.pieces),
                 gain_db=task.gain_db,
@@ -151,7 +155,8 @@ class Converter:
 class _Task:
     """One song while it is converted."""
 
-    def __init__(self, converter: Converter, decoded: Decoded) -> None:
+    def __init__(self, converter: Converter, decoded: Decoded, progress: Progress) -> None:
+        self.progress = progress
         self.models, self.config = converter.models, converter.config
         self.rate, self.hop = converter.sample_rate, converter.hop_length
         self.song = decoded.wav
@@ -161,13 +166,14 @@ class _Task:
         self.gain_db = reading.gain_db if self.config.loudness.per == "song" else 0.0
         if not self.pieces:
             self.notices.append("the song is silent throughout")
-        self.stretches = [_Stretch(pieces, self._f0(pieces)) for pieces in stretches(self.pieces)]
-        self.semitones = self._semitones()
+        found = [(pieces, self._f0(pieces)) for pieces in stretches(self.pieces)]
+        semitones = self._semitones([f0 for _, f0 in found])
+        self.stretches = [_Stretch(p, f0, transpose(f0, semitones)) for p, f0 in found]
         self.key = self._vocoder_key()
         self.statistics = self._statistics()
         self._warn_of_height()
 
-    def sing(self, progress: Progress) -> Iterator[Array]:
+    def sing(self) -> Iterator[Array]:
         """The converted song at the voice's rate, as long as the song, in order."""
         joiner = Joiner(self.hop)
         envelope = EnvelopeMix(self.config.output.envelope, self.rate)
@@ -177,7 +183,7 @@ class _Task:
                 sound = joiner.add(piece, wav)[: len(self.song) - given]
                 yield envelope.push(sound, self.song[given : given + len(sound)])
                 given += len(sound)
-                progress((piece.stop - piece.start) * self.hop / self.rate)
+                self._done_half(piece)
         rest = joiner.finish(len(self.song))[: max(0, len(self.song) - given)]
         yield envelope.push(rest, self.song[given:])
         yield envelope.finish()
@@ -191,9 +197,9 @@ class _Task:
             contour[first:last] = of(stretch)[first - stretch.start : last - stretch.start]
         return contour
 
-    def asked(self, stretch: _Stretch) -> Array:
-        """f0 (F,) that the voice is to sing; 0 = unvoiced."""
-        return transpose(stretch.f0, self.semitones)
+    def _done_half(self, piece: Piece) -> None:
+        """Pieces are worked on twice: their f0 is found, and they are sung."""
+        self.progress((piece.stop - piece.start) * self.hop / self.rate / 2)
 
     def _plan(self) -> list[Piece]:
         join = self.config.join
@@ -232,20 +238,20 @@ class _Task:
             f0 = estimate_f0(heard, self.rate, self.config.f0, piece.frames)
             first = piece.start if piece.joined else piece.read_start
             contour[first - base : piece.read_stop - base] = f0[first - piece.read_start :]
+            self._done_half(piece)
         return contour
 
-    def _semitones(self) -> float:
+    def _semitones(self, contours: Sequence[Array]) -> float:
         asked = self.config.pitch.transpose
         if asked != "auto":
             return float(asked)
         if self.models.target_hz is None:
+            why = "several speakers sing" if self.config.voice.mix else "the voice does not know"
             raise UserError(
-                "pitch.transpose is auto, but it is not known how high this voice sings; "
-                "give a number of semitones"
+                f"pitch.transpose is auto, but how high is not known: {why}; give a number of "
+                "semitones"
             )
-        sung = np.concatenate(
-            [stretch.f0 for stretch in self.stretches] or [np.zeros(0, np.float32)]
-        )
+        sung = np.concatenate([*contours, np.zeros(0, np.float32)])
         if not (sung > 0).any():
             return 0.0
         semitones = semitones_between(sung, self.models.target_hz)
@@ -257,7 +263,7 @@ class _Task:
         key = self.config.enhancer.adaptive_key
         if key is not None:
             return key
-        highest = max((float(self.asked(each).max()) for each in self.stretches), default=0.0)
+        highest = max((float(each.asked.max()) for each in self.stretches), default=0.0)
         return automatic_key(torch.tensor([highest]))
 
     def _statistics(self) -> UnitStatistics | None:
@@ -270,20 +276,19 @@ class _Task:
         return statistics
 
     def _warn_of_height(self) -> None:
-        asked = np.concatenate(
-            [self.asked(each) for each in self.stretches] or [np.zeros(1, np.float32)]
-        )
+        asked = np.concatenate([each.asked for each in self.stretches] + [np.zeros(1, np.float32)])
         share = (asked > HIGHEST_HZ).sum() / max(1, (asked > 0).sum())
         if share > 0:
             self.notices.append(
-                f"{100 * share:.1f} % of the voiced frames lie above {HIGHEST_HZ:.0f} Hz, where "
+                f"{100 * share:.2g} % of the voiced frames lie above {HIGHEST_HZ:.0f} Hz, where "
                 "the networks do not tell pitches apart; transpose downwards"
             )
 
     def _sing_stretch(self, stretch: _Stretch) -> Iterator[tuple[Piece, Array]]:
         """The sound of all that each piece reads, its gain undone."""
-        asked = self.asked(stretch)
-        filled = fill_unvoiced(asked.astype(np.float64), self.rate, self.hop).astype(np.float32)
+        asked = stretch.asked.astype(np.float64)
+        filled = fill_unvoiced(asked, self.rate, self.hop).astype(np.float32)
+        melody = filled.copy()
         voiced = (asked > 0).astype(np.float32)
         chance = KeyedNoise([zlib.crc32(f"{self.config.voice.seed} {stretch.start}".encode())])
         phase = vocoder_phase = first_phase(torch.zeros(1, 1), chance).double()
@@ -293,21 +298,21 @@ class _Task:
             heard = self._heard(piece, gain_db)
             inputs = self._inputs(piece, heard, stretch.of(piece, voiced))
             if self.config.pitch.predict:
-                self._predict(stretch, piece, inputs, filled)
-            between = filled[reached - stretch.start : piece.read_start - stretch.start]
+                self._predict(stretch, piece, inputs, filled, melody)
+            between = melody[reached - stretch.start : piece.read_start - stretch.start]
             phase = phase_after(torch.from_numpy(between)[None], self._source_rate, self.hop, phase)
             if self.models.enhancer is not None:
                 vocoder_phase = self.models.enhancer.phase_after(
                     torch.from_numpy(between), self.rate, self.hop, self.key, vocoder_phase
                 )
             reached = piece.read_start
-            f0 = stretch.of(piece, filled)
+            f0 = stretch.of(piece, melody)
             wav = self._sing(piece, inputs, f0, phase)
             if self.config.units.second_pass:
                 again = self._inputs(piece, self._quantised(wav), stretch.of(piece, voiced))
                 wav = self._sing(piece, again, f0, phase)
             if self.models.enhancer is not None:
-                wav = self._enhance(self.models.enhancer, wav, f0, vocoder_phase)
+                wav = self._enhance(self.models.enhancer, piece, wav, f0, vocoder_phase)
             yield piece, apply_gain(wav, -gain_db)
 
     @property
@@ -318,6 +323,7 @@ class _Task:
         plain = self._encode(heard)
         if self.statistics is not None:
             plain = self.statistics.apply(plain)
+        plain = unpack_units(pack_units(plain), plain.shape[1])  # what a shard keeps of them
         blended = self.models.controls.blend(plain)
         expand = self.models.voice.expand
         units = expand_units(blended, piece.frames, expand)
@@ -334,22 +340,24 @@ class _Task:
         )
 
     def _encode(self, heard: Array) -> Array:
-        """Units (F, D) as a shard would have them, but for the mean and variance of the song."""
+        """Units (F, D), before the song's mean and variance are made 0 and 1."""
         cfg = replace(self.config.encoder, normalize="none")
         encoder, resampling = self.models.encoder, self.config.resample
         (units,) = encode_units([heard], [""], self.rate, encoder, cfg, resampling)
-        return unpack_units(pack_units(units), units.shape[1])
+        return units
 
-    def _predict(self, stretch: _Stretch, piece: Piece, inputs: _Inputs, filled: Array) -> None:
-        """Put the voice's own melody in place of the song's, from where the last piece ended on."""
+    def _predict(
+        self, stretch: _Stretch, piece: Piece, inputs: _Inputs, filled: Array, melody: Array
+    ) -> None:
+        """Put the voice's own guess into `melody`, from where the last piece ended on."""
         given = torch.from_numpy(stretch.of(piece, filled))[None].to(self.models.device)
         found = self.models.network.predict_f0(
             inputs.units, given, inputs.voiced, inputs.speaker, inputs.volume_of(self.models)
         )
         first = piece.start if piece.joined else piece.read_start
-        filled[first - stretch.start : piece.read_stop - stretch.start] = (
-            found[0].cpu().numpy()[first - piece.read_start :]
-        )
+        there = slice(first - stretch.start, piece.read_stop - stretch.start)
+        melody[there] = found[0].cpu().numpy()[first - piece.read_start :]
+        stretch.asked[there] = np.where(stretch.asked[there] > 0, melody[there], 0)
 
     def _sing(self, piece: Piece, inputs: _Inputs, f0: Array, phase: Tensor) -> Array:
         device = self.models.device
@@ -368,14 +376,19 @@ class _Task:
         )
         return wav[0].float().cpu().numpy()
 
-    def _enhance(self, enhancer: Enhancer, wav: Array, f0: Array, phase: Tensor) -> Array:
+    def _enhance(
+        self, enhancer: Enhancer, piece: Piece, wav: Array, f0: Array, phase: Tensor
+    ) -> Array:
+        silent_s = self.config.enhancer.silence_front - piece.read_start * self.hop / self.rate
+        name = f"{self.config.voice.seed} {piece.read_start} vocoder"
         sung, rate = enhancer.enhance(
             torch.from_numpy(wav),
             self.rate,
             torch.from_numpy(f0),
             self.hop,
             self.key,
-            self.config.enhancer.silence_front,
+            max(0.0, silent_s),
+            noise=KeyedNoise([zlib.crc32(name.encode())], self.models.device),
             phase=phase,
         )
         out = resample(sung.cpu().numpy(), rate, self.rate, self.config.resample)[: len(wav)]

@@ -27,6 +27,7 @@ _LOSSY = {"OGG": "VORBIS", "MP3": "MPEG_LAYER_III"}
 _MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 # One soundfile call with a minute of Vorbis overflows the stack of libsndfile.
 _BLOCK_SAMPLES = 8192
+_BYTES = {"PCM_16": 2, "PCM_24": 3, "FLOAT": 4}  # of a sample
 _LARGEST_WAV = 2**32 - 2**20  # bytes; beyond it the header has no room for the length
 
 
@@ -52,6 +53,11 @@ def check_output(path: Path, cfg: OutputConfig, rate: int) -> None:
         raise UserError(f"{path}: above 65535 Hz, FLAC takes multiples of 10 only, not {rate}")
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file for the converted song")
+    if len(os.fsencode(path.name)) > 255:
+        raise UserError(f"the name {path.name} is longer than file systems allow")
+    above = next((parent for parent in path.absolute().parents if parent.exists()), path)
+    if not above.is_dir():
+        raise UserError(f"{above} is a file, not a folder to write {path.name} into")
 
 
 class SongFile:
@@ -81,11 +87,11 @@ class SongFile:
         kind = _FORMATS[self.path.suffix.lower()]
         subtype = _LOSSY.get(kind, self.cfg.subtype)
         channels = 2 if self.cfg.channels == "dual" else 1
-        if kind == "WAV" and self.num_samples * channels * 4 > _LARGEST_WAV:
+        if kind == "WAV" and self.num_samples * channels * _BYTES[subtype] > _LARGEST_WAV:
             kind = "RF64"
         with self._storing():
             self._file = sf.SoundFile(
-                self._temporary, "w", self.rate, channels, subtype, format=kind
+                os.fsencode(self._temporary), "w", self.rate, channels, subtype, format=kind
             )
         return self
 

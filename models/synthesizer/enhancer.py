@@ -33,12 +33,12 @@ AdaptiveKey = float | Literal["auto"]
 
 
 def automatic_key(f0: Tensor) -> int:
-    """The fewest whole semitones, from 0, that bring all of f0 (F,) down to 760 Hz.
+    """The fewest whole semitones, 0 to 24, that bring all of f0 (F,) down to 760 Hz, or towards it.
 
     Source: the enhancer of DDSP-SVC; so-vits-svc's has numbers alone.
     """
     highest = float(f0.max()) if len(f0) else 0.0
-    return math.ceil(12 * math.log2(max(1.0, highest / _HIGHEST_HZ)))
+    return min(_MOST_SEMITONES, math.ceil(12 * math.log2(max(1.0, highest / _HIGHEST_HZ))))
 
 
 class Enhancer:
