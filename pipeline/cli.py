@@ -252,6 +252,20 @@ def train(
     show_outcome(console, outcome)
 
 
+def _refuse_beside(
+    several: bool, out: Path, ray_address: str | None, local: bool, retry: bool
+) -> None:
+    """What does not go with a song, or with several."""
+    given = {"--ray-address": ray_address, "--local": local, "--retry-quarantined": retry}
+    for option, value in given.items():
+        if value and not several:
+            raise UserError(
+                f"{option} is about a folder or a manifest of songs, not about one song"
+            )
+    if several and out.suffix.lower() in (".wav", ".flac", ".ogg", ".mp3"):
+        raise UserError(f"INPUT has several songs, and {out} is named like one; name a folder")
+
+
 @app.command(help=_CONVERT_HELP)
 def convert(
     checkpoint: Annotated[
@@ -301,7 +315,8 @@ def convert(
     words = [word for word in (checkpoint, source, output, *(overrides or [])) if word]
     places = [word for word in words if not re.match(r"\w+\.[\w.-]+=", word)]
     if len(places) < (1 if print_config else 3):
-        raise UserError("name a CHECKPOINT, an INPUT and an OUTPUT; see convert --help")
+        needed = "a CHECKPOINT" if print_config else "a CHECKPOINT, an INPUT and an OUTPUT"
+        raise UserError(f"name {needed}; see convert --help")
     settings = [word for word in words if word not in places]
     given = {"voice.speaker": speaker, "pitch.transpose": transpose, "compute.backend": backend}
     settings += [
@@ -325,11 +340,15 @@ def convert(
 
     from pipeline.convert import convert_file, read_request, write_page
 
-    request = read_request(Path(places[0]), settings, config, encoder_checkpoint)
     song, out = Path(places[1]), Path(places[2])
+    several = song.is_dir() or song.suffix.lower() in (".csv", ".jsonl")
+    if not song.exists():
+        raise UserError(f"there is no song, folder or manifest {song}")
+    _refuse_beside(several, out, ray_address, local, retry_quarantined)
+    request = read_request(Path(places[0]), settings, config, encoder_checkpoint)
     console = _console()
     try:
-        if song.is_dir() or song.suffix.lower() in (".csv", ".jsonl"):
+        if several:
             from pipeline.convert_batch import BatchOptions, convert_folder
             from pipeline.convert_tables import show_batch, write_batch
 

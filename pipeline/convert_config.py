@@ -119,7 +119,9 @@ class OutputConfig:
 
     sample_rate: int | None = None
     channels: Literal["mono", "dual"] = "mono"
-    format: Literal["wav", "flac", "ogg"] = "wav"  # of songs of a folder; a file's is its suffix
+    format: Literal["wav", "flac", "ogg", "mp3"] = (
+        "wav"  # of songs of a folder; a file's is its suffix
+    )
     subtype: Literal["PCM_16", "PCM_24", "FLOAT"] = "PCM_16"
     envelope: float = 0.0
 

@@ -36,7 +36,7 @@ def follow_f0(asked: Array, found: Array, cents: float = 50.0) -> dict[str, floa
     off = apart[np.isfinite(apart)]
     same = (asked > 0) == (found > 0)
     return {
-        "right": float(np.sum(off <= cents) / max(1, np.sum(asked > 0))),
+        "right": float(np.sum(off <= cents) / np.sum(asked > 0)) if (asked > 0).any() else math.nan,
         "near": float(np.mean(off <= cents)) if len(off) else math.nan,
         "median_cents": float(np.median(off)) if len(off) else math.nan,
         "voicing_agreement": float(np.mean(same)) if len(same) else math.nan,

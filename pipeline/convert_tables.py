@@ -24,8 +24,8 @@ def show_conversion(console: Console, conversion: Conversion, page: Path | None 
     seconds = len(conversion.f0) * conversion.hop_length / conversion.sample_rate
     sung = conversion.f0_asked[conversion.f0_asked > 0]
     lines = [
-        f"song     {conversion.source}, {seconds:.1f} s, {conversion.pieces} pieces",
-        f"pitch    {_range(sung)}",
+        f"song     {conversion.source}, {seconds:.1f} s, in pieces: {conversion.pieces}",
+        f"to sing  {_range(sung)}",
         f"time     {conversion.wall_s:.1f} s, {conversion.cpu_s:.1f} CPU s; real-time factor "
         f"{conversion.wall_s / max(seconds, 1e-9):.2f}",
         *(f"note     {notice}" for notice in conversion.notices),

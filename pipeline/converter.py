@@ -45,6 +45,7 @@ from stages.types import Array
 from stages.units import UnitStatistics, encode_units, pack_units, unpack_units
 
 HIGHEST_HZ = 1100.0  # of what so-vits-svc's networks tell apart
+LEVELS_APART_DB = 6.0  # of song and voice, beyond which it is said
 Progress = Callable[[float], None]  # is told seconds of the song
 
 
@@ -176,17 +177,21 @@ class _Task:
     def sing(self) -> Iterator[Array]:
         """The converted song at the voice's rate, as long as the song, in order."""
         joiner = Joiner(self.hop)
+        energies = np.zeros(2)  # of the song, and of what is sung in its place
         envelope = EnvelopeMix(self.config.output.envelope, self.rate)
         given = 0
         for stretch in self.stretches:
             for piece, wav in self._sing_stretch(stretch):
                 sound = joiner.add(piece, wav)[: len(self.song) - given]
-                yield envelope.push(sound, self.song[given : given + len(sound)])
+                song = self.song[given : given + len(sound)]
+                energies += [np.square(each, dtype=np.float64).sum() for each in (song, sound)]
+                yield envelope.push(sound, song)
                 given += len(sound)
                 self._done_half(piece)
         rest = joiner.finish(len(self.song))[: max(0, len(self.song) - given)]
         yield envelope.push(rest, self.song[given:])
         yield envelope.finish()
+        self._warn_of_level(*energies)
 
     def contour(self, of: Callable[[_Stretch], Array]) -> Array:
         """(F,) of the whole song, 0 where it is silent or unvoiced."""
@@ -282,6 +287,15 @@ class _Task:
             self.notices.append(
                 f"{100 * share:.2g} % of the voiced frames lie above {HIGHEST_HZ:.0f} Hz, where "
                 "the networks do not tell pitches apart; transpose downwards"
+            )
+
+    def _warn_of_level(self, song: float, sung: float) -> None:
+        decibels = 10 * np.log10(sung / song) if min(song, sung) > 0 else 0.0
+        if abs(decibels) > LEVELS_APART_DB and self.config.output.envelope == 0:
+            than = "softer" if decibels < 0 else "louder"
+            self.notices.append(
+                f"the voice sings {abs(decibels):.0f} dB {than} than the song; output.envelope "
+                "draws it to the song's loudness"
             )
 
     def _sing_stretch(self, stretch: _Stretch) -> Iterator[tuple[Piece, Array]]:

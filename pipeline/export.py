@@ -23,6 +23,8 @@ def export(checkpoint: Path, folder: Path) -> None:
     if (folder / WEIGHTS).exists():
         raise UserError(f"{folder} holds a voice already; name a folder for the graphs alone")
     voice = read_any_voice(checkpoint)
+    if not voice.tensors:
+        raise UserError(f"{checkpoint} is a voice that was exported; name the one it was made of")
     try:
         export_voice(folder, voice)
     except ValueError as error:

@@ -58,6 +58,8 @@ def check_output(path: Path, cfg: OutputConfig, rate: int) -> None:
     above = next((parent for parent in path.absolute().parents if parent.exists()), path)
     if not above.is_dir():
         raise UserError(f"{above} is a file, not a folder to write {path.name} into")
+    if not os.access(above, os.W_OK):
+        raise UserError(f"{above} may not be written to; name another place for {path.name}")
 
 
 class SongFile:

@@ -44,6 +44,11 @@ def read_any_voice(path: Path) -> Voice:
             return OnnxSynthesizer(file).voice
         if file.name in (WEIGHTS, DESCRIPTION):
             return load_voice(file)
+        if not (file.parent / SOVITS_CONFIG).is_file():
+            raise UserError(
+                f"{file} is no voice of ours, and a voice of so-vits-svc has its {SOVITS_CONFIG} "
+                "beside it; those of other programs, such as RVC, cannot be sung with"
+            )
         return read_voice(file, file.parent / SOVITS_CONFIG)
     except ValueError as error:  # a CheckpointError, or onnxruntime is missing
         raise UserError(str(error)) from error

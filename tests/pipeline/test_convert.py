@@ -194,7 +194,7 @@ def test_transposition(voice: Path, song: Path, tmp_path: Path) -> None:
     _, fitted = convert(voice, song, tmp_path / "c.wav", "pitch.transpose=auto", speaker="ben")
     np.testing.assert_allclose(higher.f0_asked, 2 * plain.f0_asked, rtol=1e-6)
     np.testing.assert_allclose(fitted.f0_asked, plain.f0_asked / 2, rtol=1e-6)
-    assert fitted.notices == ("transposed by -12 semitones",)
+    assert fitted.notices[0] == "transposed by -12 semitones"
     _, high = convert(voice, song, tmp_path / "d.wav", "pitch.transpose=36")
     assert "lie above 1100 Hz" in high.notices[0]
 
