@@ -26,6 +26,7 @@ from pipeline.convert_metrics import (
     long_term_envelope,
     measure_f0,
 )
+from pipeline.train_metrics import compare_pitch
 from pipeline.voices import read_any_voice
 from stages.resample import ResampleConfig, resample
 from stages.types import Array
@@ -73,12 +74,13 @@ def main() -> None:
                 wav = sound(output, rate)
                 found = measure_f0(wav, rate, done.hop_length, len(done.f0_asked))
                 follows = follow_f0(done.f0_asked, found)
+                right = compare_pitch(done.f0_asked, found)["pitch_accuracy"]
                 envelope = long_term_envelope(wav, rate)
                 voiced = (done.f0 > 0) & (done.f0_asked > 0)
                 moved = 12 * np.log2(np.median(done.f0_asked[voiced] / done.f0[voiced]))
                 print(
                     f"| {source}/{song.name} | {target} | {moved:+.0f} "
-                    f"| {100 * follows['right']:.1f} % | {100 * follows['near']:.1f} % "
+                    f"| {100 * right:.1f} % | {100 * follows['near']:.1f} % "
                     f"| {follows['median_cents']:.1f} "
                     f"| {envelope_distance(envelope, envelopes[target]):.1f} dB "
                     f"| {envelope_distance(envelope, envelopes[source]):.1f} dB |",

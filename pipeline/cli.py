@@ -262,7 +262,9 @@ def _refuse_beside(
             raise UserError(
                 f"{option} is about a folder or a manifest of songs, not about one song"
             )
-    if several and out.suffix.lower() in (".wav", ".flac", ".ogg", ".mp3"):
+    from pipeline.song_file import FORMATS
+
+    if several and out.suffix.lower() in FORMATS:
         raise UserError(f"INPUT has several songs, and {out} is named like one; name a folder")
 
 
@@ -339,9 +341,10 @@ def convert(
         raise UserError(f"'{places[3]}' is neither a setting (section.key=value) nor asked for")
 
     from pipeline.convert import convert_file, read_request, write_page
+    from pipeline.corpus import MANIFEST_SUFFIXES
 
     song, out = Path(places[1]), Path(places[2])
-    several = song.is_dir() or song.suffix.lower() in (".csv", ".jsonl")
+    several = song.is_dir() or song.suffix.lower() in MANIFEST_SUFFIXES
     if not song.exists():
         raise UserError(f"there is no song, folder or manifest {song}")
     _refuse_beside(several, out, ray_address, local, retry_quarantined)

@@ -26,8 +26,7 @@ _DB_PER_NEPER = 20 / math.log(10)
 def follow_f0(asked: Array, found: Array, cents: float = 50.0) -> dict[str, float]:
     """Two contours (F,) in Hz, 0 where unvoiced.
 
-    right: share within `cents` of the frames that are voiced in `asked`.
-    near: of those that are voiced in both.
+    near: share within `cents` of the frames that are voiced in both.
     median_cents: median distance over those frames.
     voicing_agreement: share of all frames that are voiced in both or in neither.
     Each is NaN where there is no such frame.
@@ -36,7 +35,6 @@ def follow_f0(asked: Array, found: Array, cents: float = 50.0) -> dict[str, floa
     off = apart[np.isfinite(apart)]
     same = (asked > 0) == (found > 0)
     return {
-        "right": float(np.sum(off <= cents) / np.sum(asked > 0)) if (asked > 0).any() else math.nan,
         "near": float(np.mean(off <= cents)) if len(off) else math.nan,
         "median_cents": float(np.median(off)) if len(off) else math.nan,
         "voicing_agreement": float(np.mean(same)) if len(same) else math.nan,

@@ -22,7 +22,7 @@ from stages.pcm import quantise
 from stages.resample import ResampleConfig, stream_resampler
 from stages.types import Array
 
-_FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}
+FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}
 _LOSSY = {"OGG": "VORBIS", "MP3": "MPEG_LAYER_III"}
 _MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 # One soundfile call with a minute of Vorbis overflows the stack of libsndfile.
@@ -36,11 +36,9 @@ def check_output(path: Path, cfg: OutputConfig, rate: int) -> None:
 
     rate: the voice's, in Hz.
     """
-    kind = _FORMATS.get(path.suffix.lower())
+    kind = FORMATS.get(path.suffix.lower())
     if kind is None:
-        raise UserError(
-            f"{path} must end in {', '.join(_FORMATS)}, the formats that can be written"
-        )
+        raise UserError(f"{path} must end in {', '.join(FORMATS)}, the formats that can be written")
     if kind == "FLAC" and cfg.subtype == "FLOAT":
         raise UserError(f"{path}: FLAC has no floats; output.subtype can be PCM_16 or PCM_24")
     rate = cfg.sample_rate or rate
@@ -86,7 +84,7 @@ class SongFile:
 
     def __enter__(self) -> SongFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kind = _FORMATS[self.path.suffix.lower()]
+        kind = FORMATS[self.path.suffix.lower()]
         subtype = _LOSSY.get(kind, self.cfg.subtype)
         channels = 2 if self.cfg.channels == "dual" else 1
         if kind == "WAV" and self.num_samples * channels * _BYTES[subtype] > _LARGEST_WAV:

@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from torch import Tensor
 
 from models.checkpoint import CheckpointError
 from models.synthesizer.noise import KeyedNoise, NoNoise
@@ -22,8 +21,8 @@ from models.synthesizer.source import HARMONICS
 from models.synthesizer.synthesizer import Synthesizer
 from models.synthesizer.voice import DESCRIPTION, Voice, VoiceEncoder, load_network
 from tests.models.synthesizer.conftest import Filled, Reference
-from tests.models.synthesizer.test_synthesizer import INFER, INFER_PREDICTED, close
-from tests.models.synthesizer.tiny import MEL, batch_of, config_of
+from tests.models.synthesizer.test_synthesizer import INFER, close, require_infer
+from tests.models.synthesizer.tiny import MEL, config_of
 
 VARIANTS = (
     "base", "transflow", "share", "depthwise", "snake", "vol", "noautof0", "resblock2", "oddrates",
@@ -76,30 +75,7 @@ def folder(exported: Export, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_sings_as_the_peer(variant: str, exported: Export, reference: Reference) -> None:
     arrays = reference(f"svc_tiny_{variant}")
-    network = exported(variant).network
-    batch = batch_of(arrays)
-
-    def infer(speaker: Tensor, predict_f0: bool = False) -> tuple[Tensor, Tensor]:
-        return network.infer(
-            batch.units,
-            batch.f0,
-            batch.voiced,
-            speaker,
-            noise=NoNoise(),
-            predict_f0=predict_f0,
-            volume=batch.volume,
-        )
-
-    wav, f0 = infer(batch.speaker)
-    close(wav, arrays["infer/audio"][:, 0], INFER.get(variant, 1e-5))
-    close(f0, arrays["infer/f0"], 0)
-    if network.config.predict_f0:
-        wav, f0 = infer(batch.speaker, predict_f0=True)
-        close(wav, arrays["infer_predf0/audio"][:, 0], INFER_PREDICTED.get(variant, 2e-4))
-        np.testing.assert_allclose(f0.numpy(), arrays["infer_predf0/f0"], rtol=1e-5)
-    if "in/spk_mix" in arrays:
-        wav, _ = infer(torch.from_numpy(arrays["in/spk_mix"])[None].float())
-        close(wav, arrays["infer_mix/audio"][:, 0], 1e-5)
+    require_infer(exported(variant).network, arrays, variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,9 +30,8 @@ def variant(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_infers_as_the_peer(variant: str, reference: Reference, filled: Filled) -> None:
-    arrays = reference(f"svc_tiny_{variant}")
-    network = filled(Synthesizer(config_of(arrays)))
+def require_infer(network: Any, arrays: dict[str, np.ndarray], variant: str) -> None:
+    """What the peer's infer gave: plainly, with a predicted melody, and of a mix over time."""
     batch = batch_of(arrays)
 
     def infer(speaker: Tensor, predict_f0: bool = False) -> tuple[Tensor, Tensor]:
@@ -55,6 +55,12 @@ def test_infers_as_the_peer(variant: str, reference: Reference, filled: Filled) 
     if "in/spk_mix" in arrays:
         wav, _ = infer(torch.from_numpy(arrays["in/spk_mix"])[None].float())
         close(wav, arrays["infer_mix/audio"][:, 0], 1e-5)
+
+
+def test_infers_as_the_peer(variant: str, reference: Reference, filled: Filled) -> None:
+    arrays = reference(f"svc_tiny_{variant}")
+    network = filled(Synthesizer(config_of(arrays)))
+    require_infer(network, arrays, variant)
 
 
 def test_trains_on_what_the_peer_trains_on(
