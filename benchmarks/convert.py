@@ -35,10 +35,10 @@ from benchmarks.environment import environment
 from benchmarks.plain_training import Coupling, PlainSynthesizer
 from benchmarks.train import TEMPLATE, clips, networks, peak_rss_mb
 from models.synthesizer.batch import Batch
+from models.synthesizer.blocks.decoder import for_singing
+from models.synthesizer.blocks.noise import KeyedNoise, Noise
+from models.synthesizer.blocks.pitch import f0_to_coarse
 from models.synthesizer.config import SynthesizerConfig
-from models.synthesizer.decoder import for_singing
-from models.synthesizer.noise import KeyedNoise, Noise
-from models.synthesizer.pitch import f0_to_coarse
 
 _SCALE = 0.35  # of the noise
 _PEER = {(200, 2): 3.7, (790, 2): 24.1}  # seconds on another machine, (frames, batch)
@@ -187,7 +187,7 @@ def _convert(folder: Path, minutes: float) -> Cost:
     import soundfile as sf
     from rich.console import Console
 
-    from pipeline.convert import convert_file, read_request
+    from pipeline.convert.command import convert_file, read_request
     from tests.songs import tune
     from tests.voices import write_small_voice
 
@@ -240,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.quick:
         options.frames, options.batch, options.repeats, options.minutes = [200], [1], 2, [1]
     from benchmarks.extract import cpu_model
-    from pipeline.cluster import KEEP_FREED_MEMORY
+    from pipeline.cluster.ray_connection import KEEP_FREED_MEMORY
 
     loads = [os.getloadavg()[0]]
     print(f"{cpu_model()}, {os.cpu_count()} CPUs, torch {torch.__version__}\n", flush=True)

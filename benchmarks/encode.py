@@ -271,7 +271,7 @@ def measure(
 ) -> tuple[Figure, list[np.ndarray]]:
     """Best of the repeats, each over all clips; and the units of the first clip or batch."""
     from benchmarks.extract import THREADS  # not at the top: every worker would import Ray
-    from pipeline.cluster import KEEP_FREED_MEMORY
+    from pipeline.cluster.ray_connection import KEEP_FREED_MEMORY
 
     context = multiprocessing.get_context("spawn")
     seconds = sum(len(clip) for clip in clips) / SAMPLE_RATE
@@ -521,7 +521,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.quick:
         options.encoders, options.seconds, options.repeats = ["contentvec768l12"], 10.0, 1
-    from pipeline.demo import make_demo_corpus
+    from pipeline.tools.demo_corpus import make_demo_corpus
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

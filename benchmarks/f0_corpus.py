@@ -14,7 +14,7 @@ import numpy as np
 import soundfile as sf
 from scipy import fft, signal
 
-from stages.singer import ALTO, SOPRANO, Voice, sing
+from pipeline.tools.formant_singer import ALTO, SOPRANO, Voice, sing
 from stages.types import Array
 
 SAMPLE_RATE = 44100

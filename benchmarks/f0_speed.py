@@ -288,7 +288,7 @@ def _peak_rss_mb() -> float:
 
 def _in_fresh_process(*arguments: Any) -> Cost:
     from benchmarks.extract import THREADS  # not at the top: every process would import Ray
-    from pipeline.cluster import KEEP_FREED_MEMORY
+    from pipeline.cluster.ray_connection import KEEP_FREED_MEMORY
 
     with environment(dict.fromkeys(THREADS, "1") | KEEP_FREED_MEMORY):
         context = multiprocessing.get_context("spawn")

@@ -19,15 +19,15 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.convert import convert_file, read_request
-from pipeline.convert_metrics import (
+from pipeline.convert.command import convert_file, read_request
+from pipeline.convert.metrics import (
     envelope_distance,
     follow_f0,
     long_term_envelope,
     measure_f0,
 )
-from pipeline.train_metrics import compare_pitch
-from pipeline.voices import read_any_voice
+from pipeline.train.find_voice import read_any_voice
+from pipeline.train.validation import compare_pitch
 from stages.resample import ResampleConfig, resample
 from stages.types import Array
 

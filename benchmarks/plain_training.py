@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.synthesizer.batch import Batch
+from models.synthesizer.blocks.noise import Noise
+from models.synthesizer.blocks.pitch import f0_to_coarse
+from models.synthesizer.blocks.segments import sequence_mask
 from models.synthesizer.config import MelConfig, SynthesizerConfig
 from models.synthesizer.mel import mel_of, spectrogram
-from models.synthesizer.noise import Noise
-from models.synthesizer.pitch import f0_to_coarse
-from models.synthesizer.segments import sequence_mask
 
 _SLOPE = 0.1
 _UNSEEN = -1e4

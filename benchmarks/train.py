@@ -38,12 +38,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script
 from benchmarks.environment import environment
 from benchmarks.plain_training import PlainDiscriminator, PlainStep, PlainSynthesizer
 from models.synthesizer.batch import Batch
+from models.synthesizer.blocks.discriminators import MultiPeriodDiscriminator
+from models.synthesizer.blocks.noise import KeyedNoise
+from models.synthesizer.blocks.segments import sequence_mask
 from models.synthesizer.config import MelConfig, SynthesizerConfig
-from models.synthesizer.discriminators import MultiPeriodDiscriminator
-from models.synthesizer.noise import KeyedNoise
-from models.synthesizer.segments import sequence_mask
+from models.synthesizer.sovits.networks import Synthesizer
 from models.synthesizer.step import GanStep, Totals, Weights
-from models.synthesizer.synthesizer import Synthesizer
 
 TEMPLATE = SynthesizerConfig(units_dim=768, n_speakers=200)
 MEL = MelConfig(f_max=22050.0)
@@ -218,7 +218,7 @@ class Bench:
 def compare(config: SynthesizerConfig, frames: int, repeats: int) -> dict[str, Cost]:
     """Of each side the best, step by step in turns."""
     from benchmarks.extract import THREADS  # not at the top: every process would import Ray
-    from pipeline.cluster import KEEP_FREED_MEMORY
+    from pipeline.cluster.ray_connection import KEEP_FREED_MEMORY
 
     costs: dict[str, list[Cost]] = {side: [] for side in SIDES}
     with ExitStack() as held:
@@ -264,8 +264,8 @@ def peak_rss_mb() -> float:
 
 def loading(dataset: Path, frames: int, batches: int) -> float:
     """CPU seconds for a batch of `BATCH` clips, threads included, the steady state."""
-    from pipeline.dataset import ShardDataset
-    from pipeline.train_config import DataConfig
+    from pipeline.dataset.shard_dataset import ShardDataset
+    from pipeline.train.config import DataConfig
 
     data = DataConfig(batch_size=BATCH, max_frames=frames, validation=0.0)
     with closing(ShardDataset(dataset, data=data).batches()) as stream:

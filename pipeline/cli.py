@@ -114,7 +114,7 @@ def extract(
         Path | None, typer.Option("--json", help="Write the closing table to this file too.")
     ] = None,
 ) -> None:
-    from pipeline.config import load_config, to_yaml
+    from pipeline.extract.config import load_config, to_yaml
 
     words = [word for word in (corpus, dataset, *(overrides or [])) if word]
     if print_config:
@@ -132,12 +132,12 @@ def extract(
     if source is None:
         resolved = load_config(config, settings)
     else:
-        from pipeline.reextract import config_from, read_source
+        from pipeline.extract.from_dataset import config_from, read_source
 
         resolved = config_from(read_source(source), config, settings)
 
-    from pipeline.extract import ExtractOptions, reextract
-    from pipeline.extract import extract as run
+    from pipeline.extract.command import ExtractOptions, reextract
+    from pipeline.extract.command import extract as run
 
     options = ExtractOptions(
         speaker=speaker,
@@ -159,7 +159,7 @@ def extract(
     if dry_run:
         return
 
-    from pipeline.tables import show_summary, write_summary
+    from pipeline.extract.summary import show_summary, write_summary
 
     show_summary(console, outcome, Path(dataset))
     if json_path is not None:
@@ -210,7 +210,7 @@ def train(
     ] = None,
 ) -> None:
     from pipeline.settings import dump_yaml, load_settings
-    from pipeline.train_config import TrainConfig
+    from pipeline.train.config import TrainConfig
 
     words = [word for word in (dataset, run, *(overrides or [])) if word]
     if print_config:
@@ -229,7 +229,7 @@ def train(
     console = _console()
     try:
         if workers > 1 or ray_address is not None:
-            from pipeline.train_workers import train_on_ray
+            from pipeline.train.ray_train import train_on_ray
 
             outcome = train_on_ray(
                 dataset,
@@ -241,13 +241,13 @@ def train(
                 console=console,
             )
         else:
-            from pipeline.train import fit
+            from pipeline.train.trainer import fit
 
             outcome = fit(dataset, Path(run), resolved, init_from=init_from, console=console)
     except KeyboardInterrupt as error:
         raise Interrupted from error
 
-    from pipeline.train_summary import show_outcome
+    from pipeline.train.summary import show_outcome
 
     show_outcome(console, outcome)
 
@@ -262,7 +262,7 @@ def _refuse_beside(
             raise UserError(
                 f"{option} is about a folder or a manifest of songs, not about one song"
             )
-    from pipeline.song_file import FORMATS
+    from pipeline.convert.output_file import FORMATS
 
     if several and out.suffix.lower() in FORMATS:
         raise UserError(f"INPUT has several songs, and {out} is named like one; name a folder")
@@ -330,9 +330,9 @@ def convert(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     if print_config:  # also without the encoder's weights, and before it is known who sings
-        from pipeline.convert_config import convert_config
+        from pipeline.convert.config import convert_config
         from pipeline.settings import dump_yaml
-        from pipeline.voices import read_any_voice
+        from pipeline.train.find_voice import read_any_voice
 
         resolved = convert_config(read_any_voice(Path(places[0])), config, settings)
         sys.stdout.write(dump_yaml(dataclasses.asdict(resolved)))
@@ -340,8 +340,8 @@ def convert(
     if len(places) > 3:
         raise UserError(f"'{places[3]}' is neither a setting (section.key=value) nor asked for")
 
-    from pipeline.convert import convert_file, read_request, write_page
-    from pipeline.corpus import MANIFEST_SUFFIXES
+    from pipeline.convert.command import convert_file, read_request, write_page
+    from pipeline.songs.corpus import MANIFEST_SUFFIXES
 
     song, out = Path(places[1]), Path(places[2])
     several = song.is_dir() or song.suffix.lower() in MANIFEST_SUFFIXES
@@ -352,8 +352,8 @@ def convert(
     console = _console()
     try:
         if several:
-            from pipeline.convert_batch import BatchOptions, convert_folder
-            from pipeline.convert_tables import show_batch, write_batch
+            from pipeline.convert.folder import BatchOptions, convert_folder
+            from pipeline.convert.summary import show_batch, write_batch
 
             options = BatchOptions(
                 ray_address=ray_address,
@@ -368,7 +368,7 @@ def convert(
             if outcome.account.problems:
                 raise typer.Exit(1)
         else:
-            from pipeline.convert_tables import show_conversion, write_conversion
+            from pipeline.convert.summary import show_conversion, write_conversion
 
             _use_all_threads()
             conversion = convert_file(request, song, out, console)
@@ -393,9 +393,9 @@ def verify(
     ] = None,
 ) -> None:
     """Read everything in DATASET back: footers, rows, balance, checksums, audio."""
-    from pipeline.tables import show_verification
-    from pipeline.verify import check_export, export_ledger
-    from pipeline.verify import verify as run
+    from pipeline.dataset.verify import check_export, export_ledger
+    from pipeline.dataset.verify import verify as run
+    from pipeline.extract.summary import show_verification
 
     if export is not None:
         check_export(export)
@@ -414,7 +414,7 @@ def report(
     dataset: Annotated[Path, typer.Argument(help="Dataset folder.", show_default=False)],
 ) -> None:
     """Write DATASET/report.html: one page with figures, pictures and clips to hear."""
-    from pipeline.report import write_report
+    from pipeline.reports.dataset_page import write_report
 
     _console().print(f"report written to {escape(str(write_report(dataset)))}")
 
@@ -426,7 +426,7 @@ def demo_corpus(
     seed: Annotated[int, typer.Option(help="Same seed, same songs.")] = 0,
 ) -> None:
     """Make a small corpus of synthetic singing with known f0, and a few faults."""
-    from pipeline.demo import make_demo_corpus
+    from pipeline.tools.demo_corpus import make_demo_corpus
 
     make_demo_corpus(folder, minutes=minutes, seed=seed)
     _console().print(f"demo corpus written to {escape(str(folder))}")
@@ -453,7 +453,7 @@ def codebook(
 ) -> None:
     """Cluster the units of DATASET by k-means, for `encoder.codebook` and cluster models."""
 
-    from pipeline.codebook import CodebookOptions, make_codebook, show_fits
+    from pipeline.tools.codebook import CodebookOptions, make_codebook, show_fits
 
     options = CodebookOptions(
         encoder=encoder,
@@ -488,7 +488,7 @@ def index(
     seed: Annotated[int, typer.Option(help="Same seed, same draw.")] = 0,
 ) -> None:
     """Index the units of each speaker of DATASET for feature retrieval (faiss)."""
-    from pipeline.index import IndexOptions, make_indexes, show_indexes
+    from pipeline.tools.unit_index import IndexOptions, make_indexes, show_indexes
 
     options = IndexOptions(
         encoder=encoder,
@@ -512,7 +512,7 @@ def purity(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda; with --checkpoint.")] = "auto",
 ) -> None:
     """Write DATASET/purity.parquet: how near each clip is to its speaker's other clips."""
-    from pipeline.purity import measure_purity, show_purity
+    from pipeline.tools.speaker_purity import measure_purity, show_purity
 
     if checkpoint is not None:
         _use_all_threads()
@@ -536,7 +536,7 @@ def convert_encoder(
     """Write the encoder in IN as safetensors with its configuration, which load faster."""
     if out is None and not describe:
         raise UserError("name a file OUT to write, or --print to see what IN is")
-    from pipeline import convert_encoder as module
+    from pipeline.tools import convert_checkpoint as module
 
     console = _console()
     if describe:
@@ -555,8 +555,8 @@ def export(
     folder: Annotated[Path, typer.Argument(help="Folder to write into.", show_default=False)],
 ) -> None:
     """Write the voice of CHECKPOINT as ONNX graphs, for onnxruntime."""
-    from pipeline.export import export as run
-    from pipeline.export import show
+    from pipeline.tools.export_voice import export as run
+    from pipeline.tools.export_voice import show
 
     run(checkpoint, folder)
     show(_console(), folder)
@@ -605,8 +605,8 @@ def distill(
     command again to go on after a stop; what it reached is in the folder OUT.safetensors.run.
     """
 
-    from pipeline.distill import DistillOptions, numbers, show_outcome, training_config
-    from pipeline.distill import distill as run
+    from pipeline.tools.distill import DistillOptions, numbers, show_outcome, training_config
+    from pipeline.tools.distill import distill as run
 
     _use_all_threads()
     training = training_config(
@@ -658,8 +658,8 @@ def fetch_encoder(
     list_known: Annotated[bool, typer.Option("--list", help="Say what can be fetched.")] = False,
 ) -> None:
     """Download a checkpoint. No other command uses the network."""
-    from pipeline.fetch import FetchOptions, show_checkpoints, show_use
-    from pipeline.fetch import fetch_encoder as fetch
+    from pipeline.tools.fetch import FetchOptions, show_checkpoints, show_use
+    from pipeline.tools.fetch import fetch_encoder as fetch
 
     console = _console()
     if list_known:
@@ -701,7 +701,7 @@ def main() -> None:
     except StorageFault as error:
         fail_storage(error)
     except OSError as error:
-        from pipeline.shards import storage_fault
+        from pipeline.dataset.shards import storage_fault
 
         fail_storage(storage_fault(error))
     except SongBug as error:

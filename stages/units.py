@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.groups import in_groups
+from stages.clip_groups import in_groups
 from stages.resample import ResampleConfig, resample
 from stages.types import Array
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks import convert as bench
-from models.synthesizer.noise import KeyedNoise
+from models.synthesizer.blocks.noise import KeyedNoise
 from tests.test_benchmark_train import FRAMES, TINY
 
 

@@ -13,8 +13,8 @@ import soundfile as sf
 from benchmarks import f0 as bench
 from benchmarks import f0_corpus as corpus
 from benchmarks import f0_speed as speed
+from pipeline.tools.formant_singer import ALTO, sing
 from stages.f0 import F0Config, estimate_f0
-from stages.singer import ALTO, sing
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from benchmarks import train as bench
 from benchmarks.plain_training import PlainDiscriminator, PlainStep, PlainSynthesizer
+from models.synthesizer.blocks.noise import KeyedNoise
 from models.synthesizer.config import MelConfig, SynthesizerConfig
-from models.synthesizer.noise import KeyedNoise
 from models.synthesizer.step import GanStep, Weights
 
 TINY = SynthesizerConfig(

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import extract as bench
-from pipeline.config import load_config
-from pipeline.shards import iter_shards
+from pipeline.dataset.shards import iter_shards
+from pipeline.extract.config import load_config
 from tests.songs import make_songs
 
 OVERRIDES = ["f0.method=dio", "encoder.name=mfcc", "slice.min_length_ms=1000"]

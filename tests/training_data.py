@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import SCHEMA_VERSION
-from pipeline.shards import (
+from pipeline.dataset.shards import (
     AUDIO_COLUMNS,
     PITCH_COLUMNS,
     EncoderIdentity,
@@ -23,6 +22,7 @@ from pipeline.shards import (
     shard_schema,
     write_shard,
 )
+from pipeline.extract.config import SCHEMA_VERSION
 from stages.flac import encode_flac
 from stages.pcm import quantise
 from stages.units import pack_units

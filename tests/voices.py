@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from models.synthesizer.config import MelConfig, SynthesizerConfig
-from models.synthesizer.synthesizer import Synthesizer
+from models.synthesizer.sovits.networks import Synthesizer
 from models.synthesizer.voice import Voice, VoiceEncoder, save_voice
-from pipeline.config import load_config
+from pipeline.extract.config import load_config
 
 _CONFIG = SynthesizerConfig(
     units_dim=39,

@@ -10,9 +10,9 @@ from typing import Any, get_args
 import torch
 
 from models.encoders.encoder import DType, Encoder, checked
+from models.encoders.encoder_names import NAMES
 from models.encoders.int8 import require_int8
 from models.encoders.layouts import check_fit, read_encoder
-from models.encoders.layouts.kinds import NAMES
 from models.encoders.onnx import KINDS, load_onnx
 from models.encoders.spectral import LogMel, Mfcc
 from models.encoders.ssl import SslEncoder

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from models.checkpoint import CheckpointError, json_beside, load_weights
 from models.encoders.adapter import Adapter
 from models.encoders.layouts import read_checkpoint
-from models.encoders.layouts.names import HUGGING_FACE
+from models.encoders.layouts.key_layouts import HUGGING_FACE
 from models.encoders.masking import SpecAugment, SpecAugmentConfig
 from models.encoders.wav2vec2 import Wav2Vec2, Wav2Vec2Config, normalized
 

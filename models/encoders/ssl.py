@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.batching import Batcher, windows
+from models.encoders.cpu_packing import TiledStem, pack
 from models.encoders.encoder import DType, checked
 from models.encoders.int8 import require_int8
-from models.encoders.lean import TiledStem, pack
 from models.encoders.wav2vec2 import Wav2Vec2
 
 WINDOW_FRAMES = 3000  # 60 s: what is longer runs in windows
@@ -46,7 +46,7 @@ class SslEncoder:
     ) -> None:
         """network: takes it over: it is moved, cast, and on a CPU packed for inference.
 
-        int8: most products in 8-bit integers, on a CPU (`models.encoders.lean`); ValueError where
+        int8: most products in 8-bit integers, on a CPU (`models.encoders.cpu_packing`); ValueError where
         that cannot be had.
         """
         self.name = name

@@ -33,10 +33,10 @@ from torch.nn import functional as F
 
 from models.batching import Batcher, windows
 from models.checkpoint import OWN_HEADER, CheckpointError, json_beside, load_weights
+from models.cpu_packing import PackedLinear, can_pack
 from models.encoders.encoder import DType, checked
+from models.encoders.encoder_names import FAMILIES, names_for, stranger
 from models.encoders.layouts import read_checkpoint
-from models.encoders.layouts.kinds import FAMILIES, names_for, stranger
-from models.lean import PackedLinear, can_pack
 
 SAMPLE_RATE = 16000
 HOP_LENGTH = 320
@@ -239,7 +239,7 @@ class Attention(nn.Module):
 
 
 def _pack(network: WhisperNetwork) -> None:
-    """Give the linear layers the kernels and layout of `models.lean` where it can."""
+    """Give the linear layers the kernels and layout of `models.cpu_packing` where it can."""
     for layer in network.layers:
         attention, (inner, _, outer) = layer.attention, layer.feed_forward
         if not can_pack(inner.weight):

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 from models.batching import Batcher, windows
 from models.checkpoint import CheckpointError, load_weights
+from models.cpu_packing import PackedLinear, can_pack
 from models.f0.bins import NUM_BINS, hz_of_cents
 from models.f0.mel import HOP_LENGTH, N_FFT, NUM_MELS, SAMPLE_RATE, log_mel, mel_filters
-from models.lean import PackedLinear, can_pack
 
 WINDOW_FRAMES = 3000  # 30 s: what is longer runs in windows, whose memory can be used again
 
@@ -289,7 +289,7 @@ def group_sums(x: Tensor) -> Tensor:
 
 
 def _pack(network: FcpeNetwork) -> None:
-    """Give the products the kernels of `models.lean` where it can."""
+    """Give the products the kernels of `models.cpu_packing` where it can."""
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and can_pack(child.weight):

@@ -32,11 +32,11 @@ from torch.nn.utils import rnn
 
 from models.batching import Batcher, Window, windows
 from models.checkpoint import CheckpointError
+from models.cpu_packing import PackedLinear, can_pack
 from models.f0.bins import CENTS_PER_BIN, LOWEST_CENTS, NUM_BINS, hz_of_cents, local_average
 from models.f0.mel import HOP_LENGTH, N_FFT, NUM_MELS, SAMPLE_RATE, log_mel, mel_filters
 from models.f0.rmvpe_checkpoint import LEVELS, MAPS, RmvpeConfig, read_rmvpe
 from models.f0.rmvpe_onnx import OnnxRmvpe
-from models.lean import PackedLinear, can_pack
 from models.onnx_session import is_onnx
 
 THRESHOLD = 0.03  # the largest salience of a voiced frame lies above it; the paper's code

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from models.synthesizer.sovits import from_sovits, to_sovits
+    from models.synthesizer.sovits.files import from_sovits, to_sovits
 
 __all__ = ["from_sovits", "to_sovits"]
 
@@ -16,6 +16,6 @@ __all__ = ["from_sovits", "to_sovits"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from models.synthesizer import sovits
+    from models.synthesizer.sovits import files
 
-    return getattr(sovits, name)
+    return getattr(files, name)

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.synthesizer.noise import KeyedNoise, Noise
-from models.synthesizer.nvstft import vocoder_mel
-from models.synthesizer.source import first_phase, phase_after
+from models.synthesizer.blocks.noise import KeyedNoise, Noise
+from models.synthesizer.blocks.source import first_phase, phase_after
 from models.synthesizer.vocoder import Vocoder
+from models.synthesizer.vocoder_mel import vocoder_mel
 from models.torchaudio_compat import import_torchaudio
 
 _HIGHEST_HZ = 760.0  # that a vocoder sings as it is

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.synthesizer.blocks.segments import sequence_mask
 from models.synthesizer.config import MelConfig
-from models.synthesizer.segments import sequence_mask
 
 _FLOOR = 1e-6  # added to squared magnitudes: the root has a slope at 0
 _SMALLEST = 1e-5  # of what the logarithm is taken

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from models.onnx_session import open_session, refuse_weights_elsewhere
+from models.synthesizer.blocks.noise import Noise
+from models.synthesizer.blocks.source import HARMONICS, first_phase
+from models.synthesizer.blocks.weight_norm import fold_weight_norm
 from models.synthesizer.config import SynthesizerConfig
-from models.synthesizer.noise import Noise
-from models.synthesizer.source import HARMONICS, first_phase
-from models.synthesizer.synthesizer import Synthesizer
+from models.synthesizer.sovits.networks import Synthesizer
 from models.synthesizer.voice import (
     Voice,
     described,
@@ -35,7 +36,6 @@ from models.synthesizer.voice import (
     load_network,
     replacing,
 )
-from models.synthesizer.weight_norm import fold_weight_norm
 
 GRAPH = "voice.onnx"
 MELODY = "melody.onnx"

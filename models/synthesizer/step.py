@@ -17,12 +17,12 @@ from torch.optim import Optimizer
 
 from models.synthesizer import losses
 from models.synthesizer.batch import Batch
+from models.synthesizer.blocks.discriminators import MultiPeriodDiscriminator
+from models.synthesizer.blocks.noise import Noise
+from models.synthesizer.blocks.segments import slice_segments
 from models.synthesizer.config import MelConfig
-from models.synthesizer.discriminators import MultiPeriodDiscriminator
 from models.synthesizer.mel import mel_of, spectrogram
-from models.synthesizer.noise import Noise
-from models.synthesizer.segments import slice_segments
-from models.synthesizer.synthesizer import Outputs, Synthesizer
+from models.synthesizer.sovits.networks import Outputs, Synthesizer
 
 LOSSES = ("disc", "gen", "fm", "mel", "kl", "lf0", "total")
 

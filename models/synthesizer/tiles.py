@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.synthesizer.snake import Snake
-from models.synthesizer.weight_norm import weight_of
+from models.synthesizer.blocks.snake import Snake
+from models.synthesizer.blocks.weight_norm import weight_of
 
 _VALUES = 1 << 18  # of a tile, a megabyte, so that a core's cache holds what is made of it
 _REACHES = 64  # a tile is at least so many times as long as what is read around it; 2 or more

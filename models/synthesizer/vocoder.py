@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import CheckpointError, json_beside, load_foreign
+from models.synthesizer.blocks.decoder import SourceFilter, for_singing
+from models.synthesizer.blocks.noise import Noise
+from models.synthesizer.blocks.source import HARMONICS, SineSource, first_phase, sines
+from models.synthesizer.blocks.weight_norm import fold_weight_norm
 from models.synthesizer.config import MelConfig, ModelConfig, require_at_least
-from models.synthesizer.decoder import SourceFilter, for_singing
-from models.synthesizer.fields import typed
-from models.synthesizer.layout import fitted, layout_of
-from models.synthesizer.noise import Noise
-from models.synthesizer.source import HARMONICS, SineSource, first_phase, sines
-from models.synthesizer.sovits import STRANGERS, unwrapped
-from models.synthesizer.weight_norm import fold_weight_norm
+from models.synthesizer.json_fields import typed
+from models.synthesizer.sovits.files import STRANGERS, unwrapped
+from models.synthesizer.tensor_layout import fitted, layout_of
 
 _NETWORK = (
     "resblock",

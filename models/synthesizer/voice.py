@@ -30,9 +30,9 @@ from models.checkpoint import (
     save_safetensors,
 )
 from models.synthesizer.config import MelConfig, SynthesizerConfig
-from models.synthesizer.fields import typed
-from models.synthesizer.layout import Layout, fitted, layout_of
-from models.synthesizer.synthesizer import Synthesizer
+from models.synthesizer.json_fields import typed
+from models.synthesizer.sovits.networks import Synthesizer
+from models.synthesizer.tensor_layout import Layout, fitted, layout_of
 
 WEIGHTS = "voice.safetensors"
 DESCRIPTION = "voice.json"

@@ -26,7 +26,6 @@ import soundfile
 from numpy.typing import NDArray
 
 from models.torchaudio_compat import import_torchaudio
-from stages.decode.claims import NO_CLAIM, read_claim, scan_ogg
 from stages.decode.decoder import OUT_OF_MEMORY_EXIT, DecodeConfig, Header
 from stages.decode.ffmpeg import (
     ASSUMED_BYTES_PER_S,
@@ -34,11 +33,12 @@ from stages.decode.ffmpeg import (
     foreign_container,
     open_foreign,
 )
+from stages.decode.header_claims import NO_CLAIM, read_claim, scan_ogg
 from stages.decode.mp3 import TOLERANCE as MP3_TOLERANCE
 from stages.decode.mp3 import mp3_claim
 from stages.errors import BadInput, Reason
+from stages.open_file import open_source
 from stages.resample import ResampleConfig, stream_resampler
-from stages.source import open_source
 from stages.types import Array
 
 Block = NDArray[np.float32]  # (T, C)

@@ -22,7 +22,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.decode.claims import Read
+from stages.decode.header_claims import Read
 from stages.decode.mp3 import skip_id3
 from stages.errors import BadInput, Reason
 

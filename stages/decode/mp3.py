@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from stages.decode.claims import NO_CLAIM, Claim, Read
+from stages.decode.header_claims import NO_CLAIM, Claim, Read
 
 # kbit/s of layer III, MPEG 1 and MPEG 2/2.5; index 0 (free format) and 15 are refused
 KBPS = {

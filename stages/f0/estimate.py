@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from stages.clip_groups import in_groups
 from stages.f0.config import F0Config
 from stages.f0.crepe import crepe, crepe_tiny
 from stages.f0.ensemble import combine
 from stages.f0.fcpe import fcpe
 from stages.f0.networks import check_network, network
-from stages.f0.peer import PEERS
 from stages.f0.post import refine
 from stages.f0.praat import praat, praat_cc
 from stages.f0.pyin import pyin
 from stages.f0.rmvpe import rmvpe
+from stages.f0.sovits_compat import PEERS
 from stages.f0.world import dio, harvest
 from stages.frames import Track, num_frames, resize_contour
-from stages.groups import in_groups
 from stages.types import Array
 
 Method = Callable[[Sequence[Array], int, F0Config], Iterable[Track]]

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.config import load_config
-from pipeline.extract import ExtractOptions, Outcome, extract
+from pipeline.extract.command import ExtractOptions, Outcome, extract
+from pipeline.extract.config import load_config
 from tests.songs import make_songs
 
 # Short tasks, so that a few songs make several; dio, because it is quick.
@@ -61,8 +61,8 @@ def dataset(corpus: Path, tmp_path_factory: pytest.TempPathFactory, run_extract:
 @pytest.fixture(scope="session")
 def rated_dataset(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The dataset with x-vectors and purity.parquet; not to be written to."""
-    from pipeline.purity import measure_purity
-    from tests.pipeline.xvectors import put_xvectors
+    from pipeline.tools.speaker_purity import measure_purity
+    from tests.xvectors import put_xvectors
 
     folder = Path(shutil.copytree(dataset, tmp_path_factory.mktemp("rated") / "dataset"))
     put_xvectors(folder)

@@ -32,8 +32,7 @@ from models.checkpoint import (
     load_weights,
     save_safetensors,
 )
-from models.encoders.layouts import stated
-from models.encoders.layouts.kinds import (
+from models.encoders.encoder_names import (
     FAMILIES,
     NAMES,
     WHISPER,
@@ -43,7 +42,9 @@ from models.encoders.layouts.kinds import (
     stranger,
     stranger_by_config,
 )
-from models.encoders.layouts.names import (
+from models.encoders.layouts import foreign_config
+from models.encoders.layouts.foreign_config import Stated
+from models.encoders.layouts.key_layouts import (
     DPHUBERT,
     FAIRSEQ,
     HUBERT_SOFT,
@@ -52,7 +53,6 @@ from models.encoders.layouts.names import (
     OURS,
     Layout,
 )
-from models.encoders.layouts.stated import Stated
 from models.encoders.wav2vec2 import LayerShape, RelativeBias, Wav2Vec2, Wav2Vec2Config
 
 __all__ = [
@@ -180,11 +180,11 @@ def checkpoint_of(
     tensors = {key: t for key, t in tensors.items() if not layout.is_beside(key)}
     try:
         if layout is FAIRSEQ:
-            said = stated.of_fairseq(content)
+            said = foreign_config.of_fairseq(content)
         elif layout is HUGGING_FACE:
-            said = stated.of_hugging_face(config_json, preprocessor_json)
+            said = foreign_config.of_hugging_face(config_json, preprocessor_json)
         elif layout is DPHUBERT:
-            said = stated.of_dphubert(_dict(content.get("config")))
+            said = foreign_config.of_dphubert(_dict(content.get("config")))
         else:
             said = Stated()
     except (TypeError, ValueError, AttributeError) as error:
@@ -355,7 +355,7 @@ class _Reader:
         count = 1 + max(_indices(tensors, "stem"), default=0)
         shapes = [self.shape(tensors, f"stem.{i}.conv.weight", 3) for i in range(count)]
         kernels = tuple(kernel for _, _, kernel in shapes)
-        strides = self.said.strides or stated.usual_strides(kernels)
+        strides = self.said.strides or foreign_config.usual_strides(kernels)
         if len(strides) != count:
             raise CheckpointError(
                 f"{self.seems()} with {count} convolutions of kernels {kernels}, "

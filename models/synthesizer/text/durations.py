@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.synthesizer.attention import LayerNorm
-from models.synthesizer.flows import Flip
-from models.synthesizer.noise import Noise
+from models.synthesizer.blocks.attention import LayerNorm
+from models.synthesizer.blocks.flows import Flip
+from models.synthesizer.blocks.noise import Noise
 from models.synthesizer.text.splines import tailed_spline
 
 _FLOWS = 4

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.synthesizer.weight_norm import Conv2d
+from models.synthesizer.blocks.weight_norm import Conv2d
 
 _FILTERS = (32, 32, 64, 64, 128, 128)
 _STATE = 128

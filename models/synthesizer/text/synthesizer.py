@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.synthesizer.attention import Encoder
-from models.synthesizer.decoder import PlainGenerator
-from models.synthesizer.encoders import PosteriorEncoder
-from models.synthesizer.flows import CouplingBlock, ResidualCouplingBlock
-from models.synthesizer.noise import Noise
-from models.synthesizer.segments import random_starts, sequence_mask, slice_segments
+from models.synthesizer.blocks.attention import Encoder
+from models.synthesizer.blocks.decoder import PlainGenerator
+from models.synthesizer.blocks.encoders import PosteriorEncoder
+from models.synthesizer.blocks.flows import CouplingBlock, ResidualCouplingBlock
+from models.synthesizer.blocks.noise import Noise
+from models.synthesizer.blocks.segments import random_starts, sequence_mask, slice_segments
 from models.synthesizer.text.alignment import log_likelihood, monotonic_path, path_of_durations
 from models.synthesizer.text.config import TextSynthesizerConfig
 from models.synthesizer.text.durations import DurationPredictor, StochasticDurationPredictor

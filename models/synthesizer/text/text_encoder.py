@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from models.synthesizer.attention import Encoder
+from models.synthesizer.blocks.attention import Encoder
 from models.synthesizer.text.config import TextSynthesizerConfig
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.synthesizer.snake import Snake
+from models.synthesizer.blocks.snake import Snake
 from tests.golden.synthesizers.fill import fill_state
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "synthesizers"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from models.synthesizer.blocks.noise import KeyedNoise, NoNoise
+from models.synthesizer.blocks.source import HARMONICS, phase_after
 from models.synthesizer.enhancer import Enhancer, automatic_key
-from models.synthesizer.noise import KeyedNoise, NoNoise
-from models.synthesizer.source import HARMONICS, phase_after
 from models.synthesizer.vocoder import Vocoder, load_vocoder
 from models.torchaudio_compat import import_torchaudio
 from tests.models.synthesizer.conftest import Reference

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from models.checkpoint import CheckpointError
-from models.synthesizer.noise import KeyedNoise, NoNoise
+from models.synthesizer.blocks.noise import KeyedNoise, NoNoise
+from models.synthesizer.blocks.source import HARMONICS
 from models.synthesizer.onnx import GRAPH, MELODY, OnnxSynthesizer, export_voice
-from models.synthesizer.source import HARMONICS
-from models.synthesizer.synthesizer import Synthesizer
+from models.synthesizer.sovits.networks import Synthesizer
 from models.synthesizer.voice import DESCRIPTION, Voice, VoiceEncoder, load_network
 from tests.models.synthesizer.conftest import Filled, Reference
-from tests.models.synthesizer.test_synthesizer import INFER, close, require_infer
+from tests.models.synthesizer.sovits.test_networks import INFER, close, require_infer
 from tests.models.synthesizer.tiny import MEL, config_of
 
 VARIANTS = (

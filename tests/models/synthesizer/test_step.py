@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from models.synthesizer.batch import Batch
-from models.synthesizer.discriminators import MultiPeriodDiscriminator
-from models.synthesizer.noise import KeyedNoise, Noise, NoNoise
+from models.synthesizer.blocks.discriminators import MultiPeriodDiscriminator
+from models.synthesizer.blocks.noise import KeyedNoise, Noise, NoNoise
+from models.synthesizer.sovits.networks import Synthesizer
 from models.synthesizer.step import GanStep, Totals, Weights
-from models.synthesizer.synthesizer import Synthesizer
 from tests.models.synthesizer.conftest import Filled, Reference
 from tests.models.synthesizer.tiny import MEL, VARIANTS, batch_of, config_of
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from models.synthesizer import tiles
-from models.synthesizer.decoder import Generator, for_singing
-from models.synthesizer.noise import KeyedNoise, NoNoise
-from models.synthesizer.source import HARMONICS, SineSource
-from models.synthesizer.synthesizer import Synthesizer
+from models.synthesizer.blocks.decoder import Generator, for_singing
+from models.synthesizer.blocks.noise import KeyedNoise, NoNoise
+from models.synthesizer.blocks.source import HARMONICS, SineSource
+from models.synthesizer.sovits.networks import Synthesizer
 from tests.models.synthesizer.conftest import Filled, Reference
 from tests.models.synthesizer.tiny import config_of
 

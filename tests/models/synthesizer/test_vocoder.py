@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import CheckpointError
+from models.synthesizer.blocks.noise import KeyedNoise, NoNoise
+from models.synthesizer.blocks.source import HARMONICS
+from models.synthesizer.blocks.weight_norm import fold_weight_norm
 from models.synthesizer.config import MelConfig
-from models.synthesizer.layout import layout_of
-from models.synthesizer.noise import KeyedNoise, NoNoise
-from models.synthesizer.source import HARMONICS
+from models.synthesizer.tensor_layout import layout_of
 from models.synthesizer.vocoder import Vocoder, load_vocoder
-from models.synthesizer.weight_norm import fold_weight_norm
 from tests.models.synthesizer.conftest import Reference
 from tests.models.synthesizer.sovits_files import checksum, checksums, manifest, state_dict
 

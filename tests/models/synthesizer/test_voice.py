@@ -14,9 +14,9 @@ import torch
 
 from models.checkpoint import CheckpointError, read_safetensors, save_safetensors
 from models.synthesizer.batch import Batch
+from models.synthesizer.blocks.noise import NoNoise
 from models.synthesizer.config import MelConfig, SynthesizerConfig
-from models.synthesizer.noise import NoNoise
-from models.synthesizer.synthesizer import Synthesizer
+from models.synthesizer.sovits.networks import Synthesizer
 from models.synthesizer.voice import (
     DESCRIPTION,
     WEIGHTS,

@@ -1,0 +1,104 @@
+"""What the synthesizer encodes: a spectrogram (posterior), content and pitch (prior), a melody.
+
+Sources: VITS; so-vits-svc (commit 730930d), whose state dicts these have.
+
+B batch, C latent channels, H hidden channels, G speaker channels, F frames. A mask of frames is
+(B, 1, F); a speaker embedding g is (B, G, 1), or (B, G, F) where it changes over time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.synthesizer.blocks.attention import FFT, Encoder
+from models.synthesizer.blocks.noise import Noise
+from models.synthesizer.blocks.wavenet import WN
+from models.synthesizer.config import ModelConfig, SynthesizerConfig
+
+_F0_BINS = 256
+
+
+class PosteriorEncoder(nn.Module):
+    """The latent z of a linear spectrogram, as a normal distribution for each frame."""
+
+    def __init__(self, config: SynthesizerConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_channels
+        self.pre = nn.Conv1d(config.spec_channels, hidden, 1)
+        self.enc = WN(
+            hidden,
+            kernel_size=5,
+            dilation_rate=1,
+            n_layers=16,
+            gin_channels=config.gin_channels,
+            depthwise=config.depthwise_conv,
+        )
+        self.proj = nn.Conv1d(hidden, 2 * config.inter_channels, 1)
+
+    def forward(
+        self, spec: Tensor, mask: Tensor, g: Tensor | None, noise: Noise
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(z, mean, log of the deviation), each (B, C, F), of spec (B, bins, F)."""
+        x = self.enc(self.pre(spec) * mask, mask, g)
+        mean, log_deviation = (self.proj(x) * mask).chunk(2, dim=1)
+        z = (mean + noise.normal(mean) * torch.exp(log_deviation)) * mask
+        return z, mean, log_deviation
+
+
+class PriorEncoder(nn.Module):
+    """What content and pitch tell of the latent, as a normal distribution for each frame."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_channels
+        self.proj = nn.Conv1d(hidden, 2 * config.inter_channels, 1)
+        self.f0_emb = nn.Embedding(_F0_BINS, hidden)
+        self.enc_ = Encoder(
+            hidden,
+            config.filter_channels,
+            config.n_heads,
+            config.n_layers,
+            config.kernel_size,
+            dropout=config.dropout,
+        )
+
+    def forward(self, x: Tensor, mask: Tensor, coarse_f0: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, log of the deviation), each (B, C, F).
+
+        x: (B, H, F) content. coarse_f0: (B, F) int64, bins of pitch.f0_to_coarse.
+        """
+        x = self.enc_(x + self.f0_emb(coarse_f0).transpose(1, 2), mask)
+        mean, log_deviation = (self.proj(x) * mask).chunk(2, dim=1)
+        return mean, log_deviation
+
+
+class F0Predictor(nn.Module):
+    """A melody for the content, as mel-like log f0 (`synthesizer.mel_f0`), frame after frame."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_channels
+        self.prenet = nn.Conv1d(hidden, hidden, 3, padding=1)
+        self.decoder = FFT(
+            hidden,
+            config.filter_channels,
+            config.n_heads,
+            config.n_layers,
+            config.kernel_size,
+            dropout=config.dropout,
+        )
+        self.proj = nn.Conv1d(hidden, 1, 1)
+        self.f0_prenet = nn.Conv1d(1, hidden, 3, padding=1)
+        self.cond = nn.Conv1d(config.gin_channels, hidden, 1)
+
+    def forward(self, x: Tensor, norm_lf0: Tensor, mask: Tensor, g: Tensor | None = None) -> Tensor:
+        """(B, 1, F) of content x (B, H, F), which learns nothing from it, and norm_lf0 (B, 1, F).
+
+        The first convolution sees a frame of padding: what stands there in x counts (and is part
+        of so-vits-svc's numbers: its voicing and volume).
+        """
+        x = x.detach() + self.f0_prenet(norm_lf0)
+        if g is not None:
+            x = x + self.cond(g)
+        return self.proj(self.decoder(self.prenet(x) * mask, mask)) * mask

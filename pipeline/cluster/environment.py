@@ -1,0 +1,73 @@
+"""The conditions under which something was made: libraries, machine, threads."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+from pipeline.extract.config import WorkersConfig
+
+_PACKAGE_OF = {"crepe": "torchcrepe", "crepe-tiny": "torchcrepe", "fcpe": "torchfcpe"}
+
+
+@functools.cache
+def environment(threads: int) -> dict[str, str]:
+    """What may change last bits of the output without changing its meaning."""
+    libraries = ("numpy", "scipy", "torch", "librosa", "soxr", "soundfile", "pyloudnorm")
+    estimators = ("praat-parselmouth", "pyworld", "pyarrow")
+    versions = {name: importlib.metadata.version(name) for name in (*libraries, *estimators)}
+    import torch
+
+    return versions | {
+        "machine": platform.machine(),
+        "cpu": _cpu_model(),
+        "threads": str(threads),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+
+
+def environment_of_networks(f0_networks: Collection[str], onnx: bool) -> dict[str, str]:
+    """What `environment` has besides where such networks ran. onnx: some in onnxruntime."""
+    packages = {_PACKAGE_OF[name] for name in f0_networks if name in _PACKAGE_OF}
+    versions = {name: importlib.metadata.version(name) for name in sorted(packages)}
+    if onnx:
+        import onnxruntime
+
+        versions["onnxruntime"] = onnxruntime.__version__
+    return versions
+
+
+def threads_before(environments: Iterable[Mapping[str, str]], workers: WorkersConfig) -> int | None:
+    """Threads of the workers that made what is there, where the settings leave them open."""
+    threads = {environment.get("threads") for environment in environments}
+    before = threads.pop() if len(threads) == 1 else None
+    return None if before is None or workers.cpus_per_worker else int(before)
+
+
+def mixed(what: str, environments: Collection[Mapping[str, str]]) -> list[str]:
+    """A word of warning when other libraries, machines or numerics made parts of one whole.
+
+    what: the parts and the whole, such as "shards of one dataset".
+    """
+    absent = {"dtype": "float32"}
+    keys = {key: None for environment in environments for key in environment}
+    values = {
+        key: sorted({environment.get(key, absent.get(key, "?")) for environment in environments})
+        for key in keys
+    }
+    words = "; ".join(f"{key} {' and '.join(v)}" for key, v in values.items() if len(v) > 1)
+    if not words:
+        return []
+    return [f"{what} made under different conditions may differ in bits: {words}"]
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

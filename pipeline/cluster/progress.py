@@ -1,0 +1,140 @@
+"""What a run shows while it works: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from pipeline.dataset.ledger import QUARANTINED
+
+_LOG_EVERY_S = 30.0
+_QUIET_S = 600.0
+_MOST_UNANSWERED = 2  # readings in a row, of 5 s each
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is done so far in this run. songs: whole ones. Audio by the headers' durations."""
+
+    songs: int = 0
+    audio_s: float = 0.0
+    quarantined: int = 0
+    last_song: str = ""
+
+
+class Board:
+    """Counts songs. Told of a song twice (a retried task), it counts it once."""
+
+    def __init__(self) -> None:
+        self._songs: dict[str, tuple[float, str | None]] = {}
+        self._last = ""
+
+    def hear(self, song_id: str, seconds: float, status: str | None) -> None:
+        """So many seconds of a song are done; all of it, once it has a status."""
+        self._songs[song_id] = (seconds, status)
+        if status is not None:
+            self._last = song_id
+
+    def snapshot(self) -> Snapshot:
+        told = list(self._songs.values())
+        whole = [status for _, status in told if status is not None]
+        seconds = sum(seconds for seconds, _ in told)
+        return Snapshot(len(whole), seconds, whole.count(QUARANTINED), self._last)
+
+
+class ProgressDisplay:
+    """Context manager that shows `read()` once a second until it is left.
+
+    read: gives the current Snapshot; may return None when it cannot be had just now.
+    """
+
+    def __init__(
+        self, console: Console, total_audio_s: float, read: Callable[[], Snapshot | None]
+    ) -> None:
+        self.console = console
+        self.total_s = total_audio_s
+        self.read = read
+        self._stop = threading.Event()
+        self._start = time.monotonic()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> ProgressDisplay:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        if self.console.is_terminal:
+            self._show_bar()
+        else:
+            self._write_lines()
+
+    def _show_bar(self) -> None:
+        columns = (BarColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            row = bar.add_task("starting workers", total=max(self.total_s, 1e-9))
+            for snapshot in self._snapshots(every_s=1.0):
+                bar.update(row, completed=snapshot.audio_s, description=self._words(snapshot))
+
+    def _write_lines(self) -> None:
+        due = 0.0
+        for snapshot in self._snapshots(every_s=1.0):
+            if time.monotonic() >= due:
+                self.console.print(self._words(snapshot), highlight=False, soft_wrap=True)
+                due = time.monotonic() + _LOG_EVERY_S
+
+    def _snapshots(self, every_s: float) -> Iterator[Snapshot]:
+        latest, changed, warned = Snapshot(), time.monotonic(), False
+        unanswered = 0
+        while not self._stop.wait(every_s):
+            answer = self.read()
+            unanswered = 0 if answer is not None else unanswered + 1
+            if unanswered == _MOST_UNANSWERED:
+                self.console.print(
+                    "Ray does not answer. If it was killed, this program ends within a minute; "
+                    "what was committed is whole, and the same command goes on from there."
+                )
+            snapshot = answer or latest
+            if snapshot != latest:
+                latest, changed, warned = snapshot, time.monotonic(), False
+            elif not warned and time.monotonic() - changed > _QUIET_S:
+                warned = True
+                self.console.print(
+                    f"no song finished for {_QUIET_S / 60:.0f} minutes (the last was "
+                    f"{latest.last_song or 'none'}); long songs take long, and so do networks "
+                    "without a GPU, so this may be well"
+                )
+            yield latest
+
+    def _words(self, snapshot: Snapshot) -> str:
+        elapsed = max(1e-9, time.monotonic() - self._start)
+        rate = snapshot.audio_s / elapsed
+        left = (self.total_s - snapshot.audio_s) / rate if rate > 0 else 0.0
+        eta = f"ETA {_clock(left)}" if rate > 0 else "ETA ?"
+        if 0 < self.total_s <= snapshot.audio_s + 1e-3:  # networks, and writing, come after songs
+            eta = "the last clips are under way"
+        return (
+            f"{snapshot.audio_s / 3600:.2f} of {self.total_s / 3600:.2f} h  "
+            f"{rate:.1f}x real time  {eta}  {snapshot.songs} songs  "
+            f"{snapshot.quarantined} quarantined"
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,250 @@
+"""Reading a dataset back: does every shard hold what its footer and the plan say?"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import soundfile as sf
+
+from pipeline.dataset.ledger import Account, SongEntry, entry_record, hash_source, take_account
+from pipeline.dataset.shards import (
+    ROW_GROUP_CLIPS,
+    XVECTOR_COLUMN,
+    EncoderIdentity,
+    Footer,
+    iter_shards,
+    read_dataset_info,
+    read_footer,
+    require_current,
+    shard_schema,
+    shard_writer,
+)
+from pipeline.errors import UserError
+from pipeline.extract.config import fingerprint
+from pipeline.songs.plan import load_plan
+from stages.errors import BadInput
+from stages.flac import decode_flac
+from stages.frames import num_frames
+from stages.units import unpack_ids
+
+_MOST_PROBLEMS = 20  # of one shard
+
+
+@dataclass
+class Verification:
+    """What `verify` found. The dataset is whole when `problems` is empty."""
+
+    account: Account
+    shards: int = 0
+    clips: int = 0
+    audio_s: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+
+def verify(dataset: Path, source: Path | None = None) -> Verification:
+    """Read every byte of every shard: checksums, schema, rows, ledger, audio, contours, units.
+
+    source: the corpus; its files are hashed and compared with the ledger too.
+    Raises: UserError when `dataset` is not one of ours, or of another format.
+    """
+    info = read_dataset_info(dataset)
+    require_current(dataset, info)
+    tasks = load_plan(dataset)
+    problems = []
+    if fingerprint(info["settings"]) != info["fingerprint"]:
+        problems.append("dataset.json: the fingerprint is not that of its settings")
+    footers: list[tuple[Footer, int]] = []
+    seen: set[str] = set()
+    result = Verification(Account())
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for path, checked in zip(
+            paths := iter_shards(dataset), pool.map(_check_shard, paths), strict=True
+        ):
+            if isinstance(checked, UserError):
+                problems.append(str(checked))
+                continue
+            footer, clip_ids, audio_s, found = checked
+            if footer.fingerprint != info["fingerprint"]:
+                found.append("made with other settings than dataset.json says")
+            if tasks.get(footer.task) is None or tasks[footer.task].shard_name != path.name:
+                found.append(f"holds task {footer.task}, which its name does not")
+            found += [f"clip {clip_id} is in another shard too" for clip_id in clip_ids & seen]
+            problems += [f"{path.name}: {words}" for words in found[:_MOST_PROBLEMS]]
+            seen |= clip_ids
+            footers.append((footer, len(clip_ids)))
+            result.shards += 1
+            result.audio_s += audio_s
+    missing = sorted(set(tasks) - {footer.task for footer, _ in footers})
+    if missing:
+        problems.append(f"{len(missing)} of {len(tasks)} tasks are not done; extract resumes them")
+    result.account = take_account(list(tasks.values()), footers)
+    result.clips = len(seen)
+    result.problems = problems + result.account.problems
+    if source is not None:
+        result.problems += _compare_source(dataset, source, result.account)
+    return result
+
+
+def _check_shard(path: Path) -> tuple[Footer, set[str], float, list[str]] | UserError:
+    try:
+        footer = read_footer(path)
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            problems = _check_metadata(file, footer)
+            if problems:
+                return footer, set(), 0.0, problems
+            clip_ids: list[str] = []
+            samples = 0
+            for number in range(file.num_row_groups):
+                table = file.read_row_group(number)
+                if _has_nulls(table):
+                    problems.append("it has empty cells")
+                    return footer, set(), 0.0, problems
+                if _statistics(file.metadata, number) != _statistics_of(table, footer):
+                    problems.append(f"row group {number}: its statistics are not those of its rows")
+                for row in table.to_pylist():
+                    clip_ids.append(row["clip_id"])
+                    samples += row["num_samples"]
+                    problems += [f"{row['clip_id']}: {w}" for w in _check_clip(row, footer)]
+            if len(clip_ids) != file.metadata.num_rows:
+                problems.append(f"{len(clip_ids)} rows, {file.metadata.num_rows} promised")
+    except (pa.ArrowException, OSError, ValueError) as error:
+        return UserError(f"{path.name} cannot be read: {error}")
+    except UserError as error:
+        return error
+    if len(set(clip_ids)) != len(clip_ids):
+        problems.append("a clip_id occurs twice")
+    return footer, set(clip_ids), samples / footer.sample_rate, problems
+
+
+def _check_metadata(file: pq.ParquetFile, footer: Footer) -> list[str]:
+    """What the Parquet footer says of columns, features and rows, against the format."""
+    expected = shard_schema(footer.encoders, footer.sample_rate, footer.xvector)
+    sink = io.BytesIO()
+    shard_writer(sink, footer).close()
+    if not file.schema_arrow.equals(expected) or not file.schema.equals(
+        pq.read_metadata(sink).schema
+    ):
+        return ["its columns are not those of the format"]
+    entries = dict(file.metadata.metadata)
+    # Arrow keeps the schema, with both entries, a second time.
+    copy = base64.b64decode(entries.pop(b"ARROW:schema", b""), validate=True)
+    arrow = pa.ipc.read_schema(pa.py_buffer(copy))
+    expected = expected.with_metadata({**expected.metadata, b"cantor": footer.to_json().encode()})
+    problems = []
+    if entries != expected.metadata:
+        problems.append("its 'huggingface' metadata is not that of the format")
+    if not arrow.equals(expected, check_metadata=True):
+        problems.append("its 'ARROW:schema' metadata is not that of the format")
+    groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+    if sum(groups) != file.metadata.num_rows or not all(0 < n <= ROW_GROUP_CLIPS for n in groups):
+        problems.append(f"row groups of {groups} rows, {file.metadata.num_rows} promised")
+    return problems
+
+
+def _has_nulls(table: pa.Table) -> bool:
+    cells = table.flatten()  # also finds audio.bytes
+    return any(cells[name].null_count for name in cells.column_names if name != "audio.path")
+
+
+def _statistics(metadata: pq.FileMetaData, number: int) -> list[tuple[Any, ...]]:
+    """By column of a row group: what readers go by, without reading it."""
+    group = metadata.row_group(number)
+    found: list[tuple[Any, ...]] = []
+    for i in range(group.num_columns):
+        column = group.column(i)
+        if column.physical_type != metadata.schema.column(i).physical_type:
+            return []  # pyarrow ends the process when asked for statistics of another type
+        statistics = column.statistics and column.statistics.to_dict()
+        found.append((column.path_in_schema, column.num_values, column.compression, statistics))
+    return found
+
+
+def _statistics_of(table: pa.Table, footer: Footer) -> list[tuple[Any, ...]]:
+    """The same of a table, by writing it again."""
+    sink = io.BytesIO()
+    with shard_writer(sink, footer) as writer:
+        writer.write_table(table.cast(writer.schema))
+    return _statistics(pq.read_metadata(sink), 0)
+
+
+def _check_clip(row: dict[str, Any], footer: Footer) -> Iterator[str]:
+    try:
+        samples = decode_flac(row["audio"]["bytes"], footer.subtype)
+    except sf.LibsndfileError as error:
+        yield f"the audio does not decode: {error}"
+        return
+    if samples.ndim != 1 or not len(samples) == row["num_samples"] == row["stop"] - row["start"]:
+        yield f"{len(samples)} samples decoded, {row['num_samples']} promised"
+    frames = num_frames(row["num_samples"], footer.hop_length)
+    f0 = np.asarray(row["f0"], dtype=np.float32)
+    if len(f0) != frames:
+        yield f"f0 has {len(f0)} frames, not {frames}"
+    if not np.isfinite(f0).all() or (f0 < 0).any():
+        yield "f0 is not finite or below 0"
+    for encoder in footer.encoders:
+        yield from _check_units(row, encoder)
+    if footer.xvector is not None:
+        embedding = np.asarray(row[XVECTOR_COLUMN], dtype=np.float32)
+        if len(embedding) != footer.xvector.dim or not np.isfinite(embedding).all():
+            yield f"its xvector is not {footer.xvector.dim} finite numbers"
+
+
+def _check_units(row: dict[str, Any], encoder: EncoderIdentity) -> Iterator[str]:
+    frames = row[encoder.frames_column]
+    width = encoder.dim * np.dtype(encoder.dtype).itemsize
+    if frames < 1 or len(row[encoder.column]) != width * frames:
+        yield f"{encoder.column} does not hold {frames} frames"
+    elif encoder.codebook_size is not None:
+        ids = unpack_ids(row[encoder.column])
+        if ids.min() < 0 or ids.max() >= encoder.codebook_size:
+            yield f"{encoder.column} holds ids beyond its {encoder.codebook_size} centres"
+    elif not np.isfinite(np.frombuffer(row[encoder.column], encoder.dtype)).all():
+        yield f"{encoder.column} is not finite"
+
+
+def _compare_source(dataset: Path, source: Path, account: Account) -> list[str]:
+    root = source if source.is_dir() else source.parent
+    paths = {s.song_id: s.path for task in load_plan(dataset).values() for s in task.songs}
+    problems = []
+    for entry in account.entries.values():
+        if entry.sha256 is None:
+            continue
+        try:
+            _, sha256 = hash_source(os.path.join(os.fsencode(root), paths[entry.song_id]))
+        except BadInput as fault:
+            problems.append(f"{entry.song_id}: {fault.detail}")
+        except OSError as error:
+            problems.append(f"{entry.song_id}: {error.strerror}")
+        else:
+            if sha256 != entry.sha256:
+                problems.append(f"{entry.song_id}: the file's content changed since")
+    return problems
+
+
+def check_export(path: Path) -> None:
+    """Raises UserError when `export_ledger` would not write a file of this name."""
+    if path.suffix not in (".csv", ".parquet"):
+        raise UserError(f"{path}: the ledger is written as .csv or .parquet")
+
+
+def export_ledger(account: Account, path: Path) -> None:
+    """Write one row a song to a .csv or .parquet file; its folder is made."""
+    check_export(path)
+    entries: list[SongEntry] = sorted(account.entries.values(), key=lambda e: (e.status, e.song_id))
+    table = pd.DataFrame([entry_record(entry) for entry in entries])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        table.to_csv(path, index=False)
+    else:
+        table.to_parquet(path, index=False)

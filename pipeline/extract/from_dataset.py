@@ -1,0 +1,196 @@
+"""Units or f0 anew from the shards of a dataset, its audio taken over as it is: `extract --from`.
+
+A shard of the other dataset is a task of the new one, of the same index, split and songs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster.workload import TakenOver
+from pipeline.dataset.shards import Footer, iter_shards, read_dataset_info, read_footers
+from pipeline.errors import UserError
+from pipeline.extract.clip_sources import damaged_source, origin_of
+from pipeline.extract.config import ExtractConfig, counted, fingerprinted, load_config
+from pipeline.extract.plan_changes import Asked
+from pipeline.settings import flatten
+from pipeline.songs.plan import Task, load_plan
+from pipeline.storage.weight_files import Weights, read_weights
+from stages.units import EncoderConfig
+
+_OF_THE_AUDIO = ("audio", "decode", "resample", "slice", "loudness", "quality", "plan")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset whose audio is taken over."""
+
+    dataset: Path
+    settings: dict[str, Any]
+    fingerprint: str
+    base: dict[str, Any]  # sections of its settings that another run goes on from
+    config: ExtractConfig
+
+
+def read_source(dataset: Path) -> Source:
+    """Raises: UserError when `dataset` is none of ours."""
+    dataset = dataset.absolute()
+    info = read_dataset_info(dataset)
+    if not isinstance(info.get("config"), dict):
+        raise UserError(f"{dataset / 'dataset.json'} does not say with which settings it was made")
+    base = {section: values for section, values in info["config"].items() if section != "workers"}
+    return Source(dataset, info["settings"], info["fingerprint"], base, load_config(base=base))
+
+
+def config_from(source: Source, path: Path | None, overrides: Sequence[str]) -> ExtractConfig:
+    """The source's settings, then the YAML file at `path`, then `key=value` overrides.
+
+    Raises: UserError for what is wrong, and for settings of the audio, which stays as it is.
+    """
+    config = load_config(path, overrides, source.base)
+    before = flatten(source.config)
+    for key, value in flatten(config).items():
+        if key.partition(".")[0] in _OF_THE_AUDIO and value != before[key]:
+            raise UserError(
+                f"{key} cannot be {value}: --from takes the audio over as {source.dataset} has it, "
+                f"made with {before[key]}"
+            )
+    return config
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a run takes over from the source, and what it has to load for the rest."""
+
+    source: Source
+    encoders: dict[str, EncoderConfig]
+    weights: dict[str, Weights]  # of all that the settings name, by key
+    settings: dict[str, Any]
+    taken: frozenset[str]  # sections whose columns are taken over: f0, encoder, encoders.log-mel
+
+    @property
+    def to_load(self) -> dict[str, Weights]:
+        return {k: w for k, w in self.weights.items() if k.rpartition(".")[0] not in self.taken}
+
+
+def compare(source: Source, config: ExtractConfig) -> Reading:
+    """What of `config` the source has already: the columns that its settings would make again.
+
+    Checkpoints of such columns need not be there any more.
+    Raises: UserError when that is everything, and for weights that cannot be read.
+    """
+    before, now = counted(source.config), counted(config)
+    known: dict[str, Weights] = {}
+    counterparts = _counterparts(source.config, config)
+    for section, other in counterparts.items():
+        paths, others = _paths(config, section), _paths(source.config, other)
+        if _part(now, section) == _part(before, other) and paths == others:
+            for kind, path in paths.items():
+                sha256 = source.settings[f"{other}.{kind}_sha256"]
+                known[f"{section}.{kind}"] = Weights(path, sha256, 0, 0)
+    weights = read_weights(config.weight_paths, known)
+    settings = fingerprinted(config, weights)
+    taken = {
+        section
+        for section, other in counterparts.items()
+        if _part(settings, section) == _part(source.settings, other)
+    }
+    if counterparts.keys() == taken and len(source.config.all_encoders) == len(config.all_encoders):
+        raise UserError(
+            f"these settings ask for nothing that {source.dataset} does not have; name an encoder "
+            "or a setting of f0"
+        )
+    settings["source.fingerprint"] = source.fingerprint
+    return Reading(source, config.all_encoders, weights, settings, frozenset(taken))
+
+
+def _counterparts(before: ExtractConfig, now: ExtractConfig) -> dict[str, str]:
+    """The source's section for each section that makes columns; "" where it has none."""
+    sections = {encoder.name: section for section, encoder in before.all_encoders.items()}
+    found = {"f0": "f0"}
+    if now.xvector.checkpoint is not None or before.xvector.checkpoint is not None:
+        found["xvector"] = "xvector"
+    return found | {s: sections.get(e.name, "") for s, e in now.all_encoders.items()}
+
+
+def _part(settings: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """What is set in a section. The name of an encoder is not, since sections are paired by it."""
+    start = f"{section}."
+    keys = {key: value for key, value in settings.items() if section and key.startswith(start)}
+    keys.pop("encoder.name", None)
+    return {key.removeprefix(start): value for key, value in keys.items()}
+
+
+def _paths(config: ExtractConfig, section: str) -> dict[str, str]:
+    return _part(config.weight_paths, section)
+
+
+@dataclass(frozen=True)
+class FromDataset:
+    """What the shards of the source ask of the plan."""
+
+    reading: Reading
+
+    @property
+    def root(self) -> Path:
+        return self.reading.source.dataset
+
+    def look(self) -> None:
+        """Nothing to list: the shards are read where they are asked for."""
+
+    def ask(self, tasks: Mapping[int, Task], held: Mapping[int, Footer]) -> Asked:
+        """Tasks for shards that are new in the source, or hold other songs than they did.
+
+        Raises: UserError for a damaged shard, and for one that is gone and still to be read.
+        """
+        there, planned = self._shards()
+        gone = sorted(tasks.keys() - held.keys() - there.keys())
+        if gone:
+            names = ", ".join(tasks[index].shard_name for index in gone[:3])
+            raise UserError(
+                f"{self.root} has lost {len(gone)} shards that are still to be read ({names}); "
+                "complete it with its own command, then run this one again"
+            )
+        new = [planned[index] for index in there if tasks.get(index) != planned[index]]
+        stale = {i for i in held.keys() & there.keys() if held[i].origin != origin_of(there[i])}
+        waiting = len(planned) - len(there)
+        notices = []
+        if waiting:
+            notices.append(
+                f"{waiting} of {len(planned)} tasks of {self.root} are not done; this command "
+                "takes them over later"
+            )
+        line = f"source   {len(there)} of {len(planned)} shards at {self.root}"
+        return Asked(new, frozenset(), notices, [line], frozenset(stale))
+
+    def take_over(self) -> TakenOver:
+        """What workers are told. Raises: UserError when the source has no shard."""
+        there, _ = self._shards()
+        if not there:
+            raise UserError(f"{self.root} has no shard yet; complete it first")
+        footer = next(iter(there.values()))
+        taken = self.reading.taken
+        names = {encoder.name for s, encoder in self.reading.encoders.items() if s in taken}
+        return TakenOver(
+            self.root,
+            self.reading.source.fingerprint,
+            "f0" in taken,
+            tuple(identity for identity in footer.encoders if identity.name in names),
+            footer.xvector if "xvector" in taken else None,
+        )
+
+    def _shards(self) -> tuple[dict[int, Footer], dict[int, Task]]:
+        """Footers of its shards that are what its plan asks for, and the plan."""
+        planned = load_plan(self.root)
+        there = {}
+        for path, footer in read_footers(iter_shards(self.root)):
+            if isinstance(footer, UserError):
+                raise damaged_source(path, footer)
+            task = planned.get(footer.task)
+            asked = (self.reading.source.fingerprint, task and task.task_id)
+            if (footer.fingerprint, footer.task_id) == asked:
+                there[footer.task] = footer
+        return there, planned

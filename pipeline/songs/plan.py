@@ -1,0 +1,156 @@
+"""Songs into tasks: written once before any work, append-only afterwards.
+
+A plan is a pure function of the songs (names, sizes, header durations) and of `task_minutes`, so
+two machines that see one corpus make one plan. Later files add tasks; a later row set for a task
+index that exists already replaces that task (its songs changed and it is to be redone).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.dataset.shards import commit_file
+
+# Every song costs this much besides its length, so that broken files (0 s) spread over tasks too.
+_SONG_OVERHEAD_S = 1.0
+
+PLAN_SCHEMA = pa.schema(
+    [
+        ("task", pa.int32()),
+        ("split", pa.string()),
+        ("song_id", pa.string()),
+        ("speaker", pa.string()),
+        ("path", pa.binary()),
+        ("size", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("duration_s", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSong:
+    """A song as it was when it was planned. duration_s by its header, 0 when that is unreadable."""
+
+    song_id: str
+    speaker: str
+    path: bytes
+    size: int
+    mtime_ns: int
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A fixed, ordered group of songs that becomes one shard."""
+
+    index: int
+    split: str
+    songs: tuple[PlannedSong, ...]
+
+    @property
+    def duration_s(self) -> float:
+        return math.fsum(song.duration_s for song in self.songs)
+
+    @property
+    def shard_name(self) -> str:
+        return f"{self.split}-{self.index:05d}.parquet"
+
+    @property
+    def task_id(self) -> str:
+        """Identity of the task's content: a shard whose footer holds another one is not its."""
+        digest = hashlib.sha256()
+        for song in self.songs:
+            digest.update(repr((song.song_id, song.speaker, song.size, song.mtime_ns)).encode())
+        return f"{self.index}-{digest.hexdigest()[:16]}"
+
+
+def default_task_minutes(corpus_minutes: float) -> float:
+    """Minutes of audio in a task: a 64th of the corpus, within 1 and 20.
+
+    Small corpora still spread over the cores of a workstation, and a shard of 20 minutes (50 MB of
+    FLAC) keeps the work lost to a dead worker, and its memory, small.
+    """
+    return min(20.0, max(1.0, corpus_minutes / 64.0))
+
+
+def make_tasks(
+    songs: Iterable[tuple[str, PlannedSong]], task_minutes: float, first_index: int = 0
+) -> list[Task]:
+    """Balanced tasks of about `task_minutes`, longest first, from (split, song) pairs.
+
+    Longest-processing-time rule: each song, longest first, goes to the shortest task so far.
+    """
+    by_split: dict[str, list[PlannedSong]] = defaultdict(list)
+    for split, song in songs:
+        by_split[split].append(song)
+    groups: list[tuple[float, str, list[PlannedSong]]] = []
+    for split, members in sorted(by_split.items()):
+        members.sort(key=lambda song: (-song.duration_s, song.song_id))
+        total_s = math.fsum(song.duration_s + _SONG_OVERHEAD_S for song in members)
+        count = min(len(members), max(1, math.ceil(total_s / (60.0 * task_minutes))))
+        heap = [(0.0, number) for number in range(count)]
+        bins: list[list[PlannedSong]] = [[] for _ in range(count)]
+        loads = [0.0] * count
+        for song in members:
+            load, number = heapq.heappop(heap)
+            bins[number].append(song)
+            loads[number] = load + song.duration_s + _SONG_OVERHEAD_S
+            heapq.heappush(heap, (loads[number], number))
+        groups += [(load, split, group) for load, group in zip(loads, bins, strict=True)]
+    groups.sort(key=lambda group: (-group[0], group[1], group[2][0].song_id))
+    return [
+        Task(first_index + number, split, tuple(members))
+        for number, (_, split, members) in enumerate(groups)
+    ]
+
+
+def plan_files(dataset: Path) -> list[Path]:
+    return sorted((dataset / "plan").glob("plan-*.parquet"))
+
+
+def append_plan(dataset: Path, tasks: Sequence[Task]) -> Path:
+    """Write `tasks` as the next plan file, atomically."""
+    rows: dict[str, list[object]] = {name: [] for name in PLAN_SCHEMA.names}
+    for task in tasks:
+        for song in task.songs:
+            rows["task"].append(task.index)
+            rows["split"].append(task.split)
+            for name in ("song_id", "speaker", "path", "size", "mtime_ns", "duration_s"):
+                rows[name].append(getattr(song, name))
+    name = f"plan/plan-{len(plan_files(dataset)):05d}.parquet"
+    table = pa.table(rows, schema=PLAN_SCHEMA)
+    return commit_file(dataset, name, lambda file: pq.write_table(table, file, compression="zstd"))
+
+
+def load_plan(dataset: Path) -> dict[int, Task]:
+    """Tasks by index, in order; later plan files replace tasks of the same index."""
+    tasks: dict[int, Task] = {}
+    for path in plan_files(dataset):
+        columns = pq.read_table(path).to_pydict()
+        groups: dict[int, list[PlannedSong]] = defaultdict(list)
+        splits: dict[int, str] = {}
+        for i, task in enumerate(columns["task"]):
+            splits[task] = columns["split"][i]
+            groups[task].append(
+                PlannedSong(
+                    columns["song_id"][i],
+                    columns["speaker"][i],
+                    columns["path"][i],
+                    columns["size"][i],
+                    columns["mtime_ns"][i],
+                    columns["duration_s"][i],
+                )
+            )
+        for index, songs in groups.items():
+            tasks[index] = Task(index, splits[index], tuple(songs))
+    return dict(sorted(tasks.items()))

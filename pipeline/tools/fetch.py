@@ -1,0 +1,500 @@
+"""`fetch-encoder`: the one command that uses the network. Files arrive whole and as known, or not.
+
+A file grows as NAME.part, beside NAME.part.json (which version of the file it is part of), and gets
+its name when its SHA-256 is right. A SHA-256 that was accepted unseen lies in NAME.sha256.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fcntl
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from email.message import Message
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+from urllib.parse import urljoin, urlsplit
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from pipeline.cluster.bar import show_bar
+from pipeline.dataset.shards import storage_fault
+from pipeline.errors import StorageFault, UserError
+from pipeline.tools.known_checkpoints import CHECKPOINTS, Checkpoint, RemoteFile
+
+_BLOCK = 1 << 20
+_LONGEST_PAUSE_S = 60.0
+_PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be better next time
+_SPILL_S = 0.2  # how long to wait for bytes that the server did not announce
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchOptions:
+    """What `fetch-encoder` can be told. accept_first: take a file whose SHA-256 nobody states, and
+    hold it to what came. retries: in a row, without a byte more than before."""
+
+    to: Path = Path("checkpoints")
+    sha256: str | None = None
+    accept_first: bool = False
+    url: str | None = None
+    retries: int = 6
+    first_pause_s: float = 1.0
+    timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.sha256 is not None and not _is_sha256(self.sha256):
+            raise UserError(f"--sha256 must be 64 hexadecimal digits, not '{self.sha256}'")
+        if self.url is not None:
+            _check_scheme(self.url)
+
+
+class _Broken(Exception):
+    """The connection or the server failed in a way that may pass. wait_s: what the server asks."""
+
+    def __init__(self, why: str, wait_s: float = 0.0) -> None:
+        super().__init__(why)
+        self.wait_s = wait_s
+
+
+class _StartOver(Exception):
+    """What was fetched so far is not the beginning of what the server has now."""
+
+
+def fetch_encoder(name: str, options: FetchOptions, console: Console) -> Path:
+    """Fetch a checkpoint of the table into `options.to`; the file, or the folder of several.
+
+    Raises: UserError for what the user can put right, a wrong SHA-256 among it, StorageFault for a
+    full disk. What was fetched until a fault stays as NAME.part, except where it is wrong.
+    """
+    checkpoint = _known(name)
+    several = len(checkpoint.files) > 1
+    if several and (options.url is not None or options.sha256 is not None):
+        raise UserError(f"{name} is a folder of several files; --url and --sha256 are for one")
+    if options.to.exists() and not options.to.is_dir():
+        raise UserError(f"--to is {options.to}, a file; name a folder")
+    folder = options.to / name if several else options.to
+    for file in checkpoint.files:
+        _fetch(replace(file, url=options.url or file.url), folder, options, console)
+    return folder if several else folder / checkpoint.files[0].name
+
+
+def _known(name: str) -> Checkpoint:
+    if name in CHECKPOINTS:
+        return CHECKPOINTS[name]
+    by_encoder = [key for key, known in CHECKPOINTS.items() if name in known.encoders]
+    if by_encoder:
+        raise UserError(f"'{name}' runs with any of these: {', '.join(by_encoder)}; name one")
+    close = difflib.get_close_matches(name, CHECKPOINTS, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else "--list names them all"
+    raise UserError(f"no checkpoint '{name}' is known; {hint}")
+
+
+def _fetch(file: RemoteFile, folder: Path, options: FetchOptions, console: Console) -> None:
+    target = folder / file.name
+    record = folder / f"{file.name}.sha256.json"
+    expected = _expected(file, record, options)
+    if target.exists():
+        _check_present(target, expected, record, options)
+        console.print(f"{target} is there and as it should be", markup=False, soft_wrap=True)
+        return
+    if file.url is None:
+        raise UserError(f"no public address of {file.name} is known; give one with --url")
+    if expected is None and not options.accept_first:
+        raise UserError(
+            f"nobody states the SHA-256 of {file.name}: give --sha256 HEX, or --accept-first to "
+            f"take what the server sends and hold the file to that from then on"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{file.name}.part"
+    with _only_one(part) as out:
+        resumed = part.stat().st_size > 0
+        _download(file, part, out, expected, options, console)
+        actual = _hash(part)
+        if resumed and expected not in (None, actual):  # it may have begun as another file
+            _empty(out, part)
+            _download(file, part, out, expected, options, console)
+            actual = _hash(part)
+        if expected is not None and actual != expected:
+            _forget(part)
+            raise UserError(
+                f"{file.url} is not the file that was expected: its SHA-256 is {actual}, and "
+                f"{expected} should be; it was not kept"
+            )
+        if expected is None:
+            _write_record(record, file.url, actual, part.stat().st_size)
+            console.print(
+                f"accepted with SHA-256 {actual}, recorded in {record}",
+                markup=False,
+                soft_wrap=True,
+            )
+        os.fsync(out.fileno())
+        os.replace(part, target)
+        _forget(part)
+        _sync_folder(folder)
+
+
+def _expected(file: RemoteFile, record: Path, options: FetchOptions) -> str | None:
+    """The SHA-256 that the file must have: the user's, the table's, or what was accepted before."""
+    given = options.sha256.lower() if options.sha256 is not None else None
+    if given is not None and options.url is None and file.sha256 not in (None, given):
+        raise UserError(f"--sha256 is {given}, but {file.name} is known by {file.sha256}")
+    return given or file.sha256 or _read_record(record)
+
+
+def _check_present(target: Path, expected: str | None, record: Path, options: FetchOptions) -> None:
+    actual = _hash(target)
+    if expected is None:
+        if not options.accept_first:
+            raise UserError(
+                f"{target} is there, and nobody states its SHA-256 ({actual}): --accept-first "
+                f"holds it to that from now on"
+            )
+        _write_record(record, None, actual, target.stat().st_size)
+    elif actual != expected:
+        raise UserError(
+            f"{target} is there, but its SHA-256 is {actual} and not {expected}: remove it to "
+            f"fetch it again"
+        )
+
+
+@contextlib.contextmanager
+def _only_one(part: Path) -> Iterator[BinaryIO]:
+    """`part`, open to write to, held against a second process."""
+    with part.open("ab+") as out:
+        try:
+            fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{part} is being fetched by another process") from error
+        try:
+            yield out
+        finally:
+            if part.exists() and part.stat().st_size == 0:
+                _forget(part)
+
+
+def _download(
+    file: RemoteFile,
+    part: Path,
+    out: BinaryIO,
+    expected: str | None,
+    options: FetchOptions,
+    console: Console,
+) -> None:
+    """Make `part` whole, with as many connections as it takes."""
+    assert file.url is not None
+    furthest, failures = 0, 0
+    have = part.stat().st_size
+    with show_bar(console, file.name, file.size, have, in_bytes=True) as advance:
+        while True:
+            try:
+                _connect_and_read(file, part, out, expected is not None, options, advance)
+                return
+            except _StartOver:
+                advance(-part.stat().st_size)
+                _empty(out, part)
+                broken = _Broken("the file changed while it was fetched")
+            except _Broken as error:
+                broken = error
+            have = part.stat().st_size
+            failures = 0 if have > furthest else failures + 1
+            furthest = max(furthest, have)
+            if failures > options.retries:
+                raise UserError(
+                    f"{file.url} could not be fetched: {broken} ({failures} times in a row); "
+                    f"{have} bytes are kept, and the same command goes on from there"
+                )
+            pause_s = options.first_pause_s * 2 ** max(0, failures - 1)
+            time.sleep(min(max(pause_s, broken.wait_s), _LONGEST_PAUSE_S))
+
+
+def _connect_and_read(
+    file: RemoteFile,
+    part: Path,
+    out: BinaryIO,
+    hash_is_known: bool,
+    options: FetchOptions,
+    advance: Callable[[int], None],
+) -> None:
+    """One connection: append to `part` what it lacks. Returns when the file is whole."""
+    assert file.url is not None
+    version = _read_version(part, file.url)
+    have = part.stat().st_size
+    if have and version is None and not hash_is_known:
+        advance(-have)
+        _empty(out, part)  # nothing would tell whether the rest is of the same file
+        have = 0
+    headers = {"User-Agent": "cantor", "Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+        if version is not None:
+            headers["If-Range"] = version
+    with _open(urllib.request.Request(file.url, headers=headers), options) as response:
+        if response.status == 416:
+            if _total(response.headers) == have and have:
+                return  # it was whole already
+            raise _StartOver
+        _refuse_other_content(file.url, response)
+        now = _version(response.headers)
+        if response.status == 206:
+            if _range_start(response.headers) != have or version not in (None, now):
+                raise _StartOver
+        else:
+            advance(-have)
+            _empty(out, part)
+            have = 0
+        total = _total(response.headers)
+        _check_size(file, total)
+        _check_room(part, (total or file.size or have) - have)
+        _write_version(part, file.url, now)
+        got = have
+        for block in _blocks(response):
+            got += len(block)
+            limit = total if total is not None else file.size
+            if limit is not None and got > limit:
+                _forget(part, out)
+                raise UserError(f"{file.url} sends more than the {limit} bytes it should have")
+            _append(out, block)
+            advance(len(block))
+        whole = total if total is not None else file.size
+        if whole is not None and got < whole:
+            raise _Broken(f"the connection broke off at {got} of {whole} bytes")
+
+
+def _open(request: urllib.request.Request, options: FetchOptions) -> Any:
+    """The answer: 200, 206 or 416. _Broken for what may pass, UserError for what will not."""
+    opener = urllib.request.build_opener(_Redirects)
+    try:
+        response = opener.open(request, timeout=options.timeout_s)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:
+            return error  # it has status, headers and close too
+        with error:
+            if error.code in _PASSING:
+                wait = error.headers.get("Retry-After", "")
+                raise _Broken(
+                    f"the server answers {error.code} {error.reason}",
+                    float(wait) if wait.isdecimal() else 0.0,
+                ) from error
+            raise UserError(
+                f"{request.full_url} cannot be had: the server answers {error.code} {error.reason}"
+            ) from error
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, ssl.SSLCertVerificationError):
+            raise UserError(f"{request.full_url} is not to be trusted: {error.reason}") from error
+        raise _Broken(f"no connection: {error.reason}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _Broken(f"no connection: {error!r}") from error
+    if response.status not in (200, 206):
+        response.close()
+        raise UserError(f"{request.full_url} answers {response.status}, which is no file")
+    return response
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, but never from https to anything else."""
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        target = urljoin(req.full_url, newurl)
+        if urlsplit(req.full_url).scheme == "https" and urlsplit(target).scheme != "https":
+            raise UserError(f"{req.full_url} leads to {target}, which is not https: not followed")
+        _check_scheme(target)
+        return super().redirect_request(req, fp, code, msg, headers, target)
+
+
+def _blocks(response: Any) -> Iterator[bytes]:
+    """What the server sends, beyond the announced length too, until it stops or breaks off."""
+    source: Any = response if response.chunked or response.length is None else response.fp
+    left = response.length if source is not response else None
+    try:
+        while left is None or left > 0:
+            block = source.read(_BLOCK if left is None else min(_BLOCK, left))
+            if not block:
+                return
+            left = None if left is None else left - len(block)
+            yield block
+    except http.client.IncompleteRead as error:
+        raise _Broken(f"the connection broke off ({error})") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _Broken(f"the connection broke off ({error!r})") from error
+    with contextlib.suppress(OSError, AttributeError):
+        source.raw._sock.settimeout(_SPILL_S)  # no other way to learn of bytes beyond the length
+        if extra := source.read1(1):
+            yield extra
+
+
+def _refuse_other_content(url: str, response: Any) -> None:
+    kind = response.headers.get_content_type() if "Content-Type" in response.headers else ""
+    if kind in ("text/html", "application/xhtml+xml"):
+        raise UserError(
+            f"{url} sends a web page in place of the file (it may ask to log in or to agree): "
+            f"fetch it with a browser, or give another --url"
+        )
+    coding = response.headers.get("Content-Encoding", "identity")
+    if coding != "identity":
+        raise UserError(f"{url} sends the file with Content-Encoding {coding}, unasked")
+
+
+def _check_size(file: RemoteFile, total: int | None) -> None:
+    if total is not None and file.size is not None and total != file.size:
+        raise UserError(f"{file.url} has {total} bytes; {file.name} is known to have {file.size}")
+
+
+def _check_room(part: Path, wanted: int) -> None:
+    free = shutil.disk_usage(part.parent).free
+    if wanted > free:
+        raise StorageFault(
+            f"{part} needs {wanted / 1e6:.0f} MB more, and {free / 1e6:.0f} MB are free; free some"
+        )
+
+
+def _total(headers: Message) -> int | None:
+    """The size of the whole file, as the server states it."""
+    full = headers.get("Content-Range", "").rpartition("/")[2]
+    if full:
+        return int(full) if full.isdecimal() else None
+    length = headers.get("Content-Length", "")
+    return int(length) if length.isdecimal() else None
+
+
+def _range_start(headers: Message) -> int | None:
+    start = headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
+    return int(start) if start.isdecimal() else None
+
+
+def _version(headers: Message) -> str | None:
+    """What If-Range can hold: a strong ETag, else the date of the last change."""
+    etag = headers.get("ETag")
+    if etag is not None and not etag.startswith("W/"):
+        return str(etag)
+    return headers.get("Last-Modified")
+
+
+def _version_file(part: Path) -> Path:
+    return part.with_name(f"{part.name}.json")
+
+
+def _read_version(part: Path, url: str) -> str | None:
+    try:
+        stated = json.loads(_version_file(part).read_text("utf-8"))
+        return str(stated["version"]) if stated["url"] == url and stated["version"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_version(part: Path, url: str, version: str | None) -> None:
+    _version_file(part).write_text(json.dumps({"url": url, "version": version}), "utf-8")
+
+
+def _append(out: BinaryIO, block: bytes) -> None:
+    try:
+        out.write(block)
+        out.flush()
+    except OSError as error:
+        error.filename = error.filename or out.name
+        raise storage_fault(error) from error
+
+
+def _empty(out: BinaryIO, part: Path) -> None:
+    out.truncate(0)
+    _version_file(part).unlink(missing_ok=True)
+
+
+def _forget(part: Path, out: BinaryIO | None = None) -> None:
+    if out is not None:
+        out.truncate(0)
+    part.unlink(missing_ok=True)
+    _version_file(part).unlink(missing_ok=True)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_sha256(text: str) -> bool:
+    return len(text) == 64 and all(c in "0123456789abcdefABCDEF" for c in text)
+
+
+def _check_scheme(url: str) -> None:
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+        raise UserError(f"'{url}' is no http(s) address")
+
+
+def _read_record(record: Path) -> str | None:
+    try:
+        sha256 = json.loads(record.read_text("utf-8"))["sha256"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{record} is damaged: {error}; remove it to start anew") from error
+    if not isinstance(sha256, str) or not _is_sha256(sha256):
+        raise UserError(f"{record} holds no SHA-256; remove it to start anew")
+    return sha256
+
+
+def _write_record(record: Path, url: str | None, sha256: str, size: int) -> None:
+    text = json.dumps({"sha256": sha256, "size": size, "url": url}, indent=2) + "\n"
+    temporary = record.with_name(f".{record.name}.new")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, record)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def show_checkpoints(console: Console) -> None:
+    """The table: what can be fetched, how large it is, whether its SHA-256 is known."""
+    table = Table(
+        Column("name", no_wrap=True),  # it has to be typed, so it is never cut
+        Column("file", overflow="fold"),
+        "MB",
+        "SHA-256",
+        "encoders",
+        box=None,
+        pad_edge=False,
+    )
+    for name, known in CHECKPOINTS.items():
+        for file in known.files:
+            table.add_row(
+                name,
+                file.name,
+                f"{file.size / 1e6:.1f}" if file.size is not None else "?",
+                file.sha256[:12] + "…" if file.sha256 is not None else "--accept-first",
+                ", ".join(known.encoders),
+            )
+            name = ""
+    console.print(table, highlight=False)
+
+
+def show_use(console: Console, name: str, path: Path) -> None:
+    encoders = CHECKPOINTS[name].encoders
+    use = f"encoder.name={encoders[-1]} encoder.checkpoint" if encoders else "xvector.checkpoint"
+    console.print(f"use it with {use}={path}", markup=False, highlight=False, soft_wrap=True)

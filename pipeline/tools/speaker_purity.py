@@ -1,0 +1,289 @@
+"""`purity`: how near each clip is to its speaker, by the clips' embeddings (x-vectors)."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from soundfile import LibsndfileError
+
+from pipeline.cluster.bar import show_bar
+from pipeline.cluster.device import choose_device
+from pipeline.dataset.shards import (
+    XVECTOR_COLUMN,
+    Footer,
+    commit_file,
+    iter_shards,
+    read_dataset_info,
+    read_footers,
+)
+from pipeline.errors import UserError
+from stages.flac import decode_flac
+from stages.pcm import dequantise
+from stages.xvector import embed_clips
+
+SIDECAR = "purity.parquet"
+_MOST_SPEAKERS = 50
+
+_SCHEMA = pa.schema(
+    [
+        ("clip_id", pa.string()),
+        ("speaker", pa.string()),
+        ("cosine", pa.float32()),
+        ("own", pa.bool_()),
+        ("nearest_speaker", pa.string()),
+    ]
+)
+
+
+@dataclass
+class SpeakerPurity:
+    """The clips of a speaker. strays: those that are nearer to another speaker.
+
+    cosines: of the clips to the speaker's other clips; none for a speaker of one clip.
+    """
+
+    speaker: str
+    clips: int = 0
+    strays: int = 0
+    cosines: array[float] = field(default_factory=lambda: array("f"))
+
+    @property
+    def mean(self) -> float | None:
+        return float(np.mean(self.cosines)) if self.cosines else None
+
+    @property
+    def low(self) -> float | None:
+        """The 5th percentile."""
+        return float(np.percentile(self.cosines, 5)) if self.cosines else None
+
+
+class Embed(Protocol):
+    """Vectors (N, E) of the clips of a row group."""
+
+    def __call__(self, rows: pa.Table, footer: Footer) -> NDArray[np.float32]: ...
+
+
+def measure_purity(
+    dataset: Path, console: Console, checkpoint: Path | None = None, device: str = "auto"
+) -> list[SpeakerPurity]:
+    """Write DATASET/purity.parquet: a row a clip of every split, in the order of the shards.
+
+    A clip's cosine is that to the centroid of its speaker's other clips: the mean of their vectors,
+    each of length 1. It is left out of its own centroid, or the few clips of a rare speaker would
+    all be pure. Of a speaker's only clip, cosine is null and own is true.
+
+    checkpoint: an x-vector model to embed with; None: the vectors that the shards hold.
+    Raises: UserError when there are no vectors, or no clips.
+    """
+    info = read_dataset_info(dataset)
+    footers = _footers(dataset)
+    if not footers:
+        raise UserError(f"{dataset} has no shards yet; run `extract` first")
+    if checkpoint is not None:
+        column = "audio"
+        embed, sha256 = _embedder(dataset, checkpoint, device)
+    elif all(footer.xvector is not None for _, footer in footers):
+        column, embed = XVECTOR_COLUMN, _stored
+        sha256 = footers[0][1].xvector.checkpoint_sha256 if footers[0][1].xvector else ""
+    else:
+        raise UserError(
+            f"{dataset} holds no x-vectors: extract it with xvector.checkpoint=FOLDER, or give "
+            f"--checkpoint FOLDER here (a speaker model such as microsoft/wavlm-base-plus-sv)"
+        )
+    clips = sum(pq.read_metadata(path).num_rows for path, _ in footers)
+    if clips == 0:
+        raise UserError(f"no shard of {dataset} has a clip in it")
+    spool_folder = dataset / ".tmp"
+    spool_folder.mkdir(exist_ok=True)
+    with (
+        show_bar(console, "clips", 2 * clips) as advance,
+        tempfile.TemporaryFile(dir=spool_folder) as spool,
+    ):
+        sums, counts = _spool_vectors(footers, column, embed, spool, advance)
+        spool.seek(0)
+        notes = {"fingerprint": info["fingerprint"], "checkpoint_sha256": sha256, "clips": clips}
+        schema = _SCHEMA.with_metadata({"cantor": json.dumps(notes)})
+        found = {speaker: SpeakerPurity(speaker) for speaker in sums}
+
+        def write(file: BinaryIO) -> None:
+            with pq.ParquetWriter(file, schema, compression="ZSTD") as writer:
+                for batch in _judged(spool, sums, counts, found):
+                    writer.write_batch(batch)
+                    advance(batch.num_rows)
+
+        commit_file(dataset, SIDECAR, write)
+    return sorted(found.values(), key=lambda purity: purity.speaker)
+
+
+def _footers(dataset: Path) -> list[tuple[Path, Footer]]:
+    footers = []
+    for path, footer in read_footers(iter_shards(dataset)):
+        if isinstance(footer, UserError):
+            raise footer
+        footers.append((path, footer))
+    return footers
+
+
+def _stored(rows: pa.Table, footer: Footer) -> NDArray[np.float32]:
+    assert footer.xvector is not None
+    flat = rows[XVECTOR_COLUMN].combine_chunks().flatten().to_numpy()
+    return np.asarray(flat, np.float32).reshape(len(rows), footer.xvector.dim)
+
+
+def _embedder(dataset: Path, checkpoint: Path, device: str) -> tuple[Embed, str]:
+    from models.checkpoint import sha256_of
+    from models.encoders.xvector import load_xvector
+    from pipeline.extract.from_dataset import read_source
+
+    try:
+        model = load_xvector(checkpoint, choose_device(device))
+        sha256 = sha256_of(checkpoint)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    resampling = read_source(dataset).config.resample
+
+    def embed(rows: pa.Table, footer: Footer) -> NDArray[np.float32]:
+        wavs = [
+            dequantise(decode_flac(audio["bytes"], footer.subtype), footer.subtype)
+            for audio in rows["audio"].to_pylist()
+        ]
+        return np.stack(embed_clips(wavs, footer.sample_rate, model, resampling))
+
+    return embed, sha256
+
+
+def _spool_vectors(
+    footers: list[tuple[Path, Footer]],
+    column: str,
+    embed: Embed,
+    spool: BinaryIO,
+    advance: Callable[[int], None],
+) -> tuple[dict[str, NDArray[np.float64]], dict[str, int]]:
+    """Write all vectors, of length 1, to `spool`; -> their sums (E,) and numbers by speaker."""
+    sums: dict[str, NDArray[np.float64]] = {}
+    counts: dict[str, int] = {}
+    writer: Any = None
+    for path, footer in footers:
+        for rows in _row_groups(path, ["clip_id", "speaker", column]):
+            try:
+                vectors = embed(rows, footer)
+            except (ValueError, LibsndfileError) as error:
+                raise UserError(f"{path} is damaged: {error}") from error
+            units = _of_length_1(vectors, rows, path)
+            speakers = rows["speaker"].to_pylist()
+            for speaker, unit in zip(speakers, units, strict=True):
+                sums[speaker] = sums.get(speaker, 0.0) + unit
+                counts[speaker] = counts.get(speaker, 0) + 1
+            batch = pa.record_batch(
+                {
+                    "clip_id": rows["clip_id"].combine_chunks(),
+                    "speaker": rows["speaker"].combine_chunks(),
+                    "vector": pa.FixedSizeListArray.from_arrays(units.ravel(), units.shape[1]),
+                }
+            )
+            writer = writer or pa.ipc.new_stream(spool, batch.schema)
+            writer.write_batch(batch)
+            advance(len(rows))
+    writer.close()
+    return sums, counts
+
+
+def _row_groups(path: Path, columns: list[str]) -> Iterator[pa.Table]:
+    try:
+        with pq.ParquetFile(path) as file:
+            for index in range(file.num_row_groups):
+                yield file.read_row_group(index, columns=columns, use_threads=False)
+    except pa.ArrowException as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _of_length_1(vectors: NDArray[np.float32], rows: pa.Table, path: Path) -> NDArray[np.float64]:
+    wide = vectors.astype(np.float64)
+    lengths = np.linalg.norm(wide, axis=1)
+    wrong = ~(np.isfinite(lengths) & (lengths > 0))
+    if wrong.any():
+        clip_id = rows["clip_id"][int(np.argmax(wrong))].as_py()
+        raise UserError(f"{path}: the x-vector of {clip_id} has no direction (zero or not finite)")
+    return np.asarray(wide / lengths[:, None])
+
+
+def _judged(
+    spool: BinaryIO,
+    sums: dict[str, NDArray[np.float64]],
+    counts: dict[str, int],
+    found: dict[str, SpeakerPurity],
+) -> Iterator[pa.RecordBatch]:
+    """The rows of the sidecar, a batch of the spool at a time; adds to `found`."""
+    names = sorted(sums)
+    place = {name: i for i, name in enumerate(names)}
+    totals = np.stack([sums[name] for name in names])  # (S, E)
+    number = np.array([counts[name] for name in names])
+    centroids = _directions(totals)
+    for batch in pa.ipc.open_stream(spool):
+        units = batch["vector"].flatten().to_numpy().reshape(batch.num_rows, -1)
+        own = np.array([place[name] for name in batch["speaker"].to_pylist()])
+        alone = number[own] == 1
+        cosine = (units * _directions(totals[own] - units)).sum(1)
+        to_others = units @ centroids.T  # (N, S)
+        to_others[np.arange(len(own)), own] = -np.inf
+        other = to_others.argmax(1)
+        is_own = alone | (cosine >= to_others.max(1))
+        for i, speaker in enumerate(own):
+            purity = found[names[speaker]]
+            purity.clips += 1
+            purity.strays += int(not is_own[i])
+            if not alone[i]:
+                purity.cosines.append(cosine[i])
+        nearest = np.where(is_own, own, other)
+        yield pa.record_batch(
+            [
+                batch["clip_id"],
+                batch["speaker"],
+                pa.array(cosine.astype(np.float32), mask=alone),
+                pa.array(is_own),
+                pa.array([names[i] for i in nearest]),
+            ],
+            schema=_SCHEMA,
+        )
+
+
+def _directions(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rows of length 1; a row that is all but zero points nowhere and stays zero."""
+    lengths = np.linalg.norm(sums, axis=1, keepdims=True)
+    return np.where(lengths > 1e-12, sums / np.maximum(lengths, 1e-12), 0.0)
+
+
+def show_purity(console: Console, found: list[SpeakerPurity], dataset: Path) -> None:
+    """A row a speaker, the least pure first."""
+    table = Table(
+        "speaker", "clips", "mean cosine", "5th percentile", "nearer to another", box=None
+    )
+
+    def shown(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}"
+
+    worst_first = sorted(found, key=lambda p: (p.mean is None, p.mean, p.speaker))
+    for p in worst_first[:_MOST_SPEAKERS]:
+        table.add_row(escape(p.speaker), str(p.clips), shown(p.mean), shown(p.low), str(p.strays))
+    console.print(table, highlight=False)
+    if len(found) > _MOST_SPEAKERS:
+        console.print(f"… and {len(found) - _MOST_SPEAKERS} speakers more")
+    console.print(
+        f"purity of {sum(p.clips for p in found)} clips in {dataset / SIDECAR}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,292 @@
+"""The folder of a training run: what it was begun with, and its checkpoints' coming and going.
+
+RUN/run.json     what the numbers depend on
+RUN/config.yaml  every setting of the last start
+RUN/log.jsonl    a line a step
+RUN/checkpoints/step-00001000/
+    voice.safetensors, voice.json  the voice, to be used
+    training.safetensors           what it takes to go on
+    checkpoint.json                step, validation and SHA-256 of the others
+
+A checkpoint gets its name when it is whole and on the disk, and loses it before it is deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from models.checkpoint import CheckpointError, read_safetensors, save_safetensors, sha256_of
+from pipeline.dataset.shards import commit_file, sync_folder
+from pipeline.errors import StorageFault, UserError
+from pipeline.storage.step_log import StepLog, differences
+
+TRAINING_FILE = "training.safetensors"
+_FACTS_FILE = "checkpoint.json"
+_BEST_BY = "mel_distance"
+
+
+class RunFolder:
+    """See the module. Only one process writes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.log = StepLog(folder / "log.jsonl")
+
+    def require_ours(self) -> None:
+        """Raises UserError where the folder holds something else. Writes nothing."""
+        if not self.folder.is_dir() or (self.folder / "run.json").exists():
+            return
+        others = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith("."))
+        if others:
+            raise UserError(
+                f"{self.folder} holds {others[0]} and no run.json: it is no training run; name a "
+                "new folder"
+            )
+
+    def begin(self, dataset: str, settings: Mapping[str, Any], config_yaml: str) -> None:
+        """Start, or go on with the same settings: all that the numbers depend on, by name.
+
+        Raises UserError where there are checkpoints made with others.
+        """
+        shutil.rmtree(self.folder / ".tmp", ignore_errors=True)
+        before = self.settings()
+        if before is not None and any((self.folder / "checkpoints").glob("step-*")):
+            differing = differences(before, settings)
+            if differing:
+                raise UserError(
+                    f"{self.folder} holds a run begun with other settings "
+                    f"({'; '.join(differing)}); give the same ones to go on, or name a new folder"
+                )
+        self.write_json("run.json", {"format": 1, "dataset": dataset, "settings": settings})
+        commit_file(self.folder, "config.yaml", lambda file: file.write(config_yaml.encode()))
+
+    def settings(self) -> dict[str, Any] | None:
+        """Those that the run was begun with; None before that. Raises UserError."""
+        path = self.folder / "run.json"
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not one of this program's ({error!r})") from error
+        return dict(settings)
+
+    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        commit_file(self.folder, name, lambda file: file.write(text.encode()))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole one. validation: measured at its step; {} where nothing was."""
+
+    folder: Path
+    step: int
+    validation: dict[str, float]
+
+    def read(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and notes of the file to go on from."""
+        return read_safetensors(self.folder / TRAINING_FILE)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Raises CheckpointError where `folder` is no whole checkpoint: every byte is checked."""
+    checkpoint, sums = _facts(folder)
+    for name, expected in sums.items():
+        if sha256_of(folder / name) != expected:
+            raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is another")
+    return checkpoint
+
+
+def _facts(folder: Path) -> tuple[Checkpoint, dict[str, str]]:
+    """And the SHA-256 of each file. Raises CheckpointError."""
+    path = folder / _FACTS_FILE
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        checkpoint = Checkpoint(folder, int(facts["step"]), dict(facts["validation"]))
+        return checkpoint, dict(facts["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
+
+
+class Checkpoints:
+    """The folder RUN/checkpoints."""
+
+    def __init__(self, folder: Path, keep_last: int = 3, keep_best: bool = True) -> None:
+        self.folder = folder
+        self.keep_last, self.keep_best = keep_last, keep_best
+
+    def save(
+        self, step: int, fill: Callable[[Path], None], validation: Mapping[str, float]
+    ) -> Checkpoint:
+        """Keep what `fill` writes into a folder, whole or not at all; then delete what is over.
+
+        Raises: OSError of the storage, StorageFault.
+        """
+        final = self.folder / f"step-{step:08d}"
+        temporary = self.folder / f".new-{final.name}-{secrets.token_hex(4)}"
+        temporary.mkdir(parents=True)
+        try:
+            fill(temporary)
+            _seal(temporary, step, validation)
+            if final.exists():  # damaged, or we would have gone on from it
+                _remove(final)
+            temporary.rename(final)
+        except SafetensorError as error:  # it has no class of its own for a full disk
+            raise StorageFault(f"cannot write {final}: {error}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        sync_folder(self.folder)
+        self._delete_superfluous()
+        return Checkpoint(final, step, dict(validation))
+
+    def latest(self, warn: Callable[[str], None]) -> Checkpoint | None:
+        """The last whole one; None in a run without any. warn: is told of damaged ones after it.
+
+        Raises UserError where all are damaged.
+        """
+        folders = self._folders()
+        for folder in reversed(folders):
+            try:
+                return read_checkpoint(folder)
+            except CheckpointError as error:
+                warn(f"{error}; the checkpoint before it is taken")
+        if folders:
+            raise UserError(
+                f"none of the checkpoints in {self.folder} is whole; remove {self.folder.parent} "
+                "to start over"
+            )
+        return None
+
+    def best(self) -> Checkpoint | None:
+        """By its mel distance; None where none was validated. Bytes are not checked."""
+        known = [c for c in self._readable() if _BEST_BY in c.validation]
+        return min(known, key=lambda c: (c.validation[_BEST_BY], c.step), default=None)
+
+    def would_be_best(self, validation: Mapping[str, float]) -> bool:
+        best = self.best()
+        value = validation.get(_BEST_BY)
+        return value is not None and (best is None or value < best.validation[_BEST_BY])
+
+    def sweep(self) -> None:
+        """Remove what a killed run left half-written or half-deleted."""
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if path.name.startswith("."):
+                    shutil.rmtree(path)
+
+    def _folders(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"))
+
+    def _readable(self) -> Iterator[Checkpoint]:
+        for folder in self._folders():
+            with suppress(CheckpointError):
+                yield _facts(folder)[0]
+
+    def _delete_superfluous(self) -> None:
+        best = self.best() if self.keep_best else None
+        for folder in self._folders()[: -self.keep_last]:
+            if best is None or folder != best.folder:
+                _remove(folder)
+
+
+def _seal(folder: Path, step: int, validation: Mapping[str, float]) -> None:
+    """Write down what is in the folder, and put all of it on the disk."""
+    sums = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+    facts = {"step": step, "validation": dict(validation), "sha256": sums}
+    (folder / _FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    for path in folder.iterdir():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Without a moment at which half of it could be taken for a checkpoint."""
+    doomed = folder.with_name(f".old-{folder.name}-{secrets.token_hex(4)}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def network_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Copies on the CPU; of tensors with several names, one for each name."""
+    return {
+        name: tensor.detach().to("cpu", copy=True) for name, tensor in network.state_dict().items()
+    }
+
+
+def optimizer_tensors(optimizer: Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
+    """Its moments and counts as "<parameter>/<what>". names: of its parameters, in their order."""
+    return {
+        f"{name}/{what}": value.detach().to("cpu", copy=True)
+        for name, parameter in zip(names, _parameters(optimizer), strict=True)
+        for what, value in optimizer.state[parameter].items()
+    }
+
+
+def load_optimizer(
+    optimizer: Optimizer, names: Sequence[str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Take over what `optimizer_tensors` gave. Raises CheckpointError where they do not fit."""
+    states: dict[int, dict[str, Tensor]] = {}
+    index = {name: number for number, name in enumerate(names)}
+    shapes = [parameter.shape for parameter in _parameters(optimizer)]
+    for key, tensor in tensors.items():
+        name, _, what = key.rpartition("/")
+        number = index.get(name)
+        if number is None or (what != "step" and tensor.shape != shapes[number]):
+            raise CheckpointError(f"there is no parameter for the optimizer's {key}")
+        states.setdefault(number, {})[what] = tensor.clone()  # out of the mapped file
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def join(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """{"generator": {"a": ...}} -> {"generator/a": ...}"""
+    return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+
+
+def part_of(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """The inverse of `join` for one part."""
+    return {
+        name.removeprefix(f"{part}/"): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(f"{part}/")
+    }
+
+
+def write_training(folder: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
+    save_safetensors(folder / TRAINING_FILE, tensors, notes)
+
+
+def load_network(network: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Raises CheckpointError where names or shapes differ."""
+    try:
+        network.load_state_dict(dict(tensors))
+    except RuntimeError as error:
+        raise CheckpointError(f"{source} does not fit the networks: {error}") from error
+
+
+@torch.no_grad()
+def move_average(averaged: nn.Module, network: nn.Module, decay: float) -> None:
+    """averaged <- decay * averaged + (1 - decay) * network; buffers are taken as they are."""
+    torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 1 - decay)
+    for mine, its in zip(averaged.buffers(), network.buffers(), strict=True):
+        mine.copy_(its)

@@ -1,0 +1,111 @@
+"""Mel bins, transposition and normalised log f0: the peer's numbers, and ours where they differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from models.synthesizer.blocks.pitch import f0_to_coarse, normalize_f0, transpose
+
+
+@pytest.fixture(scope="module")
+def reference(golden: Path) -> dict[str, NDArray[np.generic]]:
+    with np.load(golden / "synthesizers" / "svc_functions.npz", allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+# f0_to_coarse
+
+
+@pytest.mark.parametrize(
+    "given, expected, dtype",
+    [
+        ("f0_to_coarse/in", "f0_to_coarse/out", torch.float32),
+        ("coarse/in_f32", "coarse/out_f32", torch.float32),
+        ("coarse/in_f32", "coarse/out_f64", torch.float64),
+    ],
+)
+def test_the_peers_bins(
+    given: str, expected: str, dtype: torch.dtype, reference: dict[str, NDArray[np.generic]]
+) -> None:
+    f0 = torch.from_numpy(reference[given]).to(dtype)
+    bins = f0_to_coarse(f0, peer=True)
+    assert bins.dtype == torch.int64
+    np.testing.assert_array_equal(bins.numpy(), reference[expected])
+
+
+@pytest.mark.parametrize("key", [0, 12, -5])
+def test_the_articles_bins(key: int, reference: dict[str, NDArray[np.generic]]) -> None:
+    case = f"seed003/vocadito_3to8s/plen500_key{key}"
+    bins = f0_to_coarse(torch.from_numpy(reference[f"{case}/f0"]))
+    np.testing.assert_array_equal(bins.numpy(), reference[f"{case}/coarse"])
+
+
+def test_what_lies_outside_the_range() -> None:
+    f0 = torch.tensor([[0.0, 20.0, 50.0], [1100.0, 1104.0, 20000.0]])
+    assert f0_to_coarse(f0).tolist() == [[1, 1, 1], [255, 255, 255]]
+    assert f0_to_coarse(f0, peer=True).tolist() == [[1, 1, 1], [255, 0, 0]]
+
+
+def test_every_bin_is_met_in_order() -> None:
+    bins = f0_to_coarse(torch.linspace(40, 1200, 20000))
+    assert (bins.diff() >= 0).all()
+    assert bins.unique().tolist() == list(range(1, 256))
+
+
+def test_other_bins_and_range() -> None:
+    f0 = torch.tensor([0.0, 80.0, 2000.0, 3000.0])
+    assert f0_to_coarse(f0, bins=64, f0_min=80, f0_max=2000).tolist() == [1, 1, 63, 63]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"bins": 2}, {"f0_min": 0.0}, {"f0_min": 1100.0}, {"f0_max": float("nan")}]
+)
+def test_a_range_without_bins_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="mel bins need"):
+        f0_to_coarse(torch.ones(1), **wrong)  # type: ignore[arg-type]
+
+
+# transpose
+
+
+def test_transpose() -> None:
+    f0 = torch.tensor([0.0, 220.0, 440.0])
+    assert transpose(f0, 12).tolist() == [0, 440, 880]
+    torch.testing.assert_close(transpose(f0, -7), f0 * 2 ** (-7 / 12))
+    torch.testing.assert_close(transpose(transpose(f0, 3.5), -3.5), f0)
+
+
+def test_transpose_each_item_by_its_own() -> None:
+    f0 = torch.tensor([[100.0, 0.0], [100.0, 200.0]])
+    out = transpose(f0, torch.tensor([[0.0], [24.0]]))
+    assert out.tolist() == [[100, 0], [400, 800]]
+
+
+# normalize_f0
+
+
+def test_the_peers_normalisation(reference: dict[str, NDArray[np.generic]]) -> None:
+    log_f0, mask, voiced, out = (
+        torch.from_numpy(reference[f"normalize_f0/{name}"]) for name in ("lf0", "mask", "uv", "out")
+    )
+    torch.testing.assert_close(normalize_f0(log_f0, mask, voiced), out, rtol=0, atol=3e-7)
+    torch.testing.assert_close(normalize_f0(log_f0, mask, voiced > 0), out, rtol=0, atol=3e-7)
+
+
+def test_the_factor_stretches_each_contour() -> None:
+    log_f0 = torch.tensor([[[1.0, 3.0, 9.0]], [[1.0, 3.0, 9.0]]])
+    mask = torch.tensor([[[1.0, 1, 1]], [[1, 1, 0]]])
+    voiced = torch.tensor([[1.0, 1, 0], [0, 1, 0]])
+    out = normalize_f0(log_f0, mask, voiced, factor=torch.tensor([0.5, 2.0]))
+    assert out.tolist() == [[[-0.5, 0.5, 3.5]], [[-4.0, 0.0, 0.0]]]
+
+
+def test_nothing_voiced_is_left_at_its_height() -> None:
+    log_f0 = torch.tensor([[[0.4, 0.5, 0.6]]])
+    out = normalize_f0(log_f0, torch.tensor([[[1.0, 1, 0]]]), torch.zeros(1, 3))
+    torch.testing.assert_close(out, torch.tensor([[[0.4, 0.5, 0.0]]]))

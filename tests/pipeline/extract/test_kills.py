@@ -1,0 +1,300 @@
+"""Processes really killed, at random moments: every clip once, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import soundfile as sf
+from rich.console import Console
+
+from pipeline.dataset.shards import iter_shards
+from pipeline.dataset.verify import verify
+from pipeline.extract.command import ExtractOptions, reextract
+from pipeline.extract.from_dataset import config_from, read_source
+from tests.checkpoints import write_hubert_base
+from tests.pipeline.conftest import FAST, Extract, shard_hashes
+from tests.songs import tune
+
+ROOT = Path(__file__).resolve().parents[3]
+pytestmark = pytest.mark.ray
+
+
+# Shadows the real onnxruntime and kills a worker that loads it, as the want of memory would.
+DYING_LOADER = """
+import os, signal, sys
+
+sys.path.remove(os.path.dirname(__file__))
+del sys.modules["onnxruntime"]
+import onnxruntime
+
+if any(word.startswith("ray::") for word in open("/proc/self/cmdline").read().split()):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+# Shadows the real pyworld and dies on songs whose peak is 0.123, as a native crash would.
+CRASHING_PYWORLD = """
+import os, signal, sys
+
+sys.path.remove(os.path.dirname(__file__))
+del sys.modules["pyworld"]
+import pyworld
+
+harvest = pyworld.harvest
+
+def crash(wav, *args, **options):
+    if abs(float(abs(wav).max()) - 0.123) < 2e-4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return harvest(wav, *args, **options)
+
+pyworld.harvest = crash
+"""
+
+# Harvest, because it is slow: there is time to strike.
+SLOW = [*(word for word in FAST if not word.startswith("f0.method=")), "f0.method=harvest"]
+
+
+def start(corpus: Path, dataset: Path, *more: str, **environment: str) -> psutil.Popen:
+    """The command as a user types it, in a process group of its own."""
+    return start_extract(corpus, dataset, *SLOW, *more, **environment)
+
+
+def start_extract(*words: object, **environment: str) -> psutil.Popen:
+    return start_command("extract", *words, **environment)
+
+
+def start_command(*words: object, **environment: str) -> psutil.Popen:
+    command = [sys.executable, ROOT / "run_pipeline.py", *words]
+    return psutil.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **environment},
+        # Who runs the tests in the background may have it ignored.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def finish(corpus: Path, dataset: Path, *more: str, **environment: str) -> str:
+    run = start(corpus, dataset, *more, **environment)
+    output, _ = run.communicate(timeout=240)
+    assert run.returncode == 0, output
+    return str(output)
+
+
+def workers(run: psutil.Popen) -> list[psutil.Process]:
+    def is_worker(process: psutil.Process) -> bool:
+        try:
+            return " ".join(process.cmdline()).startswith("ray::MapWorker")
+        except psutil.Error:  # it ended while we looked
+            return False
+
+    return [process for process in descendants(run) if is_worker(process)]
+
+
+def descendants(run: psutil.Popen) -> list[psutil.Process]:
+    try:
+        return [p for p in run.children(recursive=True) if p.is_running()]
+    except psutil.Error:
+        return []
+
+
+def kill_driver(run: psutil.Popen) -> None:
+    run.kill()
+
+
+def kill_worker(run: psutil.Popen) -> None:
+    for process in workers(run)[:1]:
+        process.kill()
+
+
+def kill_everything(run: psutil.Popen) -> None:
+    for process in [run, *descendants(run)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def interrupt(run: psutil.Popen) -> None:
+    os.killpg(run.pid, signal.SIGINT)
+
+
+def strike(
+    run: psutil.Popen, dataset: Path, kill: Callable[[psutil.Popen], None], rng: random.Random
+) -> None:
+    """Kill at a random moment after the first workers are up, or a little into the next shard."""
+    shards = len(iter_shards(dataset)) + rng.randint(0, 2)
+    while (run.poll() is None and len(iter_shards(dataset)) < shards) or not workers(run):
+        if run.poll() is not None:
+            return
+        time.sleep(0.02)
+    time.sleep(rng.uniform(0, 0.6))
+    kill(run)
+
+
+@pytest.fixture(scope="module")
+def expected(
+    corpus: Path, tmp_path_factory: pytest.TempPathFactory, run_extract: Extract
+) -> dict[str, str]:
+    """Hashes of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "d"
+    run_extract(corpus, folder, SLOW)
+    return shard_hashes(folder)
+
+
+@pytest.mark.parametrize("kill", [kill_driver, kill_worker, kill_everything])
+def test_a_kill_loses_nothing_and_doubles_nothing(
+    corpus: Path,
+    tmp_path: Path,
+    expected: dict[str, str],
+    kill: Callable[[psutil.Popen], None],
+) -> None:
+    run = start(corpus, tmp_path / "d")
+    strike(run, tmp_path / "d", kill, random.Random(kill.__name__))
+    output, _ = run.communicate(timeout=240)
+    assert (run.returncode == 0) == (kill is kill_worker), output
+    finish(corpus, tmp_path / "d")
+    assert shard_hashes(tmp_path / "d") == expected
+    assert verify(tmp_path / "d").problems == []
+
+
+def test_a_killed_re_extraction_loses_nothing_and_doubles_nothing(
+    dataset: Path, golden: Path, tmp_path: Path
+) -> None:
+    network = golden / "encoders" / "tiny_hubert_base.pt"
+    settings = ["f0.hop_length=441", f"encoders.contentvec768l12.checkpoint={network}"]
+
+    def run(new: Path) -> psutil.Popen:
+        return start_extract("--from", dataset, new, *settings)
+
+    config = config_from(read_source(dataset), None, settings)
+    quiet = Console(file=io.StringIO())
+    reextract(dataset, tmp_path / "whole", config, ExtractOptions(local=True), quiet)
+    killed = run(tmp_path / "d")
+    strike(killed, tmp_path / "d", kill_everything, random.Random(2))
+    killed.communicate(timeout=240)
+    again = run(tmp_path / "d")
+    output, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, output
+    assert shard_hashes(tmp_path / "d") == shard_hashes(tmp_path / "whole")
+    assert verify(tmp_path / "d").problems == []
+
+
+@pytest.mark.timeout(1200)
+def test_real_singing_through_a_whole_hubert_killed_and_resumed(
+    real_audio: Path, tmp_path: Path
+) -> None:
+    """95 million parameters as fairseq's trainer writes them, beside mfcc."""
+    songs = tmp_path / "songs"
+    songs.mkdir()
+    for name in ("vignesh.wav", "carnatic.wav", "soprano-E4.wav"):
+        shutil.copy(real_audio / name, songs)
+    checkpoint = write_hubert_base(tmp_path / "hubert_base.pt")
+    settings = [
+        "encoder.name=contentvec768l12",
+        f"encoder.checkpoint={checkpoint}",
+        "encoders.mfcc={}",
+        "plan.task_minutes=0.05",
+        "--speaker=real",
+    ]
+
+    def run(dataset: Path, *more: str) -> psutil.Popen:
+        return start_extract(songs, dataset, *settings, *more)
+
+    local = run(tmp_path / "whole", "--local")
+    output, _ = local.communicate(timeout=600)
+    assert local.returncode == 0, output
+    killed = run(tmp_path / "d")
+    strike(killed, tmp_path / "d", kill_everything, random.Random(3))
+    killed.communicate(timeout=600)
+    again = run(tmp_path / "d")
+    output, _ = again.communicate(timeout=600)
+    assert again.returncode == 0, output
+    assert shard_hashes(tmp_path / "d") == shard_hashes(tmp_path / "whole")
+    assert verify(tmp_path / "d", songs).problems == []
+
+
+def test_ctrl_c_stops_within_seconds_and_says_how_to_resume(
+    corpus: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    run = start(corpus, tmp_path / "d")
+    strike(run, tmp_path / "d", interrupt, random.Random(1))
+    struck = time.monotonic()
+    output, _ = run.communicate(timeout=60)
+    assert time.monotonic() - struck < 20
+    assert run.returncode == 130, output
+    assert "Run the same command to go on" in output
+    assert "Traceback" not in output
+    finish(corpus, tmp_path / "d")
+    assert shard_hashes(tmp_path / "d") == expected
+
+
+def test_a_song_that_kills_its_worker_is_quarantined_alone(corpus: Path, tmp_path: Path) -> None:
+    """A native library that crashes on one song, as segfaults do: the process dies each time."""
+    (tmp_path / "faulty").mkdir()
+    (tmp_path / "faulty" / "pyworld.py").write_text(CRASHING_PYWORLD)
+    poisoned = Path(shutil.copytree(corpus, tmp_path / "corpus"))
+    wav = tune(2.0)
+    sf.write(poisoned / "spk1" / "killer.wav", wav / np.abs(wav).max() * 0.123, 44100)
+    settings = ["loudness.mode=none", "workers.max_task_retries=0"]
+    output = finish(poisoned, tmp_path / "d", *settings, PYTHONPATH=str(tmp_path / "faulty"))
+    assert "workers died on spk1/killer.wav" in output
+    result = verify(tmp_path / "d")
+    assert result.problems == []
+    assert result.account.entries["spk1/killer.wav"].reason == "crashed"
+    assert result.account.count("kept") == 6
+
+
+def test_a_model_that_kills_its_worker_is_blamed_and_no_song(
+    corpus: Path, golden: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "faulty").mkdir()
+    (tmp_path / "faulty" / "onnxruntime.py").write_text(DYING_LOADER)
+    network = golden / "encoders" / "vec-tiny-layer-3.onnx"
+    run = start(
+        corpus,
+        tmp_path / "d",
+        "encoder.name=contentvec768l12-onnx",
+        f"encoder.checkpoint={network}",
+        PYTHONPATH=str(tmp_path / "faulty"),
+    )
+    output, _ = run.communicate(timeout=240)
+    assert run.returncode == 2, output
+    words = " ".join(output.split())
+    assert "a worker process dies while it loads" in words and "Traceback" not in words
+    assert iter_shards(tmp_path / "d") == []
+
+
+@pytest.mark.soak
+def test_soak(corpus: Path, tmp_path: Path, expected: dict[str, str]) -> None:
+    """CANTOR_SOAK_KILLS random kills (20 by default), seeded by CANTOR_SOAK_SEED."""
+    rng = random.Random(int(os.environ.get("CANTOR_SOAK_SEED", "0")))
+    left = int(os.environ.get("CANTOR_SOAK_KILLS", "20"))
+    number = 0
+    while left:
+        dataset = tmp_path / str(number)
+        number += 1
+        while left and len(iter_shards(dataset)) < len(expected):
+            run = start(corpus, dataset)
+            kill = rng.choice([kill_driver, kill_worker, kill_everything, interrupt])
+            strike(run, dataset, kill, rng)
+            if run.poll() is None or run.returncode != 0:
+                left -= 1
+            run.communicate(timeout=240)
+        finish(corpus, dataset)
+        assert shard_hashes(dataset) == expected
+        assert verify(dataset).problems == []

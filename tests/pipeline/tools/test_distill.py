@@ -1,0 +1,220 @@
+"""`distill`: from shards and a teacher to a student that extraction can use."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from models.checkpoint import read_safetensors
+from models.encoders import load_encoder
+from models.encoders.distill import DistillConfig
+from pipeline.errors import UserError
+from pipeline.storage.lock import lock
+from pipeline.tools.distill import Clips, DistillOptions, DistillOutcome, distill
+from tests.conftest import ROOT
+
+TRAINING = DistillConfig(
+    sparsity=0.3,
+    steps=100,
+    finetune_steps=30,
+    gates=("stem", "heads", "inner"),
+    learning_rate=2e-3,
+    finetune_learning_rate=1e-3,
+)
+
+# The command takes as many threads as it may use cores.
+ON_ONE_CORE = """
+import os
+from pipeline.cli import main
+os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def options(golden: Path) -> DistillOptions:
+    return DistillOptions(
+        teacher="contentvec256l9",
+        teacher_checkpoint=golden / "encoders" / "tiny_hubert_base.pt",
+        training=TRAINING,
+        batch=4,
+        crop_s=1.0,
+        save_every=10,
+    )
+
+
+def run(dataset: Path, out: Path, options: DistillOptions) -> DistillOutcome:
+    return distill(dataset, out, options, Console(file=io.StringIO()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the processes that are killed: the number of threads changes last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def student(
+    dataset: Path, options: DistillOptions, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, DistillOutcome]:
+    out = tmp_path_factory.mktemp("student") / "student.safetensors"
+    return out, run(dataset, out, options)
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return read_safetensors(path)[0]
+
+
+def test_student_is_an_encoder_like_its_teacher(
+    student: tuple[Path, DistillOutcome], options: DistillOptions
+) -> None:
+    out, outcome = student
+    assert outcome.sparsity == pytest.approx(0.3, abs=0.03)
+    assert outcome.last_loss < outcome.first_loss
+    teacher = load_encoder(options.teacher, str(options.teacher_checkpoint))
+    encoder = load_encoder("dphubert", str(out))
+    assert (encoder.dim, encoder.hop_length) == (teacher.dim, teacher.hop_length)
+    assert outcome.student_size == sum(t.numel() for t in tensors(out).values())
+    time_s = np.arange(16000) / 16000
+    wav = torch.from_numpy(np.sin(2 * np.pi * 220 * time_s).astype(np.float32) * 0.3)
+    (wanted,), (given,) = teacher.encode([wav]), encoder.encode([wav])
+    assert given.shape == wanted.shape
+    away = (given - wanted).abs().mean()
+    assert 0 < away < 0.5 * wanted.std()
+
+
+def test_log_tells_of_every_step(student: tuple[Path, DistillOutcome]) -> None:
+    folder = Path(f"{student[0]}.run")
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(130))
+    assert [line["phase"] for line in lines] == ["prune"] * 100 + ["finetune"] * 30
+    assert lines[0]["target_sparsity"] == 0
+    assert lines[99]["target_sparsity"] == 0.3
+    assert lines[99]["sparsity"] == pytest.approx(0.3, abs=0.02)
+    left = {path.name for path in folder.iterdir()}
+    assert left == {".lock", "settings.json", "log.jsonl", "pruned.safetensors"}
+
+
+def test_killed_run_goes_on_to_the_same_student(
+    dataset: Path, options: DistillOptions, student: tuple[Path, DistillOutcome], tmp_path: Path
+) -> None:
+    out = tmp_path / "student.safetensors"
+    training = options.training
+    command = [sys.executable, "-c", ON_ONE_CORE, "distill", str(dataset), str(out)]
+    for option, value in {
+        "teacher": options.teacher,
+        "teacher-checkpoint": options.teacher_checkpoint,
+        "sparsity": training.sparsity,
+        "steps": training.steps,
+        "finetune-steps": training.finetune_steps,
+        "gates": ",".join(training.gates),
+        "learning-rate": training.learning_rate,
+        "finetune-learning-rate": training.finetune_learning_rate,
+        "batch": options.batch,
+        "crop-seconds": options.crop_s,
+        "save-every": options.save_every,
+        "device": "cpu",
+    }.items():
+        command += [f"--{option}", str(value)]
+    for sign in ("state.safetensors", "pruned.safetensors"):  # once in each phase
+        kill_once_there(Path(f"{out}.run") / sign, command)
+        assert not out.exists()
+    with pytest.raises(UserError, match=r"other settings \(batch was 4 and is 5\)"):
+        run(dataset, out, dataclasses.replace(options, batch=5))
+    run(dataset, out, options)
+    expected, found = tensors(student[0]), tensors(out)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+    logs = [Path(f"{path}.run") / "log.jsonl" for path in (student[0], out)]
+    assert logs[0].read_text() == logs[1].read_text()
+
+
+def kill_once_there(file: Path, command: list[str]) -> None:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as child:
+        while not file.exists() and child.poll() is None:
+            time.sleep(0.01)
+        child.send_signal(signal.SIGKILL)
+        assert child.stderr is not None
+        assert child.stderr.read().decode() == ""
+
+
+def test_stopped_between_the_phases(dataset: Path, options: DistillOptions, tmp_path: Path) -> None:
+    short = dataclasses.replace(options.training, steps=4, finetune_steps=2)
+    options = dataclasses.replace(options, training=short)
+    through, stopped = tmp_path / "through.safetensors", tmp_path / "stopped.safetensors"
+    run(dataset, through, options)
+    in_the_way = Path(f"{stopped}.run") / "pruned.safetensors"
+    in_the_way.mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        run(dataset, stopped, options)
+    in_the_way.rmdir()
+    run(dataset, stopped, options)
+    for name, tensor in tensors(through).items():
+        assert torch.equal(tensor, tensors(stopped)[name]), name
+
+
+def test_clips_come_each_once_an_epoch(
+    dataset: Path, options: DistillOptions, golden: Path
+) -> None:
+    teacher = load_encoder(options.teacher, str(options.teacher_checkpoint))
+    clips = Clips(dataset, dataclasses.replace(options, batch=1), teacher.config)
+    for epoch in (0, 1):
+        assert sorted(clips._shuffled(epoch)) == list(range(len(clips)))
+    assert clips._shuffled(0).tolist() != clips._shuffled(1).tolist()
+    pair = Clips(dataset, dataclasses.replace(options, batch=3), teacher.config)
+    wavs, lengths = pair.batch(7)
+    assert wavs.shape == (3, max(lengths))
+    assert max(lengths) <= 16000
+    other, _ = pair.batch(7)
+    assert torch.equal(wavs, other)
+    assert not torch.equal(wavs, pair.batch(8)[0])
+
+
+def test_what_cannot_be_is_refused(
+    dataset: Path, options: DistillOptions, golden: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "student.safetensors"
+    for wrong, message in (
+        ({"teacher": "whisper-ppg"}, "--teacher is 'whisper-ppg'; a student can be made of"),
+        ({"batch": 0}, "--batch and --save-every must be 1 or more"),
+        ({"crop_s": 0.0}, "--crop-seconds is 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(options, **wrong)
+    training = dataclasses.replace(options.training, sparsity=0.95)
+    for change, message in (
+        ({"training": training}, "0.95 is out of reach"),
+        ({"teacher_checkpoint": tmp_path / "none.pt"}, r"none\.pt"),
+        ({"teacher": "hubertsoft"}, "its encoder is contentvec"),
+        ({"split": "validation"}, "no clip in split 'validation'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(dataset, out, dataclasses.replace(options, **change))
+    with pytest.raises(UserError, match=r"must end in \.safetensors"):
+        run(dataset, tmp_path / "student.pt", options)
+    with pytest.raises(UserError, match="is not a dataset"):
+        run(tmp_path, out, options)
+    assert list(tmp_path.iterdir()) == []
+    with lock(Path(f"{out}.run")), pytest.raises(UserError, match="is in use by process"):
+        run(dataset, out, options)
+    out.touch()
+    with pytest.raises(UserError, match="is there already"):
+        run(dataset, out, options)
