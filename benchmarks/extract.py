@@ -42,11 +42,10 @@ import psutil
 import soundfile as sf
 
 from pipeline.cluster.ray_connection import KEEP_FREED_MEMORY
-from pipeline.dataset.ledger import QUARANTINED
-from pipeline.extract.command import plan_songs
 from pipeline.extract.config import ExtractConfig, load_config
+from pipeline.songs.balance import QUARANTINED
 from pipeline.songs.corpus import Corpus, list_corpus
-from pipeline.songs.plan import append_plan, default_task_minutes, load_plan, make_tasks
+from pipeline.songs.plan import append_plan, default_task_minutes, load_plan, make_tasks, plan_songs
 from pipeline.tools.demo_corpus import make_demo_corpus
 from stages.chain import StageClock
 
@@ -343,9 +342,9 @@ class CpuClock(StageClock):
 
 def measure_stages(corpus: Path, config: ExtractConfig, dataset: Path) -> Measured:
     """What workers do, task by task in this process, without Ray: the same shards, in `dataset`."""
-    from pipeline.cluster.workload import ExtractJob
     from pipeline.extract.clip_sources import ClipsOfSongs
     from pipeline.extract.halves import CpuHalf, UnitsHalf
+    from pipeline.extract.job import ExtractJob
 
     tiny = make_tiny_corpus(dataset / "warm-up" / "corpus", 1)
     for root, folder in ((tiny, dataset / "warm-up"), (corpus, dataset)):

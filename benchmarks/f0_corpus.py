@@ -14,7 +14,7 @@ import numpy as np
 import soundfile as sf
 from scipy import fft, signal
 
-from pipeline.tools.formant_singer import ALTO, SOPRANO, Voice, sing
+from pipeline.tools.formant_singer import ALTO, SOPRANO, FormantVoice, sing
 from stages.types import Array
 
 SAMPLE_RATE = 44100
@@ -22,11 +22,11 @@ HOP_LENGTH = 512
 _ANNOTATED_EVERY = 256  # samples
 _PEAK = 0.5
 
-TENOR = Voice(
+TENOR = FormantVoice(
     name="tenor", f0_min=123.5, f0_max=392.0, formant_scale=1.05, ring=0.4, breathiness=0.15,
     vibrato_hz=5.4, vibrato_cents=45, open_quotient=0.6, tilt_hz=2400,
 )  # fmt: skip
-LOW_BASS = Voice(
+LOW_BASS = FormantVoice(
     name="low bass", f0_min=58.3, f0_max=164.8, formant_scale=0.95, ring=0.5, breathiness=0.12,
     vibrato_hz=4.8, vibrato_cents=30, open_quotient=0.5, tilt_hz=2000,
 )  # fmt: skip
@@ -67,7 +67,7 @@ def generated(seconds: float) -> list[Condition]:
     """Every kind of song, each two clips that make `seconds` together; always the same samples."""
     half = seconds / 2
 
-    def songs(*voices: Voice) -> list[Clip]:
+    def songs(*voices: FormantVoice) -> list[Clip]:
         made = [sing(voice, half, SAMPLE_RATE, i, HOP_LENGTH) for i, voice in enumerate(voices)]
         return [Clip(song.wav, song.f0) for song in made]
 

@@ -147,7 +147,7 @@ def _rmvpe(weights: str | None) -> Work:
     torchaudio = _import_torchaudio()
     import torch
 
-    from models.f0.mel import log_mel, mel_filters
+    from models.f0.mel import f0_log_mel, f0_mel_filters
     from models.f0.rmvpe_checkpoint import RmvpeConfig
     from tests.plain_rmvpe import PlainRmvpe
 
@@ -161,7 +161,7 @@ def _rmvpe(weights: str | None) -> Work:
         resample = torchaudio.transforms.Resample(SAMPLE_RATE, 16000, lowpass_filter_width=128)
         wav16 = resample(torch.from_numpy(wav))[None, None]
         padded = torch.nn.functional.pad(wav16, (512, 512), mode="reflect")[0]
-        mel = log_mel(padded, mel_filters("htk", 30.0, 8000.0)).transpose(1, 2)  # (1, M, F)
+        mel = f0_log_mel(padded, f0_mel_filters("htk", 30.0, 8000.0)).transpose(1, 2)  # (1, M, F)
         frames = mel.shape[-1]
         salience = model(torch.nn.functional.pad(mel, (0, -frames % 32)))[0, :frames].numpy()
         nine = np.clip(salience.argmax(axis=1)[:, None] + np.arange(-4, 5), 0, 359)

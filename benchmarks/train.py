@@ -43,7 +43,7 @@ from models.synthesizer.blocks.noise import KeyedNoise
 from models.synthesizer.blocks.segments import sequence_mask
 from models.synthesizer.config import MelConfig, SynthesizerConfig
 from models.synthesizer.sovits.networks import Synthesizer
-from models.synthesizer.step import GanStep, Totals, Weights
+from models.synthesizer.step import GanStep, LossWeights, Totals
 
 TEMPLATE = SynthesizerConfig(units_dim=768, n_speakers=200)
 MEL = MelConfig(f_max=22050.0)
@@ -125,7 +125,7 @@ def our_step(config: SynthesizerConfig, mel: MelConfig, clock: Clock, segment: i
         optim_g,
         optim_d,
         mel,
-        Weights(segment_frames=segment),
+        LossWeights(segment_frames=segment),
         reduce=lambda tensors: clock.mark(next(turns, "spectrograms")),
     )
     heard: Iterator[str] = iter(())
@@ -264,8 +264,8 @@ def peak_rss_mb() -> float:
 
 def loading(dataset: Path, frames: int, batches: int) -> float:
     """CPU seconds for a batch of `BATCH` clips, threads included, the steady state."""
+    from pipeline.dataset.examples import DataConfig
     from pipeline.dataset.shard_dataset import ShardDataset
-    from pipeline.train.config import DataConfig
 
     data = DataConfig(batch_size=BATCH, max_frames=frames, validation=0.0)
     with closing(ShardDataset(dataset, data=data).batches()) as stream:
@@ -326,7 +326,7 @@ def on_gpu(frames: int, steps: int = 30, batch_size: int = 16) -> dict[str, floa
         torch.optim.AdamW(each.parameters(), 1e-4, betas=(0.8, 0.99), eps=1e-9, fused=True)
         for each in (generator, discriminator)
     ]
-    weights = Weights(segment_frames=SEGMENT)
+    weights = LossWeights(segment_frames=SEGMENT)
     step = GanStep(generator, discriminator, *optimizers, MEL, weights, precision="bf16")
     batch = clips(TEMPLATE, frames, batch_size).to(device)
 

@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from pipeline.dataset.examples import DataConfig
 from pipeline.dataset.shard_dataset import ShardDataset
-from pipeline.train.config import DataConfig
 
 
 def spectra(batch, hop):

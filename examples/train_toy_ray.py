@@ -15,8 +15,8 @@ from ray.train.torch import TorchTrainer, prepare_model
 from rich.console import Console
 from torch import nn
 
+from pipeline.dataset.examples import DataConfig
 from pipeline.dataset.shard_dataset import ShardDataset
-from pipeline.train.config import DataConfig
 
 
 def loss_of(model, batch, frames):

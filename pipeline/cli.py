@@ -247,9 +247,9 @@ def train(
     except KeyboardInterrupt as error:
         raise Interrupted from error
 
-    from pipeline.train.summary import show_outcome
+    from pipeline.train.summary import show_training
 
-    show_outcome(console, outcome)
+    show_training(console, outcome)
 
 
 def _refuse_beside(
@@ -414,9 +414,11 @@ def report(
     dataset: Annotated[Path, typer.Argument(help="Dataset folder.", show_default=False)],
 ) -> None:
     """Write DATASET/report.html: one page with figures, pictures and clips to hear."""
+    from pipeline.extract.config import ExtractConfig, fingerprinted
     from pipeline.reports.dataset_page import write_report
 
-    _console().print(f"report written to {escape(str(write_report(dataset)))}")
+    page = write_report(dataset, fingerprinted(ExtractConfig()))
+    _console().print(f"report written to {escape(str(page))}")
 
 
 @app.command()
@@ -540,9 +542,9 @@ def convert_encoder(
 
     console = _console()
     if describe:
-        module.show(console, module.describe(source))
+        module.show_description(console, module.describe_checkpoint(source))
     if out is not None:
-        module.convert(source, out, dtype)
+        module.convert_checkpoint(source, out, dtype)
         console.print(f"written to {escape(str(out))}", highlight=False, soft_wrap=True)
 
 
@@ -556,10 +558,10 @@ def export(
 ) -> None:
     """Write the voice of CHECKPOINT as ONNX graphs, for onnxruntime."""
     from pipeline.tools.export_voice import export as run
-    from pipeline.tools.export_voice import show
+    from pipeline.tools.export_voice import show_export
 
     run(checkpoint, folder)
-    show(_console(), folder)
+    show_export(_console(), folder)
 
 
 @app.command()
@@ -605,7 +607,7 @@ def distill(
     command again to go on after a stop; what it reached is in the folder OUT.safetensors.run.
     """
 
-    from pipeline.tools.distill import DistillOptions, numbers, show_outcome, training_config
+    from pipeline.tools.distill import DistillOptions, numbers, show_student, training_config
     from pipeline.tools.distill import distill as run
 
     _use_all_threads()
@@ -640,7 +642,7 @@ def distill(
         outcome = run(dataset, out, options, console)
     except KeyboardInterrupt as error:
         raise Interrupted from error
-    show_outcome(console, outcome, out)
+    show_student(console, outcome, out)
 
 
 @app.command()
@@ -701,7 +703,7 @@ def main() -> None:
     except StorageFault as error:
         fail_storage(error)
     except OSError as error:
-        from pipeline.dataset.shards import storage_fault
+        from pipeline.storage.atomic import storage_fault
 
         fail_storage(storage_fault(error))
     except SongBug as error:

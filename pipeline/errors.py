@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """Something the user can put right: the message says how, in a sentence. Exit status 2."""
@@ -17,3 +19,9 @@ class SongBug(Exception):
 
 class Interrupted(Exception):
     """The user pressed Ctrl-C."""
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

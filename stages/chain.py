@@ -18,7 +18,7 @@ from stages.decode import DecodeConfig, Decoder, Header
 from stages.errors import Dropped, Reason
 from stages.f0.config import F0Config
 from stages.flac import encode_flac
-from stages.loudness import LoudnessConfig, LoudnessReading, apply_gain, measure
+from stages.loudness import LoudnessConfig, LoudnessReading, apply_gain, measure_loudness
 from stages.pcm import Subtype, dequantise, quantise
 from stages.quality import Quality, QualityConfig, measure_quality, unwanted
 from stages.resample import ResampleConfig
@@ -128,7 +128,7 @@ def prepare_song(
         reading = None
         if cfg.loudness.per == "song" and kept:
             with clock.stage("loudness"):
-                reading = measure(song, rate, cfg.loudness)
+                reading = measure_loudness(song, rate, cfg.loudness)
         clips = []
         for span in kept:
             piece = song[span.start : span.stop]
@@ -150,7 +150,7 @@ def _prepare_clip(
 ) -> Clip:
     rate = cfg.audio.sample_rate
     with clock.stage("loudness"):
-        reading = reading or measure(piece, rate, cfg.loudness)
+        reading = reading or measure_loudness(piece, rate, cfg.loudness)
         samples = quantise(apply_gain(piece, reading.gain_db), cfg.audio.subtype)
     wav = dequantise(samples, cfg.audio.subtype)
     with clock.stage("flac"):

@@ -1,8 +1,8 @@
 """What can be wrong with a song, in words that appear in ledgers and reports.
 
-A broken file raises `BadInput`; `pipeline.dataset.ledger.settle` catches it and quarantines the song. A
-song that is fine but that the settings leave out is filtered: it has no clips, and `Dropped` says
-why. Everything else that a stage raises is a bug of ours or a fault of the storage.
+A broken file raises `BadInput`, and its song is quarantined. A song that is fine but that the
+settings leave out is filtered: it has no clips, and `Dropped` says why. Everything else that a
+stage raises is a bug of ours or a fault of the storage.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class LoudnessReading:
     note: str
 
 
-def measure(wav: Samples, sample_rate: int, cfg: LoudnessConfig) -> LoudnessReading:
+def measure_loudness(wav: Samples, sample_rate: int, cfg: LoudnessConfig) -> LoudnessReading:
     """Loudness and true peak of `wav` (T,), and the gain that `cfg` asks for.
 
     Input that is too short or too quiet for a loudness (under 0.4 s; no block above -70 LUFS) keeps

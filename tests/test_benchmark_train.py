@@ -10,7 +10,7 @@ from benchmarks import train as bench
 from benchmarks.plain_training import PlainDiscriminator, PlainStep, PlainSynthesizer
 from models.synthesizer.blocks.noise import KeyedNoise
 from models.synthesizer.config import MelConfig, SynthesizerConfig
-from models.synthesizer.step import GanStep, Weights
+from models.synthesizer.step import GanStep, LossWeights
 
 TINY = SynthesizerConfig(
     units_dim=24,
@@ -48,7 +48,7 @@ def sides() -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Tensor]]]:
     plain.generator.load_state_dict(generator.state_dict())
     plain.discriminator.load_state_dict(discriminator.state_dict())
     optimizers = [torch.optim.AdamW(n.parameters(), 1e-4) for n in (generator, discriminator)]
-    weights = Weights(segment_frames=SEGMENT)
+    weights = LossWeights(segment_frames=SEGMENT)
     ours = GanStep(generator, discriminator, *optimizers, MEL, weights)
     for step in (
         ours,

@@ -14,15 +14,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.dataset.shards import (
+from pipeline.dataset.schema import (
     AUDIO_COLUMNS,
     PITCH_COLUMNS,
+    SCHEMA_VERSION,
     EncoderIdentity,
-    Footer,
     shard_schema,
-    write_shard,
 )
-from pipeline.extract.config import SCHEMA_VERSION
+from pipeline.dataset.shards import Footer, write_shard
 from stages.flac import encode_flac
 from stages.pcm import quantise
 from stages.units import pack_units

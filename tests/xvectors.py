@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dataset.shards import XvectorIdentity, iter_shards, read_footer, write_shard
+from pipeline.dataset.schema import XvectorIdentity
+from pipeline.dataset.shards import iter_shards, read_footer, write_shard
 
 DIM = 24
 

@@ -1,9 +1,9 @@
 """How the network runs fast where nothing is trained: packed matrix products, a stem in tiles.
 
-Two things cost time on a CPU beyond the arithmetic. Matrix products run in oneDNN's own kernels
-(`models.cpu_packing`), GELU fused in; attention in the same ones. And the stem's activations, 6.5 MB for
-each second, fall out of the cache: it runs in tiles that stay in it, each convolution as one matrix
-product.
+Two things cost time on a CPU beyond the arithmetic. Matrix products and attention run in oneDNN's
+own kernels (`models.cpu_packing`), with GELU fused in. The stem's activations, 6.5 MB for each
+second, fall out of the cache: the stem runs in tiles that stay in it, each convolution as one
+matrix product.
 
 Tiles also bound the memory of a song of any length, on every device. They are exact: GroupNorm's
 statistics over the whole clip come from the waveform's own moments before the first tile.

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from models.checkpoint import CheckpointError, json_beside, load_weights
 from models.encoders.adapter import Adapter
-from models.encoders.layouts import read_checkpoint
+from models.encoders.layouts import read_encoder_file
 from models.encoders.layouts.key_layouts import HUGGING_FACE
 from models.encoders.masking import SpecAugment, SpecAugmentConfig
 from models.encoders.wav2vec2 import Wav2Vec2, Wav2Vec2Config, normalized
@@ -246,7 +246,7 @@ def load_head(path: str | Path, *, normalize_wav: bool | None = None, seed: int 
     configuration asks for.
     """
     path = Path(path)
-    backbone, state = read_checkpoint(path).take(normalize_wav=False)
+    backbone, state = read_encoder_file(path).take(normalize_wav=False)
     config = _required_json(path, "config.json")
     rng = np.random.RandomState(seed)
     content, _ = load_weights(path)

@@ -92,8 +92,8 @@ class Mfcc:
         units = []
         for wav in checked(wavs):
             cepstra = self.mel(wav) @ self.cepstra
-            slopes = differences(cepstra)
-            units.append(torch.cat([cepstra, slopes, differences(slopes)], dim=1).cpu())
+            slopes = delta_features(cepstra)
+            units.append(torch.cat([cepstra, slopes, delta_features(slopes)], dim=1).cpu())
         return units
 
 
@@ -127,7 +127,7 @@ def cosine_transform(n_in: int, n_out: int) -> Tensor:
     return matrix
 
 
-def differences(x: Tensor) -> Tensor:
+def delta_features(x: Tensor) -> Tensor:
     """Least-squares slope over frames i - 2 to i + 2, the first and last frame repeated: (F, D)."""
     n_frames = len(x)
     x = torch.cat([x[:1], x[:1], x, x[-1:], x[-1:]])

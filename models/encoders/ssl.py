@@ -46,7 +46,7 @@ class SslEncoder:
     ) -> None:
         """network: takes it over: it is moved, cast, and on a CPU packed for inference.
 
-        int8: most products in 8-bit integers, on a CPU (`models.encoders.cpu_packing`); ValueError where
+        int8: most products in 8-bit integers, on a CPU (`models.encoders.int8`); ValueError where
         that cannot be had.
         """
         self.name = name

@@ -36,7 +36,7 @@ from models.checkpoint import OWN_HEADER, CheckpointError, json_beside, load_wei
 from models.cpu_packing import PackedLinear, can_pack
 from models.encoders.encoder import DType, checked
 from models.encoders.encoder_names import FAMILIES, names_for, stranger
-from models.encoders.layouts import read_checkpoint
+from models.encoders.layouts import read_encoder_file
 
 SAMPLE_RATE = 16000
 HOP_LENGTH = 320
@@ -85,7 +85,7 @@ class WhisperEncoder:
         network.load_state_dict(dict(tensors), assign=True)
         self.network = network.eval().requires_grad_(False).to(self.device, self.dtype)
         _pack(self.network)
-        self.filters = mel_filters(config.n_mels).to(self.device)
+        self.filters = whisper_mel_filters(config.n_mels).to(self.device)
         # One window fills a processor; more would only take more memory.
         at_once = 1 if self.device.type == "cpu" else _GPU_WINDOWS
         self.batcher = Batcher(at_once * WINDOW_FRAMES)
@@ -96,7 +96,7 @@ class WhisperEncoder:
         seen = [
             (i, window)
             for i, wav in enumerate(checked(wavs))
-            for window in windows(num_frames(len(wav)), WINDOW_FRAMES, OVERLAP_FRAMES)
+            for window in windows(whisper_num_frames(len(wav)), WINDOW_FRAMES, OVERLAP_FRAMES)
         ]
 
         def run(batch: list[int]) -> list[Tensor]:
@@ -116,7 +116,7 @@ class WhisperEncoder:
     def _frames(self, wavs: Sequence[Tensor]) -> Tensor:
         """Windows of at most 30 s, (T,) each -> (B, 1500, H)."""
         padded = [F.pad(wav.to(self.device), (0, WINDOW_SAMPLES - len(wav))) for wav in wavs]
-        mel = log_mel(torch.stack(padded), self.filters)
+        mel = whisper_log_mel(torch.stack(padded), self.filters)
         return self.network(mel.to(self.dtype))
 
 
@@ -142,7 +142,7 @@ def load_whisper(
 _NAME_OF_WIDTH = {1024: "whisper-ppg", 1280: "whisper-ppg-large"}
 
 
-def num_frames(num_samples: int) -> int:
+def whisper_num_frames(num_samples: int) -> int:
     """Frames of a clip."""
     return max(1, num_samples // HOP_LENGTH)
 
@@ -155,14 +155,14 @@ def _cut(wav: Tensor, start: int) -> Tensor:
 # Spectrum
 
 
-def mel_filters(n_mels: int) -> Tensor:
+def whisper_mel_filters(n_mels: int) -> Tensor:
     """Slaney's mel filters from 0 to 8 kHz: float32 (M, 201)."""
     import librosa  # slow to import
 
     return torch.from_numpy(librosa.filters.mel(sr=SAMPLE_RATE, n_fft=_N_FFT, n_mels=n_mels))
 
 
-def log_mel(wavs: Tensor, filters: Tensor) -> Tensor:
+def whisper_log_mel(wavs: Tensor, filters: Tensor) -> Tensor:
     """(B, T) -> (B, M, T // 160): about -1 to 1, cut off 8 decades below each row's maximum."""
     hann = torch.hann_window(_N_FFT, device=wavs.device)
     spectrum = torch.stft(wavs, _N_FFT, _MEL_HOP, window=hann, return_complex=True)
@@ -184,7 +184,7 @@ class WhisperNetwork(nn.Module):
         self.conv1 = nn.Conv1d(config.n_mels, config.width, 3, padding=1)
         self.conv2 = nn.Conv1d(config.width, config.width, 3, stride=2, padding=1)
         self.register_buffer("positions", torch.empty(WINDOW_FRAMES, config.width))
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(WhisperLayer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, mel: Tensor) -> Tensor:
@@ -197,13 +197,13 @@ class WhisperNetwork(nn.Module):
         return self.norm(x)
 
 
-class Layer(nn.Module):
+class WhisperLayer(nn.Module):
     """Attention and feed-forward, each after its norm and added to what it had."""
 
     def __init__(self, config: WhisperConfig) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.width)
-        self.attention = Attention(config.width, config.heads)
+        self.attention = WhisperAttention(config.width, config.heads)
         self.feed_forward_norm = nn.LayerNorm(config.width)
         self.feed_forward = nn.Sequential(
             nn.Linear(config.width, config.feed_forward),
@@ -217,7 +217,7 @@ class Layer(nn.Module):
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
-class Attention(nn.Module):
+class WhisperAttention(nn.Module):
     """Multi-head self-attention over all frames.
 
     Query, key and value are one matrix. Whisper's keys have no bias: that third of it is zero.
@@ -284,7 +284,7 @@ def _what_else(path: Path, content: Mapping[Any, Any]) -> str:
     if what := stranger(keys):
         return f"it seems to be {what}"
     try:
-        other = read_checkpoint(path)
+        other = read_encoder_file(path)
     except CheckpointError:
         return (
             "it has neither dims and model_state_dict, as OpenAI's files do, nor Hugging Face's "

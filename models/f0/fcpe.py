@@ -24,7 +24,7 @@ from models.batching import Batcher, windows
 from models.checkpoint import CheckpointError, load_weights
 from models.cpu_packing import PackedLinear, can_pack
 from models.f0.bins import NUM_BINS, hz_of_cents
-from models.f0.mel import HOP_LENGTH, N_FFT, NUM_MELS, SAMPLE_RATE, log_mel, mel_filters
+from models.f0.mel import HOP_LENGTH, N_FFT, NUM_MELS, SAMPLE_RATE, f0_log_mel, f0_mel_filters
 
 WINDOW_FRAMES = 3000  # 30 s: what is longer runs in windows, whose memory can be used again
 
@@ -110,13 +110,13 @@ class Fcpe:
         self.network = network.eval().requires_grad_(False).to(self.device)
         if self.device.type == "cpu":
             _pack(self.network)
-        self.filters = mel_filters("slaney", 0, SAMPLE_RATE / 2).to(self.device)
+        self.filters = f0_mel_filters("slaney", 0, SAMPLE_RATE / 2).to(self.device)
         self.batcher = Batcher(_BATCH_FRAMES.get(self.device.type, 500))
 
     def pitch(self, wavs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Clips (T,) float32 at 16 kHz -> of each: f0 in Hz whether voiced or not, and the largest
         activation; both (F,) on the CPU."""
-        decoded = self._each(wavs, lambda salience: decode(salience, self.network.cents))
+        decoded = self._each(wavs, lambda salience: decode_fcpe(salience, self.network.cents))
         return [(both[:, 0], both[:, 1]) for both in decoded]
 
     def activations(self, wavs: Sequence[Tensor]) -> list[Tensor]:
@@ -172,11 +172,11 @@ class Fcpe:
         after = max(before, N_FFT - before - len(wav))
         mode = "reflect" if len(wav) > after else "constant"
         padded = F.pad(wav[None], (before, after), mode)[0]
-        mel = log_mel(padded, self.filters, floor=1e-9)
+        mel = f0_log_mel(padded, self.filters, floor=1e-9)
         return mel if len(wav) < HOP_LENGTH else torch.cat([mel, mel[-1:]])
 
 
-def decode(salience: Tensor, cents: Tensor) -> Tensor:
+def decode_fcpe(salience: Tensor, cents: Tensor) -> Tensor:
     """torchfcpe's local_argmax: (F, 360) -> (F, 2), f0 in Hz and the largest activation.
 
     The mean of the nine bins around the highest one, weighted by activation; at an end of the range

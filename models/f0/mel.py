@@ -17,7 +17,7 @@ _SMALLEST = 1e-5  # of what the logarithm is taken
 _BLOCK_FRAMES = 4096  # bounds the memory of the spectra
 
 
-def log_mel(padded: Tensor, filters: Tensor, floor: float = 0.0) -> Tensor:
+def f0_log_mel(padded: Tensor, filters: Tensor, floor: float = 0.0) -> Tensor:
     """Natural log of the mel-weighted magnitudes: (..., T) -> (..., F, M).
 
     padded: the clip with whatever the network wants around it; frame j is its Hann-weighted samples
@@ -35,7 +35,7 @@ def log_mel(padded: Tensor, filters: Tensor, floor: float = 0.0) -> Tensor:
     return mel
 
 
-def mel_filters(scale: Literal["slaney", "htk"], f_min: float, f_max: float) -> Tensor:
+def f0_mel_filters(scale: Literal["slaney", "htk"], f_min: float, f_max: float) -> Tensor:
     """Triangles of equal area, evenly spaced in mel: float32 (M, 513); as librosa makes them.
 
     The scales of M. Slaney's Auditory Toolbox (linear below 1 kHz) and of the HTK book.

@@ -34,7 +34,7 @@ from models.batching import Batcher, Window, windows
 from models.checkpoint import CheckpointError
 from models.cpu_packing import PackedLinear, can_pack
 from models.f0.bins import CENTS_PER_BIN, LOWEST_CENTS, NUM_BINS, hz_of_cents, local_average
-from models.f0.mel import HOP_LENGTH, N_FFT, NUM_MELS, SAMPLE_RATE, log_mel, mel_filters
+from models.f0.mel import HOP_LENGTH, N_FFT, NUM_MELS, SAMPLE_RATE, f0_log_mel, f0_mel_filters
 from models.f0.rmvpe_checkpoint import LEVELS, MAPS, RmvpeConfig, read_rmvpe
 from models.f0.rmvpe_onnx import OnnxRmvpe
 from models.onnx_session import is_onnx
@@ -64,7 +64,7 @@ class Rmvpe:
     def __init__(self, network: Network, device: str = "cpu") -> None:
         self.network = network
         self.device = torch.device(device)
-        self.filters = mel_filters("htk", 30, 8000).to(self.device)
+        self.filters = f0_mel_filters("htk", 30, 8000).to(self.device)
 
     @torch.inference_mode()
     def salience(self, wavs: Sequence[Tensor]) -> list[Tensor]:
@@ -86,11 +86,11 @@ class Rmvpe:
         n_frames = len(wav) // HOP_LENGTH + 1
         wav = F.pad(wav.to(self.device), (0, max(0, N_FFT // 2 + 1 - len(wav))))
         mirrored = F.pad(wav[None], (N_FFT // 2, N_FFT // 2), mode="reflect")[0]
-        mel = log_mel(mirrored, self.filters)[:n_frames]
+        mel = f0_log_mel(mirrored, self.filters)[:n_frames]
         return F.pad(mel.T, (0, -n_frames % (1 << LEVELS)))
 
 
-def decode(salience: Tensor, threshold: float = THRESHOLD) -> Tensor:
+def decode_rmvpe(salience: Tensor, threshold: float = THRESHOLD) -> Tensor:
     """f0 in Hz, 0 where no bin lies above the threshold: (F, K) -> float64 (F,)."""
     bins = torch.arange(NUM_BINS, dtype=torch.float64, device=salience.device)
     f0 = hz_of_cents(local_average(salience.double(), bins * CENTS_PER_BIN + LOWEST_CENTS))
@@ -259,7 +259,7 @@ class PackedUp(nn.Module):
         )
 
 
-class Block(nn.Module):
+class UNetBlock(nn.Module):
     """Two convolutions, and the input added to what they make."""
 
     def __init__(self, first: Conv, second: Conv, shortcut: Conv | None) -> None:
@@ -272,14 +272,14 @@ class Block(nn.Module):
         return ends(y)
 
 
-class Layer(nn.Module):
+class UNetLayer(nn.Module):
     """Residual blocks one after the other.
 
     tiled: channels last, and a long clip that is alone goes through them in tiles that stay in the
     processor's cache.
     """
 
-    def __init__(self, blocks: Sequence[Block], tiled: bool) -> None:
+    def __init__(self, blocks: Sequence[UNetBlock], tiled: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.reach = 2 * len(blocks)  # frames of this level, to either side
@@ -336,8 +336,8 @@ class UNetGru(nn.Module):
         self.config = config
         read = _Reader(tensors, packed)
 
-        def layer(name: str) -> Layer:
-            return Layer([read.block(f"{name}.{i}") for i in range(config.blocks)], packed)
+        def layer(name: str) -> UNetLayer:
+            return UNetLayer([read.block(f"{name}.{i}") for i in range(config.blocks)], packed)
 
         scale, shift = read.norm("unet.encoder.bn")
         self.register_buffer("scale", scale)
@@ -414,9 +414,9 @@ class _Reader:
         kind = PackedUp if self.packed else Up
         return kind(weight.transpose(2, 3).contiguous(), bias)
 
-    def block(self, name: str) -> Block:
+    def block(self, name: str) -> UNetBlock:
         has_shortcut = f"{name}.shortcut.weight" in self.tensors
-        return Block(
+        return UNetBlock(
             self.conv(f"{name}.conv.0", f"{name}.conv.1"),
             self.conv(f"{name}.conv.3", f"{name}.conv.4"),
             self.conv(f"{name}.shortcut") if has_shortcut else None,

@@ -39,7 +39,7 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Weights:
+class LossWeights:
     """What the losses count for, from when on, and how much of a clip the decoder makes."""
 
     mel: float = 45.0
@@ -68,7 +68,7 @@ class GanStep:
         optim_g: Optimizer,
         optim_d: Optimizer,
         mel: MelConfig,
-        weights: Weights,
+        weights: LossWeights,
         *,
         precision: Literal["fp32", "bf16", "fp16"] = "fp32",
         clip_norm: float | None = None,

@@ -19,7 +19,7 @@ _SHOWN = 4  # names in an error, and then how many more
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """The state dict of a network, in its order.
 
     first: of each name the first one of the same tensor: itself, but where flows share a network.
@@ -34,13 +34,15 @@ class Layout:
         """As an optimizer numbers them."""
         return [k for k, first in self.first.items() if k == first and k not in self.buffers]
 
-    def without(self, start: str) -> Layout:
+    def without(self, start: str) -> TensorLayout:
         """Without the names that begin with `start`."""
         kept = {name: shape for name, shape in self.shapes.items() if not name.startswith(start)}
-        return Layout(kept, {name: self.first[name] for name in kept}, self.buffers & set(kept))
+        return TensorLayout(
+            kept, {name: self.first[name] for name in kept}, self.buffers & set(kept)
+        )
 
 
-def layout_of(build: Callable[[], nn.Module]) -> Layout:
+def layout_of(build: Callable[[], nn.Module]) -> TensorLayout:
     """The layout of the network that `build` makes."""
     with torch.device("meta"):
         network = build()
@@ -49,11 +51,15 @@ def layout_of(build: Callable[[], nn.Module]) -> Layout:
     first = {name: owners.setdefault(id(tensor), name) for name, tensor in state.items()}
     parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return Layout(shapes, first, frozenset(state.keys() - parameters))
+    return TensorLayout(shapes, first, frozenset(state.keys() - parameters))
 
 
 def fitted(
-    path: Path, what: str, content: Mapping[str, Any], layout: Layout, shared_once: bool = False
+    path: Path,
+    what: str,
+    content: Mapping[str, Any],
+    layout: TensorLayout,
+    shared_once: bool = False,
 ) -> dict[str, Tensor]:
     """The tensors of `content` in the layout's order: float32 copies on the CPU, shared ones once.
 

@@ -26,7 +26,7 @@ _VALUES = 1 << 18  # of a tile, a megabyte, so that a core's cache holds what is
 _REACHES = 64  # a tile is at least so many times as long as what is read around it; 2 or more
 
 
-class Block(Protocol):
+class TileableBlock(Protocol):
     """A residual block."""
 
     def branches(self) -> list[list[tuple[nn.Module, nn.Conv1d]]]:
@@ -34,7 +34,7 @@ class Block(Protocol):
         ...
 
 
-class Decoder(Protocol):
+class TileableDecoder(Protocol):
     """The stages of a HiFi-GAN with a source; of the blocks each stage has an equal share."""
 
     ups: nn.ModuleList
@@ -45,7 +45,7 @@ class Decoder(Protocol):
     conv_post: nn.Conv1d
 
 
-def decode_in_tiles(decoder: Decoder, x: Tensor, source: Tensor) -> Tensor:
+def decode_in_tiles(decoder: TileableDecoder, x: Tensor, source: Tensor) -> Tensor:
     """wav (1, 1, T) of x (1, C, F), what the first stage is given, and the source (1, 1, T)."""
     chunks: Iterable[Tensor] = [x.unsqueeze(2).contiguous(memory_format=torch.channels_last)]
     blocks = len(decoder.resblocks) // len(decoder.ups)
@@ -60,7 +60,7 @@ def decode_in_tiles(decoder: Decoder, x: Tensor, source: Tensor) -> Tensor:
     return torch.cat(list(_last_layer(decoder, chunks)), dim=-1).squeeze(2)
 
 
-def lay_out_for_tiles(decoder: Decoder) -> None:
+def lay_out_for_tiles(decoder: TileableDecoder) -> None:
     """Stores weights as tiles read them, in place; otherwise they are copied at each decoding.
 
     Shapes and values stay. Weight norm is to be folded before.
@@ -70,7 +70,7 @@ def lay_out_for_tiles(decoder: Decoder) -> None:
             conv.weight.data = _flat_weight(conv).squeeze(2)
 
 
-def _last_layer(decoder: Decoder, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+def _last_layer(decoder: TileableDecoder, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
     activation, conv = _Activation(decoder.snake_post), _Conv(decoder.conv_post)
     halo = activation.reach + conv.reach
     for window in _windows(chunks, _size(conv.channels, halo), halo):
@@ -191,7 +191,7 @@ class _Branch:
 
 
 class _Block:
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: TileableBlock) -> None:
         self.branches = [_Branch(layers) for layers in block.branches()]
         self.reach = sum(branch.reach for branch in self.branches)
 

@@ -32,7 +32,7 @@ from models.checkpoint import (
 from models.synthesizer.config import MelConfig, SynthesizerConfig
 from models.synthesizer.json_fields import typed
 from models.synthesizer.sovits.networks import Synthesizer
-from models.synthesizer.tensor_layout import Layout, fitted, layout_of
+from models.synthesizer.tensor_layout import TensorLayout, fitted, layout_of
 
 WEIGHTS = "voice.safetensors"
 DESCRIPTION = "voice.json"
@@ -122,7 +122,7 @@ class NoPosterior(nn.Module):
 
 
 @functools.cache
-def synthesizer_layout(config: SynthesizerConfig, posterior: bool = True) -> Layout:
+def synthesizer_layout(config: SynthesizerConfig, posterior: bool = True) -> TensorLayout:
     layout = layout_of(lambda: Synthesizer(config))
     return layout if posterior else layout.without(POSTERIOR)
 

@@ -7,8 +7,9 @@ import importlib.metadata
 import platform
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from pipeline.extract.config import WorkersConfig
+from pipeline.cluster.workload import Job, WorkersConfig
 
 _PACKAGE_OF = {"crepe": "torchcrepe", "crepe-tiny": "torchcrepe", "fcpe": "torchfcpe"}
 
@@ -71,3 +72,15 @@ def _cpu_model() -> str:
         return platform.processor()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def threads_of(job: Job[Any]) -> int:
+    """Threads of a worker: as many as it has CPUs, so that N workers do not fight."""
+    return job.threads or max(1, int(job.config.workers.cpus_per_worker or 1))
+
+
+def limit_threads(job: Job[Any]) -> None:
+    """Of this process, for torch."""
+    import torch
+
+    torch.set_num_threads(threads_of(job))

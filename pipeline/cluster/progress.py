@@ -11,7 +11,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from pipeline.dataset.ledger import QUARANTINED
+from pipeline.songs.balance import QUARANTINED
 
 _LOG_EVERY_S = 30.0
 _QUIET_S = 600.0

@@ -19,13 +19,12 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.cluster.progress import Board
-from pipeline.cluster.workload import Job, Needs, Workload
-from pipeline.dataset.shards import storage_fault
+from pipeline.cluster.task_rows import TaskResult, read_result, task_row
+from pipeline.cluster.workload import Job, Needs, WorkersConfig, Workload
 from pipeline.errors import SongBug, UserError
-from pipeline.extract.config import WorkersConfig
-from pipeline.extract.operators import TaskResult, read_result, task_row
 from pipeline.songs.plan import Task
-from pipeline.storage.weight_files import Weights, size_and_mtime
+from pipeline.storage.atomic import storage_fault
+from pipeline.storage.weight_files import WeightFile, size_and_mtime
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ def living_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def check_nodes(dataset: Path, corpus: Path, weights: Collection[Weights] = ()) -> None:
+def check_nodes(dataset: Path, corpus: Path, weights: Collection[WeightFile] = ()) -> None:
     """Every node reads a token from DATASET, opens CORPUS and finds the same files of weights.
 
     Raises: UserError naming the node that cannot.

@@ -16,9 +16,7 @@ from dataclasses import dataclass, field, replace
 from rich.console import Console
 
 from pipeline.cluster.progress import Board, ProgressDisplay, Snapshot
-from pipeline.cluster.workload import Workload
-from pipeline.errors import SongBug, StorageFault, UserError
-from pipeline.extract.operators import (
+from pipeline.cluster.task_rows import (
     BUG,
     COMMITTED,
     REFUSED,
@@ -27,7 +25,8 @@ from pipeline.extract.operators import (
     read_result,
     task_row,
 )
-from pipeline.extract.plan_changes import some
+from pipeline.cluster.workload import Workload
+from pipeline.errors import SongBug, StorageFault, UserError, some
 from pipeline.songs.plan import Task
 from stages.device import resolve_device
 

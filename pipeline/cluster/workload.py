@@ -5,30 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from pipeline.dataset.shards import (
-    AUDIO_SCHEMA,
-    PITCH_SCHEMA,
-    XVECTOR_COLUMN,
-    EncoderIdentity,
-    XvectorIdentity,
-)
-from pipeline.extract.config import ExtractConfig, WorkersConfig
-from pipeline.storage.weight_files import Weights
+from pipeline.storage.weight_files import WeightFile
+
+if TYPE_CHECKING:  # torch is slow to import
+    pass
+
+from typing import Generic, Protocol, TypeVar
 
 # Called with (song_id, seconds of it that are done, status); the status is None until its end.
 Heartbeat = Callable[[str, float, str | None], None]
 
 
-class RunConfig(Protocol):
+class HasWorkers(Protocol):
     """Settings of a run on many workers."""
 
     @property
     def workers(self) -> WorkersConfig: ...
 
 
-C = TypeVar("C", bound=RunConfig)
+C = TypeVar("C", bound=HasWorkers)
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Job(Generic[C]):
     corpus: Path  # where the songs are
     config: C
     fingerprint: str
-    weights: Mapping[str, Weights]  # of what has to be loaded, by the key that names it
+    weights: Mapping[str, WeightFile]  # of what has to be loaded, by the key that names it
     gone: frozenset[str] = frozenset()  # songs of the plan that were not there when the run began
     threads: int | None = None
 
@@ -92,35 +89,27 @@ class Workload:
     notice: Callable[[bool], str | None]
 
 
-@dataclass(frozen=True)
-class TakenOver:
-    """What comes from the shards of another dataset instead of being made: the audio, and these."""
+@dataclass(frozen=True, kw_only=True)
+class WorkersConfig:
+    """What a run may use of the machine or cluster. Never changes the output."""
 
-    dataset: Path
-    fingerprint: str
-    f0: bool  # with what is measured on it
-    units: tuple[EncoderIdentity, ...]
-    xvector: XvectorIdentity | None
+    max_workers: int | None = None  # None: as many as the CPUs allow
+    cpus_per_worker: float | None = None  # None: 1, or as many as it takes to fit into memory
+    gpus_per_worker: float = 1.0  # for the units operator, when the cluster has GPUs
+    object_store_gb: float | None = None  # None: a tenth of the memory, at most 4; local runs only
+    scratch: str | None = None  # folder for decoded PCM; None: the system's temporary folder
+    max_task_retries: int = 3  # deaths of a worker on one task before it is redone song by song
 
-    @property
-    def columns(self) -> list[str]:
-        pitch = PITCH_SCHEMA.names if self.f0 else []
-        units = [name for each in self.units for name in (each.column, each.frames_column)]
-        xvector = [XVECTOR_COLUMN] if self.xvector else []
-        return [*AUDIO_SCHEMA.names, *pitch, *units, *xvector]
+    def __post_init__(self) -> None:
+        if self.max_workers is not None and self.max_workers < 1:
+            raise ValueError(f"workers.max_workers is {self.max_workers}; it must be 1 or more")
+        cpus = self.cpus_per_worker
+        if (cpus is not None and cpus <= 0) or self.gpus_per_worker <= 0:
+            raise ValueError("workers.cpus_per_worker and workers.gpus_per_worker must be > 0")
 
 
-@dataclass(frozen=True)
-class ExtractJob(Job[ExtractConfig]):
-    """corpus: the other dataset, where one is taken over."""
+# What each checkpoint adds where units are made: its weights, and what a batch of clips fills.
+GB_PER_CHECKPOINT_GB = 1.1
 
-    taken_over: TakenOver | None = None
 
-    @property
-    def makes_f0(self) -> bool:
-        return self.taken_over is None or not self.taken_over.f0
-
-    @property
-    def f0_networks(self) -> tuple[str, ...]:
-        """The networks that find the pitch; none where the pitch is taken over."""
-        return self.config.f0.networks if self.makes_f0 else ()
+BUNDLED_GB = 0.5  # a network of f0 whose weights come with a package, at work; measured: 0.3

@@ -28,7 +28,7 @@ from pipeline.convert.song import Converter, Models, Singing
 from pipeline.convert.speaker_mix import SpeakerMix, read_mix
 from pipeline.convert.unit_blend import UnitControls, names_of
 from pipeline.errors import UserError
-from pipeline.extract.config import naming
+from pipeline.extract.model_checks import name_setting_in_errors
 from pipeline.settings import flatten
 from pipeline.train.find_voice import is_graph, read_any_voice, weights_file
 from stages.decode import Decoder
@@ -79,7 +79,7 @@ def load_models(request: Request) -> Models:
     voice, config = request.voice, request.config
     device = choose_device(config.compute.device, "compute.device")
     cfg = config.encoder
-    with naming("encoder"):
+    with name_setting_in_errors("encoder"):
         where = device if cfg.device == "auto" else choose_device(cfg.device, "encoder.device")
         encoder = load_encoder(cfg.name, cfg.checkpoint, where, **cfg.options())
     if encoder.dim != voice.config.units_dim:
@@ -87,11 +87,11 @@ def load_models(request: Request) -> Models:
             f"encoder: {cfg.name} gives units of {encoder.dim} numbers, and the voice takes "
             f"{voice.config.units_dim}"
         )
-    with naming("f0"):
+    with name_setting_in_errors("f0"):
         check_networks(config.f0)
     enhancer = None
     if config.enhancer.checkpoint is not None:
-        with naming("enhancer.checkpoint"):
+        with name_setting_in_errors("enhancer.checkpoint"):
             enhancer = Enhancer(load_vocoder(config.enhancer.checkpoint, device))
     speaker = config.voice.speaker
     return Models(
@@ -108,7 +108,7 @@ def load_models(request: Request) -> Models:
 
 def convert_file(request: Request, source: Path, output: Path, console: Console) -> Conversion:
     """Raises: UserError for a source that cannot be read, an output that cannot be written."""
-    from pipeline.extract.clip_sources import Scratch
+    from pipeline.storage.scratch import Scratch
 
     check_output(output, request.config.output, request.config.audio.sample_rate)
     if source.resolve() == output.resolve():
@@ -130,7 +130,7 @@ def convert_file(request: Request, source: Path, output: Path, console: Console)
 
 def write_page(request: Request, conversions: Sequence[Conversion], page: Path) -> None:
     """A page with players and pictures of the songs. Raises: UserError."""
-    from pipeline.extract.clip_sources import Scratch
+    from pipeline.storage.scratch import Scratch
 
     config, voice = request.config, request.voice
     about = {
@@ -172,7 +172,7 @@ def _speaker(voice: Voice, config: ConvertConfig) -> str | None:
 def _network(request: Request, device: str) -> Singing:
     """Of torch, or of onnxruntime: there a voice that is no graph yet is made one for the time."""
     file = weights_file(request.checkpoint)
-    with naming("compute.backend"), tempfile.TemporaryDirectory() as folder:
+    with name_setting_in_errors("compute.backend"), tempfile.TemporaryDirectory() as folder:
         if is_graph(file):
             return OnnxSynthesizer(file, device)
         if request.config.compute.backend == "onnx":

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from models.synthesizer.config import require_at_least
 from models.synthesizer.voice import Voice
+from pipeline.cluster.workload import WorkersConfig
 from pipeline.convert.unit_blend import UnitsConfig
 from pipeline.errors import UserError
-from pipeline.extract.config import WorkersConfig, of_the_same_method
+from pipeline.extract.config import of_the_same_method
 from pipeline.settings import build_settings, check_settings, read_settings
 from stages.chain import AudioConfig
 from stages.decode import DecodeConfig

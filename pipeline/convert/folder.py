@@ -25,24 +25,22 @@ from pipeline.convert.ledger import (
     CONVERTED,
     ConvertAccount,
     Record,
+    balance_conversion,
     is_whole,
     output_names,
     read_records,
-    take_account,
 )
 from pipeline.convert.operators import ConvertJob, conversion
 from pipeline.convert.output_file import check_output
 from pipeline.convert.speaker_mix import is_mix_file
-from pipeline.dataset.ledger import QUARANTINED
-from pipeline.dataset.shards import read_info, sweep, write_info
-from pipeline.errors import UserError
-from pipeline.extract.command import plan_songs
-from pipeline.extract.config import changed, counted, fingerprint
-from pipeline.extract.plan_changes import left_alone, some
-from pipeline.songs.corpus import Corpus, Source, list_corpus
-from pipeline.songs.plan import PlannedSong, Task, append_plan, load_plan
+from pipeline.errors import UserError, some
+from pipeline.fingerprint import changed, counted, fingerprint
+from pipeline.songs.balance import QUARANTINED
+from pipeline.songs.corpus import Corpus, ListedSong, left_alone, list_corpus
+from pipeline.songs.plan import PlannedSong, Task, append_plan, load_plan, plan_songs
+from pipeline.storage.atomic import read_info, sweep, write_info
 from pipeline.storage.lock import lock
-from pipeline.storage.weight_files import Weights, read_weights
+from pipeline.storage.weight_files import WeightFile, read_weights
 from pipeline.train.find_voice import SOVITS_CONFIG, is_graph
 from stages.retrieval import index_files
 
@@ -134,7 +132,7 @@ def convert_folder(
             outcome.work = _run(job, missing, outputs, options, console)
             outcome.notices += outcome.work.notices
         records, damaged = read_records(folder, tasks)
-        outcome.account = take_account(folder, tasks, records)
+        outcome.account = balance_conversion(folder, tasks, records)
         outcome.account.problems += map(str, damaged)
         made = [r.environment for r in records.values() if r.entry.status == CONVERTED]
         outcome.notices += mixed("songs of one folder", made)
@@ -181,7 +179,7 @@ def _voice_files(checkpoint: Path) -> dict[str, Path]:
     return {"voice.checkpoint": checkpoint, **others}
 
 
-def _fingerprinted(config: ConvertConfig, weights: Mapping[str, Weights]) -> dict[str, Any]:
+def _fingerprinted(config: ConvertConfig, weights: Mapping[str, WeightFile]) -> dict[str, Any]:
     """What changes the output, files by their SHA-256."""
     left_out = {"compute.device", *weights, *_FILES, *_without_effect(config)}
     settings = {key: value for key, value in counted(config).items() if key not in left_out}
@@ -265,7 +263,7 @@ def _ask(
     return renewed + [Task(first + i, split, (song,)) for i, (split, song) in enumerate(added)]
 
 
-def _differs(now: Source, then: PlannedSong) -> bool:
+def _differs(now: ListedSong, then: PlannedSong) -> bool:
     return (now.size, now.mtime_ns, now.path) != (then.size, then.mtime_ns, then.path)
 
 

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.convert.result import Conversion
-from pipeline.dataset.ledger import QUARANTINED, Balance
-from pipeline.dataset.shards import commit_file
 from pipeline.errors import UserError
+from pipeline.songs.balance import QUARANTINED, Balance
 from pipeline.songs.plan import PlannedSong, Task
+from pipeline.storage.atomic import commit_file
 from stages.errors import BadInput
 
 CONVERTED = "converted"
@@ -140,7 +140,7 @@ def is_whole(folder: Path, entry: ConvertEntry) -> bool:
         return False
 
 
-def take_account(
+def balance_conversion(
     folder: Path, tasks: Mapping[int, Task], records: Mapping[int, Record]
 ) -> ConvertAccount:
     """Balance of the plan against the ledger and the outputs: songs = converted + quarantined.

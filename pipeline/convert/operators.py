@@ -11,8 +11,21 @@ import pyarrow as pa
 
 from models.synthesizer.voice import VoiceEncoder
 from pipeline.cluster.device import choose_device
-from pipeline.cluster.environment import environment, environment_of_networks
-from pipeline.cluster.workload import Heartbeat, Job, Needs, Workload
+from pipeline.cluster.environment import (
+    environment,
+    environment_of_networks,
+    limit_threads,
+    threads_of,
+)
+from pipeline.cluster.task_rows import CRASHED, guarded, read_row
+from pipeline.cluster.workload import (
+    BUNDLED_GB,
+    GB_PER_CHECKPOINT_GB,
+    Heartbeat,
+    Job,
+    Needs,
+    Workload,
+)
 from pipeline.convert.command import Request, load_models, write_page
 from pipeline.convert.config import ConvertConfig
 from pipeline.convert.ledger import (
@@ -24,11 +37,9 @@ from pipeline.convert.ledger import (
     quarantined,
 )
 from pipeline.convert.song import Converter, Progress
-from pipeline.dataset.ledger import check_unchanged
-from pipeline.extract.clip_sources import CRASHED, Scratch, require_mounted
-from pipeline.extract.halves import limit_threads, threads_of
-from pipeline.extract.operators import BUNDLED_GB, GB_PER_CHECKPOINT_GB, guarded, read_row
 from pipeline.songs.plan import PlannedSong, Task, load_plan
+from pipeline.songs.source_file import check_unchanged, require_mounted
+from pipeline.storage.scratch import Scratch
 from pipeline.storage.weight_files import require_unchanged
 from pipeline.train.find_voice import is_graph, read_any_voice
 from stages.chain import StageClock
@@ -121,7 +132,7 @@ class ConvertTask:
                 write_page(self.request, [made], page)
         except BadInput as fault:
             if fault.reason == Reason.MISSING:
-                require_mounted(self.job, planned, path)
+                require_mounted(planned, path, self.job.gone)
             for path_before in (output, page):  # of the song as it was before
                 path_before.unlink(missing_ok=True)
             return quarantined(planned, sha256, name, fault)
@@ -166,7 +177,7 @@ def load_everything(job: ConvertJob) -> None:
     load_models(load_request(job))
 
 
-def probe_song(job: ConvertJob, index: int, song_id: str) -> None:
+def probe_conversion(job: ConvertJob, index: int, song_id: str) -> None:
     """A task's song into a scratch folder: does it kill the process?"""
     worker = ConvertTask(job, lambda *_: None)
     try:
@@ -211,6 +222,6 @@ def conversion(job: ConvertJob) -> Workload:
         whole=ConvertTask,
         halves=None,
         load=load_everything,
-        probe=probe_song,
+        probe=probe_conversion,
         notice=notice,
     )

@@ -15,8 +15,8 @@ import soundfile as sf
 from numpy.typing import NDArray
 
 from pipeline.convert.config import OutputConfig
-from pipeline.dataset.shards import sync_folder
 from pipeline.errors import UserError
+from pipeline.storage.atomic import sync_folder
 from stages.decode import Decoded
 from stages.pcm import quantise
 from stages.resample import ResampleConfig, stream_resampler

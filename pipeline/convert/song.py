@@ -36,7 +36,7 @@ from stages.conversion_controls import EnvelopeMix, protect, semitones_between, 
 from stages.decode import Decoded, Decoder
 from stages.f0 import estimate_f0
 from stages.f0.sovits_compat import fill_unvoiced
-from stages.loudness import apply_gain, measure
+from stages.loudness import apply_gain, measure_loudness
 from stages.pcm import dequantise, quantise
 from stages.pieces import Joiner, Piece, plan_pieces, read_frames, stretches
 from stages.resample import resample
@@ -163,7 +163,7 @@ class _Task:
         self.song = decoded.wav
         self.notices: list[str] = []
         self.pieces = self._plan()
-        reading = measure(self.song, self.rate, self.config.loudness)
+        reading = measure_loudness(self.song, self.rate, self.config.loudness)
         self.gain_db = reading.gain_db if self.config.loudness.per == "song" else 0.0
         if not self.pieces:
             self.notices.append("the song is silent throughout")
@@ -222,7 +222,7 @@ class _Task:
         if self.config.loudness.per == "song":
             return self.gain_db
         own = read_frames(self.song, piece.start, piece.stop, self.hop)
-        return measure(own, self.rate, self.config.loudness).gain_db
+        return measure_loudness(own, self.rate, self.config.loudness).gain_db
 
     def _heard(self, piece: Piece, gain_db: float, context: bool = True) -> Array:
         """The samples that f0 and units are made of, as a shard would have them."""

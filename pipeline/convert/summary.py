@@ -14,7 +14,7 @@ from rich.console import Console
 from pipeline.convert.folder import BatchOutcome
 from pipeline.convert.ledger import CONVERTED
 from pipeline.convert.result import Conversion
-from pipeline.dataset.ledger import QUARANTINED
+from pipeline.songs.balance import QUARANTINED
 
 _MOST_LINES = 50
 

@@ -18,7 +18,7 @@ from models.encoders.codebook import (
 )
 from models.synthesizer.voice import Voice
 from pipeline.errors import UserError
-from pipeline.extract.config import naming, require_meaning
+from pipeline.extract.model_checks import name_setting_in_errors, require_meaning
 from stages.retrieval import SpeakerIndex, load_index
 from stages.types import Array
 from stages.units import EncoderConfig
@@ -88,7 +88,7 @@ def _index_of(folder: Path, voice: Voice, speaker: str | None) -> SpeakerIndex:
     known = _speakers_indexed(folder)
     if speaker is None or speaker not in known:
         raise UserError(f"{where} has no index {_of(speaker)}; it has {_that_of(known)}")
-    with naming("units.index"):
+    with name_setting_in_errors("units.index"):
         found = load_index(folder, speaker)
     note = found.note
     _require_encoder(where, "index", voice, note.encoder, note.checkpoint_sha256)
@@ -110,7 +110,7 @@ def _speakers_indexed(folder: Path) -> list[str]:
 def _codebook_of(path: Path, voice: Voice, speaker: str | None) -> Codebook:
     """That of the speaker, else that of all speakers."""
     where = f"units.codebook: {path}"
-    with naming("units.codebook"):
+    with name_setting_in_errors("units.codebook"):
         read = load_codebooks if path.suffix == ".safetensors" else load_sovits_codebooks
         by_speaker = {codebook.speaker: codebook for codebook in read(path)}
     found = by_speaker.get(speaker) or by_speaker.get(None)

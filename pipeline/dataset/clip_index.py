@@ -18,10 +18,10 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.dataset.shards import EncoderIdentity, Footer
+from pipeline.dataset.schema import SCHEMA_VERSION, EncoderIdentity
+from pipeline.dataset.shards import Footer
 from pipeline.dataset.unit_frames import split_of
 from pipeline.errors import UserError
-from pipeline.extract.config import SCHEMA_VERSION
 from stages.errors import Reason
 from stages.pcm import Subtype
 
@@ -39,7 +39,7 @@ class Folder:
     def shards(self) -> list[str]:
         """Names of the files in `data`, in order. Raises UserError where that cannot be read."""
         selector = pafs.FileSelector(f"{self.root}/data", allow_not_found=True)
-        with naming(f"{self.name}/data"):
+        with name_folder_in_errors(f"{self.name}/data"):
             found = self.filesystem.get_file_info(selector)
         return sorted(info.base_name for info in found if info.extension == "parquet")
 
@@ -50,7 +50,7 @@ class Folder:
     def open_shard(self, shard: str) -> Iterator[pq.ParquetFile]:
         """Raises: UserError naming the shard, for whatever goes wrong in the block too."""
         with (
-            naming(self.where(shard)),
+            name_folder_in_errors(self.where(shard)),
             self.filesystem.open_input_file(f"{self.root}/data/{shard}") as source,
             pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True) as file,
         ):
@@ -97,7 +97,7 @@ def open_folder(path: str | os.PathLike[str], filesystem: pafs.FileSystem | None
 
 
 @contextlib.contextmanager
-def naming(where: str) -> Iterator[None]:
+def name_folder_in_errors(where: str) -> Iterator[None]:
     """Makes what storage and Parquet complain of a UserError that says where it was."""
     try:
         yield

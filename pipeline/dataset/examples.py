@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import soundfile as sf
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from models.synthesizer.batch import Batch
 from models.synthesizer.blocks.segments import expand_units, volume_of
+from models.synthesizer.config import require_at_least
 from pipeline.dataset.clip_index import Identity
-from pipeline.train.config import DataConfig
 from stages.f0.sovits_compat import fill_unvoiced
 from stages.flac import decode_flac
 from stages.frames import num_frames
@@ -197,3 +198,43 @@ def _padded(arrays: Sequence[Array], width: int) -> Tensor:
     for row, array in zip(out, arrays, strict=True):
         row[..., : array.shape[-1]] = array
     return torch.from_numpy(out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which clips make the examples, and how a clip becomes one.
+
+    encoder: whose units; None where the dataset has one encoder's.
+    split: of the dataset, as its manifest names it.
+    validation: the share of songs that is held back to validate with, whole songs always.
+    max_frames: of an example; of a longer clip a stretch is taken, another one in each epoch.
+    expand: which unit a frame takes; so-vits-svc's `unit_interpolate_mode`.
+    volume_augment: clips are made louder or softer at random, down to a tenth.
+    key_shift: semitones, the most that clips are moved up or down, formants with them.
+    """
+
+    encoder: str | None = None
+    split: str = "train"
+    validation: float = 0.02
+    batch_size: int = 6  # clips a step, of all workers together
+    max_frames: int = 790
+    min_frames: int = 30  # shorter clips are left out, and counted
+    expand: Literal["nearest", "left"] = "nearest"
+    volume_augment: bool = False
+    key_shift: float = 0.0
+    shuffle_groups: int = 16  # row groups that are mixed at a time; each worker holds them
+    loader_threads: int = 2  # of each worker
+    prefetch: int = 4  # batches
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"data.validation is {self.validation}; it must lie in 0 to 1")
+        for name in ("batch_size", "max_frames", "shuffle_groups", "loader_threads", "prefetch"):
+            require_at_least(1, f"data.{name}", getattr(self, name))
+        if self.max_frames < self.min_frames:
+            raise ValueError(
+                f"data.max_frames is {self.max_frames}; it must be data.min_frames, "
+                f"{self.min_frames}, or more"
+            )
+        if not 0 <= self.key_shift <= 12:
+            raise ValueError(f"data.key_shift is {self.key_shift}; it must lie in 0 to 12")

@@ -26,6 +26,7 @@ from pipeline.dataset.examples import (
     Cell,
     Chance,
     DamagedClip,
+    DataConfig,
     Example,
     collate,
     draw,
@@ -33,7 +34,6 @@ from pipeline.dataset.examples import (
 )
 from pipeline.dataset.prefetch import EpochPlan, Visit, plan_epoch, stream
 from pipeline.errors import UserError
-from pipeline.train.config import DataConfig
 
 Subset = Literal["train", "validation", "all"]
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,72 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.dataset.ledger import SongEntry
-from pipeline.errors import StorageFault, UserError
-from pipeline.extract.config import SCHEMA_VERSION
+from pipeline.dataset.schema import SCHEMA_VERSION, EncoderIdentity, XvectorIdentity, shard_schema
+from pipeline.errors import UserError
+from pipeline.storage.atomic import commit_file, read_info, write_info
 from stages.pcm import Subtype
-from stages.pitch_quality import PitchQuality
-from stages.quality import Quality
 
 ROW_GROUP_CLIPS = 32
-XVECTOR_COLUMN = "xvector"
-AUDIO_COLUMNS = tuple(field.name for field in fields(Quality))
-PITCH_COLUMNS = tuple(field.name for field in fields(PitchQuality))
-QUALITY_COLUMNS = AUDIO_COLUMNS + PITCH_COLUMNS
-
-_IDENTITY: list[tuple[str, pa.DataType]] = [
-    ("clip_id", pa.string()),
-    ("song_id", pa.string()),
-    ("speaker", pa.string()),
-    ("clip_index", pa.int32()),
-    ("clip_count", pa.int32()),
-    ("start", pa.int64()),
-    ("stop", pa.int64()),
-    ("audio", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-    ("sample_rate", pa.int32()),
-    ("num_samples", pa.int64()),
-]
-_F0 = [("f0", pa.list_(pa.float32()))]
-_MEASURES = [(name, pa.float32()) for name in ("loudness_lufs", "gain_db", "peak_db")]
-_OF_AUDIO = [(name, pa.float32()) for name in AUDIO_COLUMNS]
-_OF_PITCH = [(name, pa.float32()) for name in PITCH_COLUMNS]
-
-# What a clip has before its pitch is known, and what the pitch adds; units come between f0 and the
-# measures.
-AUDIO_SCHEMA = pa.schema(_IDENTITY + _MEASURES + _OF_AUDIO)
-PITCH_SCHEMA = pa.schema(_F0 + _OF_PITCH)
-
-
-@dataclass(frozen=True)
-class EncoderIdentity:
-    """What a trainer must know of the units in a column.
-
-    Of ids (one number a frame, that of the nearest of `codebook_size` centres) dtype is int16 and
-    dim is 1.
-    """
-
-    name: str
-    dim: int
-    dtype: str
-    frame_rate_hz: float
-    checkpoint_sha256: str | None
-    codebook_sha256: str | None = None
-    codebook_size: int | None = None
-
-    @property
-    def column(self) -> str:
-        return "units_" + self.name.replace("-", "_")
-
-    @property
-    def frames_column(self) -> str:
-        return "num_unit_frames_" + self.name.replace("-", "_")
-
-
-@dataclass(frozen=True)
-class XvectorIdentity:
-    """What a trainer must know of the speaker embeddings in the column `xvector`."""
-
-    dim: int
-    checkpoint_sha256: str
 
 
 @dataclass(frozen=True)
@@ -147,32 +84,6 @@ def _canonical_sha256(values: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def shard_schema(
-    encoders: Sequence[EncoderIdentity],
-    sample_rate: int,
-    xvector: XvectorIdentity | None = None,
-) -> pa.Schema:
-    """Arrow schema of a shard, with the Hugging Face features in its metadata."""
-    columns = [*_IDENTITY, *_F0]
-    for encoder in encoders:
-        columns += [(encoder.column, pa.binary()), (encoder.frames_column, pa.int32())]
-    if xvector is not None:
-        columns.append((XVECTOR_COLUMN, pa.list_(pa.float32())))
-    schema = pa.schema(columns + _MEASURES + _OF_AUDIO + _OF_PITCH)
-    features = {field.name: _hf_feature(field.type, sample_rate) for field in schema}
-    return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-
-
-def _hf_feature(kind: pa.DataType, sample_rate: int) -> dict[str, Any]:
-    if pa.types.is_struct(kind):
-        return {"sampling_rate": sample_rate, "_type": "Audio"}
-    if pa.types.is_list(kind):
-        # `Sequence` is read by every release of `datasets`, its successor `List` from 4.0 on.
-        return {"feature": _hf_feature(kind.value_type, sample_rate), "_type": "Sequence"}
-    names = {"float": "float32"}
-    return {"dtype": names.get(str(kind), str(kind)), "_type": "Value"}
-
-
 def write_shard(dataset: Path, shard_name: str, table: pa.Table, footer: Footer) -> Path:
     """Commit a shard: `.tmp`, fsync, rename, fsync of the folder. Doing it twice is harmless.
 
@@ -217,54 +128,6 @@ def _leaf_paths(schema: pa.Schema) -> list[str]:
     return leaves
 
 
-def commit_file(dataset: Path, relative: str, write: Callable[[BinaryIO], Any]) -> Path:
-    """Write `dataset/relative` so that it is there whole or not at all.
-
-    Raises: OSError of the storage; the half-written file is removed.
-    """
-    final = dataset / relative
-    final.parent.mkdir(parents=True, exist_ok=True)
-    folder = dataset / ".tmp"
-    folder.mkdir(exist_ok=True)
-    temporary = folder / f"{final.name}.{secrets.token_hex(6)}"
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, final)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(final.parent)
-    return final
-
-
-def sweep(folder: Path) -> None:
-    """Remove what killed writers of `commit_file` left half-written."""
-    if (folder / ".tmp").is_dir():
-        for path in (folder / ".tmp").iterdir():
-            path.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the names in `folder` on the disk. Raises OSError of the storage."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def write_info(folder: Path, name: str, info: dict[str, Any]) -> None:
-    """Write FOLDER/NAME as JSON, whole or not at all."""
-    text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
-    commit_file(folder, name, lambda file: file.write(text.encode()))
-
-
 def write_dataset_info(dataset: Path, info: dict[str, Any]) -> None:
     """Write DATASET/dataset.json."""
     write_info(dataset, "dataset.json", info)
@@ -275,17 +138,6 @@ def read_dataset_info(dataset: Path) -> dict[str, Any]:
     if not (dataset / "dataset.json").exists():
         raise UserError(f"{dataset} is not a dataset: it has no dataset.json")
     return read_info(dataset / "dataset.json")
-
-
-def read_info(path: Path) -> dict[str, Any]:
-    """What `write_info` wrote of a run's settings. Raises: UserError when it is none of ours."""
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(info, dict) or not {"fingerprint", "settings"} <= info.keys():
-        raise UserError(f"{path} is not the {path.name} of this program")
-    return info
 
 
 def require_current(dataset: Path, info: dict[str, Any]) -> None:
@@ -352,15 +204,3 @@ def read_footers(paths: Sequence[Path]) -> Iterator[tuple[Path, Footer | UserErr
 
     with ThreadPoolExecutor(8) as pool:
         yield from zip(paths, pool.map(read, paths), strict=True)
-
-
-def is_disk_full(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def storage_fault(error: OSError) -> StorageFault:
-    """What a failing disk means for the person running the job."""
-    where = f" at {error.filename}" if error.filename else ""
-    if is_disk_full(error):
-        return StorageFault(f"no space left{where}; free some")
-    return StorageFault(f"the storage failed{where}: {error.strerror or error}")

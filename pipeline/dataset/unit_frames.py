@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.dataset.shards import EncoderIdentity, iter_shards, read_dataset_info, read_footers
+from pipeline.dataset.schema import EncoderIdentity
+from pipeline.dataset.shards import iter_shards, read_dataset_info, read_footers
 from pipeline.errors import UserError
 from stages.units import unpack_units
 
@@ -22,7 +23,7 @@ Frames = NDArray[np.float32]  # (F, D)
 
 
 @dataclass(frozen=True)
-class Group:
+class RowGroup:
     """A row group of a shard: how many frames each speaker has in it."""
 
     shard: Path
@@ -36,7 +37,7 @@ class UnitFrames:
 
     dataset: Path
     encoder: EncoderIdentity
-    groups: Sequence[Group]
+    groups: Sequence[RowGroup]
     speaker: str | None = None
 
     @cached_property
@@ -194,7 +195,7 @@ def _identity(dataset: Path, shards: list[Path], name: str | None) -> EncoderIde
     return found
 
 
-def _groups(shard: Path, encoder: EncoderIdentity) -> Iterator[Group]:
+def _groups(shard: Path, encoder: EncoderIdentity) -> Iterator[RowGroup]:
     columns = ["speaker", encoder.frames_column]
     try:
         with pq.ParquetFile(shard) as file:
@@ -204,7 +205,7 @@ def _groups(shard: Path, encoder: EncoderIdentity) -> Iterator[Group]:
                 frames_of: dict[str, int] = {}
                 for speaker, frames in rows:
                     frames_of[speaker] = frames_of.get(speaker, 0) + frames
-                yield Group(shard, index, frames_of)
+                yield RowGroup(shard, index, frames_of)
     except pa.ArrowException as error:
         raise UserError(f"{shard} is damaged: {error}") from error
 

@@ -17,22 +17,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile as sf
 
-from pipeline.dataset.ledger import Account, SongEntry, entry_record, hash_source, take_account
+from pipeline.dataset.account import Account, balance_dataset
+from pipeline.dataset.ledger import SongEntry, entry_record
+from pipeline.dataset.schema import XVECTOR_COLUMN, EncoderIdentity, shard_schema
 from pipeline.dataset.shards import (
     ROW_GROUP_CLIPS,
-    XVECTOR_COLUMN,
-    EncoderIdentity,
     Footer,
     iter_shards,
     read_dataset_info,
     read_footer,
     require_current,
-    shard_schema,
     shard_writer,
 )
 from pipeline.errors import UserError
-from pipeline.extract.config import fingerprint
+from pipeline.fingerprint import fingerprint
 from pipeline.songs.plan import load_plan
+from pipeline.songs.source_file import hash_source
 from stages.errors import BadInput
 from stages.flac import decode_flac
 from stages.frames import num_frames
@@ -88,7 +88,7 @@ def verify(dataset: Path, source: Path | None = None) -> Verification:
     missing = sorted(set(tasks) - {footer.task for footer, _ in footers})
     if missing:
         problems.append(f"{len(missing)} of {len(tasks)} tasks are not done; extract resumes them")
-    result.account = take_account(list(tasks.values()), footers)
+    result.account = balance_dataset(list(tasks.values()), footers)
     result.clips = len(seen)
     result.problems = problems + result.account.problems
     if source is not None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import functools
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,48 +14,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.cluster.workload import ExtractJob, Heartbeat, Job, TakenOver
+from pipeline.cluster.task_rows import CRASHED
+from pipeline.cluster.workload import Heartbeat
 from pipeline.dataset.ledger import SongEntry, quarantine, settle
-from pipeline.dataset.shards import AUDIO_COLUMNS, AUDIO_SCHEMA, Footer, Origin, read_footer
+from pipeline.dataset.schema import AUDIO_COLUMNS, AUDIO_SCHEMA
+from pipeline.dataset.shards import Footer, Origin, read_footer
 from pipeline.errors import UserError
 from pipeline.extract.config import ExtractConfig
+from pipeline.extract.job import ExtractJob, TakenOver
 from pipeline.extract.pitch_columns import Pitch, clip_name
 from pipeline.songs.plan import PlannedSong, Task, load_plan
+from pipeline.songs.source_file import require_mounted
+from pipeline.storage.scratch import Scratch
 from stages.chain import Clip, PreparedSong, StageClock, prepare_song
 from stages.decode import Decoder
 from stages.errors import BadInput, Reason
-
-CRASHED = "a worker process died on this song each time it was tried"
-
-
-class Scratch:
-    """A folder for decoded PCM. Those of dead processes are swept when a new one is made."""
-
-    def __init__(self, parent: str | None) -> None:
-        root = Path(parent or tempfile.gettempdir()) / f"cantor-scratch-{os.getuid()}"
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (root / ".lock").open("ab") as door:  # one at a time: a new folder is not locked yet
-            fcntl.flock(door, fcntl.LOCK_EX)
-            for old in root.iterdir():
-                if old.is_dir() and not _is_held(old):
-                    shutil.rmtree(old, ignore_errors=True)
-            self.folder = Path(tempfile.mkdtemp(dir=root))
-            self._held = (self.folder / ".lock").open("ab")
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def close(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._held.close()
-
-
-def _is_held(folder: Path) -> bool:
-    """A living process owns this scratch folder."""
-    with (folder / ".lock").open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 class ClipsOfSongs:
@@ -105,7 +74,7 @@ class ClipsOfSongs:
         try:
             song, entry = settle(planned, path, prepare)
             if entry.reason == Reason.MISSING:
-                require_mounted(self.job, planned, path)
+                require_mounted(planned, path, self.job.gone)
             return song, entry
         except Exception as error:
             error.add_note(f"while working on {planned.song_id}")
@@ -189,18 +158,6 @@ def damaged_source(path: Path, error: Exception) -> UserError:
         f"{path} cannot be read ({error}); `cantor verify {path.parent.parent}` tells what else is "
         "damaged there, and `extract` makes a shard again that is deleted"
     )
-
-
-def require_mounted(job: Job[Any], planned: PlannedSong, path: bytes) -> None:
-    """A song is missing at `path`. Is it that song, or the mount that it lay on?
-
-    Raises: OSError of a mount that went away during the run.
-    """
-    was_there = planned.mtime_ns > 0 and planned.song_id not in job.gone
-    folder = os.path.dirname(path)
-    if was_there and (not os.path.isdir(folder) or not any(os.scandir(folder))):
-        words = "the folder is gone or empty since this run began (is it still mounted?)"
-        raise FileNotFoundError(errno.ENOENT, words, os.fsdecode(folder))
 
 
 def _clip_table(planned: PlannedSong, clips: Sequence[Clip], config: ExtractConfig) -> pa.Table:

@@ -9,10 +9,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,47 +19,39 @@ from rich.console import Console
 
 from pipeline.cluster.environment import mixed, threads_before
 from pipeline.cluster.run_tasks import Work, run_tasks
-from pipeline.cluster.workload import ExtractJob, TakenOver
-from pipeline.dataset.ledger import Account, take_account
+from pipeline.dataset.account import Account, balance_dataset
+from pipeline.dataset.schema import SCHEMA_VERSION
 from pipeline.dataset.shards import (
     Footer,
-    commit_file,
     has_xvectors,
     iter_shards,
     read_dataset_info,
     read_footers,
     require_current,
-    sweep,
     units_in_words,
     write_dataset_info,
 )
-from pipeline.errors import UserError
-from pipeline.extract.config import (
-    SCHEMA_VERSION,
-    ExtractConfig,
-    changed,
-    check_codebooks,
-    check_models,
-    fingerprint,
-    fingerprinted,
-)
+from pipeline.errors import UserError, some
+from pipeline.extract.config import ExtractConfig, fingerprinted
 from pipeline.extract.from_dataset import FromDataset, compare, read_source
+from pipeline.extract.job import ExtractJob, TakenOver
+from pipeline.extract.model_checks import check_codebooks, check_models
 from pipeline.extract.operators import extraction
-from pipeline.extract.plan_changes import Asked, Changes, find_changes, some
-from pipeline.songs.corpus import Corpus, Source, list_corpus
+from pipeline.extract.plan_changes import Asked, Changes, find_changes
+from pipeline.fingerprint import changed, fingerprint
+from pipeline.songs.corpus import Corpus, list_corpus
 from pipeline.songs.plan import (
-    PlannedSong,
     Task,
     append_plan,
     default_task_minutes,
     load_plan,
     make_tasks,
     plan_files,
+    plan_songs,
 )
+from pipeline.storage.atomic import commit_file, sweep
 from pipeline.storage.lock import lock
-from pipeline.storage.weight_files import Weights, read_weights
-from stages.decode import DecodeConfig, Decoder
-from stages.errors import BadInput
+from pipeline.storage.weight_files import WeightFile, read_weights
 
 
 @dataclass(frozen=True)
@@ -78,7 +68,7 @@ class ExtractOptions:
 
 
 @dataclass
-class Outcome:
+class ExtractOutcome:
     """What a run found and did, for the summary."""
 
     account: Account = field(default_factory=Account)
@@ -92,7 +82,7 @@ def extract(
     config: ExtractConfig,
     options: ExtractOptions,
     console: Console,
-) -> Outcome:
+) -> ExtractOutcome:
     """Make or complete `dataset` from the corpus.
 
     Raises: UserError (settings, corpus, cluster), StorageFault, SongBug; all leave what was
@@ -112,7 +102,7 @@ def reextract(
     config: ExtractConfig,
     options: ExtractOptions,
     console: Console,
-) -> Outcome:
+) -> ExtractOutcome:
     """Make or complete `dataset` from the shards of the dataset `source`, as `extract` does.
 
     config: of `reextract.config_from`. Columns that it would make as they are, are taken over.
@@ -132,16 +122,16 @@ def _make(
     dataset: Path,
     config: ExtractConfig,
     settings: dict[str, Any],
-    weights: dict[str, Weights],
+    weights: dict[str, WeightFile],
     material: FromCorpus | FromDataset,
     options: ExtractOptions,
     console: Console,
-) -> Outcome:
+) -> ExtractOutcome:
     wanted = fingerprint(settings)
     source = material.root if isinstance(material, FromDataset) else None
     if options.dry_run:
         _dry_run(dataset, settings, material, options, console)
-        return Outcome()
+        return ExtractOutcome()
     with lock(dataset):
         if options.force_new:
             _remove_dataset(dataset)
@@ -150,7 +140,7 @@ def _make(
         sweep(dataset)
         if not plan_files(dataset):
             _write_info(dataset, config, settings, {}, source)
-        outcome = Outcome()
+        outcome = ExtractOutcome()
         tasks, held = _examine(dataset, wanted, outcome)
         asked = material.ask(tasks, held)
         outcome.notices += asked.notices
@@ -248,7 +238,7 @@ def _read_back(dataset: Path, tasks: dict[int, Task]) -> tuple[Account, list[dic
                 environments.append(footer.environment)
         else:
             unreadable.append(str(footer))
-    account = take_account(list(tasks.values()), footers)
+    account = balance_dataset(list(tasks.values()), footers)
     account.problems += unreadable
     return account, environments
 
@@ -283,7 +273,7 @@ def _check_settings(dataset: Path, settings: dict[str, Any]) -> None:
 
 
 def _examine(
-    dataset: Path, wanted: str, outcome: Outcome
+    dataset: Path, wanted: str, outcome: ExtractOutcome
 ) -> tuple[dict[int, Task], dict[int, Footer]]:
     """The plan, and the footers of the shards that are what it asks for.
 
@@ -328,38 +318,6 @@ def _plan_changes(
     return renewed + make_tasks(added, size, max(tasks, default=-1) + 1)
 
 
-def plan_songs(
-    corpus: Corpus, sources: Sequence[Source], decode: DecodeConfig, scratch_folder: str | None
-) -> dict[str, tuple[str, PlannedSong]]:
-    """(split, song) by song_id, durations read from the headers in a limited child process.
-
-    A header that cannot be read gives 0 s: the song is planned, and quarantined when it is decoded.
-    """
-    from pipeline.extract.clip_sources import Scratch
-
-    scratch = Scratch(scratch_folder)
-    songs = {}
-    try:
-        with Decoder(decode, scratch.folder) as decoder:
-            root = os.fsencode(corpus.root)
-            paths = (os.path.join(root, source.path) for source in sources)
-            headers = decoder.probe_many(paths)
-            for source, header in zip(sources, headers, strict=True):
-                duration_s = 0.0 if isinstance(header, BadInput) else header.duration_s
-                song = PlannedSong(
-                    source.song_id,
-                    source.speaker,
-                    source.path,
-                    source.size,
-                    source.mtime_ns,
-                    duration_s,
-                )
-                songs[source.song_id] = (source.split, song)
-    finally:
-        scratch.close()
-    return songs
-
-
 def _dry_run(
     dataset: Path,
     settings: dict[str, Any],
@@ -369,7 +327,7 @@ def _dry_run(
 ) -> None:
     """List and plan, write nothing."""
     material.look()
-    outcome = Outcome()
+    outcome = ExtractOutcome()
     tasks: dict[int, Task] = {}
     held: dict[int, Footer] = {}
     if not options.force_new:

@@ -10,22 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.workload import TakenOver
 from pipeline.dataset.shards import Footer, iter_shards, read_dataset_info, read_footers
 from pipeline.errors import UserError
 from pipeline.extract.clip_sources import damaged_source, origin_of
-from pipeline.extract.config import ExtractConfig, counted, fingerprinted, load_config
+from pipeline.extract.config import ExtractConfig, fingerprinted, load_config
+from pipeline.extract.job import TakenOver
 from pipeline.extract.plan_changes import Asked
+from pipeline.fingerprint import counted
 from pipeline.settings import flatten
 from pipeline.songs.plan import Task, load_plan
-from pipeline.storage.weight_files import Weights, read_weights
+from pipeline.storage.weight_files import WeightFile, read_weights
 from stages.units import EncoderConfig
 
 _OF_THE_AUDIO = ("audio", "decode", "resample", "slice", "loudness", "quality", "plan")
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceDataset:
     """A dataset whose audio is taken over."""
 
     dataset: Path
@@ -35,17 +36,21 @@ class Source:
     config: ExtractConfig
 
 
-def read_source(dataset: Path) -> Source:
+def read_source(dataset: Path) -> SourceDataset:
     """Raises: UserError when `dataset` is none of ours."""
     dataset = dataset.absolute()
     info = read_dataset_info(dataset)
     if not isinstance(info.get("config"), dict):
         raise UserError(f"{dataset / 'dataset.json'} does not say with which settings it was made")
     base = {section: values for section, values in info["config"].items() if section != "workers"}
-    return Source(dataset, info["settings"], info["fingerprint"], base, load_config(base=base))
+    return SourceDataset(
+        dataset, info["settings"], info["fingerprint"], base, load_config(base=base)
+    )
 
 
-def config_from(source: Source, path: Path | None, overrides: Sequence[str]) -> ExtractConfig:
+def config_from(
+    source: SourceDataset, path: Path | None, overrides: Sequence[str]
+) -> ExtractConfig:
     """The source's settings, then the YAML file at `path`, then `key=value` overrides.
 
     Raises: UserError for what is wrong, and for settings of the audio, which stays as it is.
@@ -65,32 +70,32 @@ def config_from(source: Source, path: Path | None, overrides: Sequence[str]) -> 
 class Reading:
     """What a run takes over from the source, and what it has to load for the rest."""
 
-    source: Source
+    source: SourceDataset
     encoders: dict[str, EncoderConfig]
-    weights: dict[str, Weights]  # of all that the settings name, by key
+    weights: dict[str, WeightFile]  # of all that the settings name, by key
     settings: dict[str, Any]
     taken: frozenset[str]  # sections whose columns are taken over: f0, encoder, encoders.log-mel
 
     @property
-    def to_load(self) -> dict[str, Weights]:
+    def to_load(self) -> dict[str, WeightFile]:
         return {k: w for k, w in self.weights.items() if k.rpartition(".")[0] not in self.taken}
 
 
-def compare(source: Source, config: ExtractConfig) -> Reading:
+def compare(source: SourceDataset, config: ExtractConfig) -> Reading:
     """What of `config` the source has already: the columns that its settings would make again.
 
     Checkpoints of such columns need not be there any more.
     Raises: UserError when that is everything, and for weights that cannot be read.
     """
     before, now = counted(source.config), counted(config)
-    known: dict[str, Weights] = {}
+    known: dict[str, WeightFile] = {}
     counterparts = _counterparts(source.config, config)
     for section, other in counterparts.items():
         paths, others = _paths(config, section), _paths(source.config, other)
         if _part(now, section) == _part(before, other) and paths == others:
             for kind, path in paths.items():
                 sha256 = source.settings[f"{other}.{kind}_sha256"]
-                known[f"{section}.{kind}"] = Weights(path, sha256, 0, 0)
+                known[f"{section}.{kind}"] = WeightFile(path, sha256, 0, 0)
     weights = read_weights(config.weight_paths, known)
     settings = fingerprinted(config, weights)
     taken = {

@@ -5,29 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import pyarrow as pa
 
 from models.encoders import load_encoder
-from pipeline.cluster.environment import environment, environment_of_networks
-from pipeline.cluster.workload import ExtractJob, Heartbeat, Job
+from pipeline.cluster.environment import (
+    environment,
+    environment_of_networks,
+    limit_threads,
+    threads_of,
+)
+from pipeline.cluster.workload import Heartbeat
 from pipeline.dataset.decoded_clips import DecodedClips
 from pipeline.dataset.ledger import SongEntry
-from pipeline.dataset.shards import (
-    XVECTOR_COLUMN,
-    EncoderIdentity,
-    Footer,
-    Origin,
-    XvectorIdentity,
-    write_shard,
-)
+from pipeline.dataset.schema import SCHEMA_VERSION, XVECTOR_COLUMN, EncoderIdentity, XvectorIdentity
+from pipeline.dataset.shards import Footer, Origin, write_shard
 from pipeline.errors import SongBug, UserError
 from pipeline.extract.clip_sources import ClipsOfShard, ClipsOfSongs
-from pipeline.extract.config import SCHEMA_VERSION, ExtractConfig, load_codebook_of, naming
+from pipeline.extract.config import ExtractConfig
+from pipeline.extract.job import ExtractJob
+from pipeline.extract.model_checks import load_codebook_of, name_setting_in_errors
 from pipeline.extract.pitch_columns import Pitch
 from pipeline.songs.plan import Task, load_plan
-from pipeline.storage.weight_files import Weights, require_unchanged
+from pipeline.storage.weight_files import WeightFile, require_unchanged
 from stages.chain import StageClock
 from stages.device import resolve_device
 from stages.f0 import load_networks
@@ -65,7 +65,7 @@ class CpuHalf:
 class UnitsOf:
     """An encoder, loaded, and what it fills columns with."""
 
-    def __init__(self, section: str, cfg: EncoderConfig, weights: Mapping[str, Weights]) -> None:
+    def __init__(self, section: str, cfg: EncoderConfig, weights: Mapping[str, WeightFile]) -> None:
         """Raises: UserError when its weights are not what the run began with, or do not load."""
         self.cfg = cfg
         sha256 = _sha256_unchanged(f"{section}.checkpoint", weights)
@@ -205,7 +205,7 @@ class UnitsHalf:
         return numerics
 
 
-def _sha256_unchanged(key: str, weights: Mapping[str, Weights]) -> str | None:
+def _sha256_unchanged(key: str, weights: Mapping[str, WeightFile]) -> str | None:
     if key not in weights:
         return None
     require_unchanged(key, weights[key])
@@ -218,22 +218,10 @@ def _loading(section: str) -> Iterator[None]:
     import torch
 
     try:
-        with naming(section):
+        with name_setting_in_errors(section):
             yield
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise UserError(
             f"{section}: there is too little memory to load it ({error}); lower "
             "workers.max_workers, or raise workers.gpus_per_worker where it is a GPU's"
         ) from error
-
-
-def threads_of(job: Job[Any]) -> int:
-    """Threads of a worker: as many as it has CPUs, so that N workers do not fight."""
-    return job.threads or max(1, int(job.config.workers.cpus_per_worker or 1))
-
-
-def limit_threads(job: Job[Any]) -> None:
-    """Of this process, for torch."""
-    import torch
-
-    torch.set_num_threads(threads_of(job))

@@ -8,26 +8,19 @@ from __future__ import annotations
 
 import functools
 import json
-import traceback
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
 
 import pyarrow as pa
 
-from pipeline.cluster.workload import ExtractJob, Heartbeat, Needs, Workload
+from pipeline.cluster.task_rows import COMMITTED, guarded, read_result, read_row, result_row
+from pipeline.cluster.workload import BUNDLED_GB, GB_PER_CHECKPOINT_GB, Heartbeat, Needs, Workload
 from pipeline.dataset.ledger import SongEntry
-from pipeline.dataset.shards import (
-    is_disk_full,
-    storage_fault,
-)
-from pipeline.errors import UserError
 from pipeline.extract.halves import CpuHalf, UnitsHalf
-from pipeline.storage.weight_files import Weights
+from pipeline.extract.job import ExtractJob
+from pipeline.storage.weight_files import WeightFile
 from stages.chain import StageClock
 from stages.f0.crepe import cost_notice
-
-COMMITTED, BUG, STORAGE, REFUSED = "committed", "bug", "storage", "refused"
 
 # A worker's memory: libraries and one song's buffers, then what each minute of its task adds
 # (FLAC clips, f0, units in float32 while packed). Generous: one-minute tasks peak at 0.7 GB,
@@ -35,21 +28,7 @@ COMMITTED, BUG, STORAGE, REFUSED = "committed", "bug", "storage", "refused"
 _WORKER_BASE_GB = 0.8
 _WORKER_GB_PER_MINUTE = 0.02
 
-# What each checkpoint adds where units are made: its weights, and what a batch of clips fills.
-GB_PER_CHECKPOINT_GB = 1.1
 _BATCH_GB = 1.0
-BUNDLED_GB = 0.5  # a network of f0 whose weights come with a package, at work; measured: 0.3
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """What a worker reports of a task; `detail` says why it was not committed."""
-
-    task: int
-    status: str
-    detail: str = ""
-    disk_full: bool = False
-    stage_s: dict[str, float] = field(default_factory=dict)
 
 
 class PrepareTask:
@@ -118,7 +97,7 @@ class FinishTask:
         return guarded(before.task, run)
 
 
-def probe_song(job: ExtractJob, task: int, song_id: str) -> None:
+def probe_extraction(job: ExtractJob, task: int, song_id: str) -> None:
     """One song through both halves, nothing written: does it kill the process?"""
     cpu, clock = CpuHalf(job, lambda *_: None), StageClock()
     try:
@@ -128,7 +107,7 @@ def probe_song(job: ExtractJob, task: int, song_id: str) -> None:
         cpu.close()
 
 
-def load_models(job: ExtractJob) -> None:
+def load_extract_models(job: ExtractJob) -> None:
     """Everything a worker loads, for finding out whether that kills it."""
     UnitsHalf(job)
 
@@ -154,13 +133,13 @@ def extraction(job: ExtractJob) -> Workload:
         needs=needs,
         whole=ExtractTask,
         halves=(PrepareTask, FinishTask),
-        load=load_models if loads else None,
-        probe=probe_song,
+        load=load_extract_models if loads else None,
+        probe=probe_extraction,
         notice=notice,
     )
 
 
-def _models_gb(weights: Mapping[str, Weights], f0_networks: Collection[str]) -> float:
+def _models_gb(weights: Mapping[str, WeightFile], f0_networks: Collection[str]) -> float:
     """What the models add to a worker that makes pitch, units and x-vectors."""
     sizes = [weights[key].size for key in weights if key.endswith(".checkpoint")]
     models = sum(GB_PER_CHECKPOINT_GB * size / 2**30 + _BATCH_GB for size in sizes)
@@ -180,45 +159,3 @@ def _devices(job: ExtractJob) -> dict[str, str]:
     if job.f0_networks:
         devices["f0.device"] = config.f0.device
     return devices
-
-
-def task_row(task: int, crashed: Collection[str] = ()) -> dict[str, Any]:
-    """The row that stands for a task at the start of the graph."""
-    return {"task": task, "crashed": json.dumps(sorted(crashed))}
-
-
-def read_row(row: pa.Table) -> tuple[int, list[str]]:
-    """The task, and the songs of it on which workers died."""
-    return row["task"][0].as_py(), json.loads(row["crashed"][0].as_py())
-
-
-def result_row(result: TaskResult, clips: bytes | None = None) -> pa.Table:
-    data = pa.array([clips], pa.large_binary())
-    return pa.table({"result": [json.dumps(asdict(result))], "clips": data})
-
-
-def read_result(row: pa.Table) -> TaskResult:
-    return TaskResult(**json.loads(row["result"][0].as_py()))
-
-
-def guarded(task: int, run: Callable[[StageClock], bytes | None]) -> pa.Table:
-    """The row a task gives. Its faults become a row too: the driver decides, Ray does not retry.
-
-    run: gives the clips that the next operator is to finish, or None when the task is committed.
-    """
-    clock = StageClock()
-    try:
-        clips = run(clock)
-        return result_row(TaskResult(task, COMMITTED, stage_s=dict(clock.seconds)), clips)
-    except UserError as error:
-        return result_row(TaskResult(task, REFUSED, str(error)))
-    except OSError as error:
-        words = f"{storage_fault(error)}{_notes(error)}"
-        return result_row(TaskResult(task, STORAGE, words, is_disk_full(error)))
-    except Exception as error:  # noqa: BLE001  the driver names the song and stops the run
-        words = "".join(traceback.format_exception(error))
-        return result_row(TaskResult(task, BUG, words))
-
-
-def _notes(error: BaseException) -> str:
-    return "".join(f" ({note})" for note in getattr(error, "__notes__", ()))

@@ -14,10 +14,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.cluster.workload import ExtractJob
 from pipeline.dataset.decoded_clips import DecodedClips
-from pipeline.dataset.ledger import FILTERED, SongEntry
-from pipeline.dataset.shards import PITCH_SCHEMA
+from pipeline.dataset.ledger import SongEntry
+from pipeline.dataset.schema import PITCH_SCHEMA
+from pipeline.extract.job import ExtractJob
+from pipeline.songs.balance import FILTERED
 from pipeline.storage.weight_files import require_unchanged
 from stages.chain import StageClock, why_empty
 from stages.errors import Dropped, Reason

@@ -5,12 +5,13 @@ A song belongs to the last task that names it; its entry in an earlier one is hi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pipeline.dataset.ledger import QUARANTINED
 from pipeline.dataset.shards import Footer
-from pipeline.songs.corpus import Corpus, Source
+from pipeline.errors import some
+from pipeline.songs.balance import QUARANTINED
+from pipeline.songs.corpus import Corpus, ListedSong, left_alone
 from pipeline.songs.plan import PlannedSong, Task
 
 
@@ -21,7 +22,7 @@ class Changes:
     gone: songs of the plan that the corpus has no longer. notices: what the user should know.
     """
 
-    add: list[Source] = field(default_factory=list)
+    add: list[ListedSong] = field(default_factory=list)
     renew: dict[int, list[PlannedSong]] = field(default_factory=dict)
     gone: frozenset[str] = frozenset()
     notices: list[str] = field(default_factory=list)
@@ -99,12 +100,6 @@ def find_changes(
     return Changes(add, renew, gone, notices)
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
-    """The first names of a list, and how many more there are."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
-
-
 def _quarantined(owner: Mapping[str, Task], held: Mapping[int, Footer]) -> set[str]:
     return {
         entry.song_id
@@ -117,7 +112,7 @@ def _quarantined(owner: Mapping[str, Task], held: Mapping[int, Footer]) -> set[s
 def _notices(
     corpus: Corpus,
     owner: Mapping[str, Task],
-    listed: Mapping[str, Source],
+    listed: Mapping[str, ListedSong],
     changed: list[str],
     gone: frozenset[str],
 ) -> list[str]:
@@ -137,14 +132,3 @@ def _notices(
         names = some(sorted(gone))
         notices.append(f"{len(gone)} planned songs are not in the corpus now ({names})")
     return notices + left_alone(corpus)
-
-
-def left_alone(corpus: Corpus) -> list[str]:
-    """What of a corpus is not taken for songs, in words."""
-    notices = []
-    if corpus.ignored:
-        kinds = ", ".join(f"{suffix} {n}" for suffix, n in corpus.ignored.most_common(6))
-        notices.append(f"files that are not audio by name were left alone: {kinds}")
-    if corpus.loops:
-        notices.append(f"links that lead back up were not followed: {some(corpus.loops)}")
-    return notices

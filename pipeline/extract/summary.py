@@ -10,14 +10,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.dataset.ledger import FILTERED, QUARANTINED, Account
+from pipeline.dataset.account import Account
 from pipeline.dataset.verify import Verification
-from pipeline.extract.command import Outcome
+from pipeline.extract.command import ExtractOutcome
+from pipeline.songs.balance import FILTERED, QUARANTINED
 
 _MOST_SONGS = 50
 
 
-def summary(outcome: Outcome) -> dict[str, Any]:
+def summary(outcome: ExtractOutcome) -> dict[str, Any]:
     """The numbers of the closing table, as `--json` writes them."""
     account, work = outcome.account, outcome.work
     total_s = sum(work.stage_s.values())
@@ -43,12 +44,12 @@ def summary(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def write_summary(path: Path, outcome: Outcome) -> None:
+def write_summary(path: Path, outcome: ExtractOutcome) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(summary(outcome), indent=2, ensure_ascii=False) + "\n")
 
 
-def show_summary(console: Console, outcome: Outcome, dataset: Path) -> None:
+def show_summary(console: Console, outcome: ExtractOutcome, dataset: Path) -> None:
     """What `extract` did: songs by fate and reason, hours, clips, shards, speed, stages."""
     numbers = summary(outcome)
     table = Table(show_header=False, box=None, pad_edge=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 import soundfile as sf
 from numpy.typing import NDArray
 
-from pipeline.dataset.ledger import FILTERED, KEPT, QUARANTINED, Account, SongEntry, take_account
+from pipeline.dataset.account import Account, balance_dataset
+from pipeline.dataset.ledger import SongEntry
+from pipeline.dataset.schema import QUALITY_COLUMNS
 from pipeline.dataset.shards import (
-    QUALITY_COLUMNS,
     Footer,
-    commit_file,
     has_xvectors,
     iter_shards,
     read_dataset_info,
@@ -32,7 +32,6 @@ from pipeline.dataset.shards import (
     units_in_words,
 )
 from pipeline.errors import UserError
-from pipeline.extract.config import ExtractConfig, fingerprinted
 from pipeline.reports.html import (
     Theme,
     data_uri,
@@ -48,7 +47,9 @@ from pipeline.reports.html import (
     seconds_in_words,
 )
 from pipeline.reports.mel_picture import draw_mel, mel_height, mel_power, power_db
+from pipeline.songs.balance import FILTERED, KEPT, QUARANTINED
 from pipeline.songs.plan import load_plan
+from pipeline.storage.atomic import commit_file
 from stages.types import Array
 
 if TYPE_CHECKING:
@@ -100,8 +101,10 @@ class _Contents:
     environments: list[dict[str, str]]
 
 
-def write_report(dataset: Path) -> Path:
+def write_report(dataset: Path, defaults: Mapping[str, Any] | None = None) -> Path:
     """Write `dataset/report.html` and return its path; the same dataset gives the same page.
+
+    defaults: default settings by key; the page points out settings that differ from them.
 
     Raises: UserError when `dataset` is not one of ours, or of another format.
     """
@@ -112,7 +115,7 @@ def write_report(dataset: Path) -> Path:
             clips.append(_read_clip(dataset, speaker, candidate))
         except (pa.ArrowException, sf.LibsndfileError) as error:
             contents.account.problems.append(f"{candidate.clip_id} cannot be read: {error}")
-    page = _page(dataset.absolute().name, contents, clips)
+    page = _page(dataset.absolute().name, contents, clips, defaults or {})
     return commit_file(dataset, "report.html", lambda file: file.write(page.encode()))
 
 
@@ -146,7 +149,7 @@ def _read(dataset: Path) -> _Contents:
         footers.append((footer, table.num_rows))
         if footer.environment not in environments:
             environments.append(footer.environment)
-    account = take_account(list(tasks.values()), footers)
+    account = balance_dataset(list(tasks.values()), footers)
     account.problems = problems + account.problems
     return _Contents(
         info,
@@ -334,7 +337,7 @@ def _pitch_percentiles(pitch: NDArray[np.int64], percents: Sequence[float]) -> l
 # ---- the page -----------------------------------------------------------------------------------
 
 
-def _page(name: str, contents: _Contents, clips: list[_Clip]) -> str:
+def _page(name: str, contents: _Contents, clips: list[_Clip], defaults: Mapping[str, Any]) -> str:
     sections = [
         _problems(contents.account),
         _headline(contents),
@@ -342,7 +345,7 @@ def _page(name: str, contents: _Contents, clips: list[_Clip]) -> str:
         _charts(contents),
         _clips(clips),
         _drops(contents.account),
-        _settings(contents),
+        _settings(contents, defaults),
     ]
     title = f"{name}: dataset report"
     heading = f"<h1>{escaped_name(name)}</h1><p>{_lead(contents.info)}</p>"
@@ -603,8 +606,7 @@ def _duplicates(account: Account) -> str:
     return f"<h3>Same content under several names</h3><ul>{items}</ul>"
 
 
-def _settings(contents: _Contents) -> str:
-    defaults = fingerprinted(ExtractConfig())
+def _settings(contents: _Contents, defaults: Mapping[str, Any]) -> str:
     settings = {key: value for key, value in contents.info["settings"].items() if "." in key}
     made_with = "".join(
         "<p>" + ", ".join(f"{escaped(k)} {escaped(v)}" for k, v in environment.items()) + "</p>"

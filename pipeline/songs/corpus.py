@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, some
 
 # Read by libsndfile; the rest needs ffmpeg. The content decides in the end, not the name.
 AUDIO_SUFFIXES = frozenset(
@@ -24,7 +24,7 @@ MANIFEST_SUFFIXES = frozenset({".csv", ".jsonl"})
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ListedSong:
     """One song of the corpus, as listed. `path` is relative to the corpus, or absolute."""
 
     song_id: str
@@ -40,7 +40,7 @@ class Corpus:
     """Everything found at `root`: its songs in order of song_id, and what was passed over."""
 
     root: Path
-    songs: list[Source]
+    songs: list[ListedSong]
     ignored: Counter[str] = field(default_factory=Counter)  # by suffix: not audio by name
     loops: list[str] = field(default_factory=list)  # symbolic links that lead back up
 
@@ -96,7 +96,9 @@ def _list_folder(root: Path, speaker: str | None) -> Corpus:
             )
         name = speaker if speaker is not None else song_id_of(folder)
         corpus.songs.append(
-            Source(song_id_of(relative), name, "train", relative, stat.st_size, stat.st_mtime_ns)
+            ListedSong(
+                song_id_of(relative), name, "train", relative, stat.st_size, stat.st_mtime_ns
+            )
         )
     return corpus
 
@@ -166,7 +168,7 @@ def _list_manifest(manifest: Path, speaker: str | None) -> Corpus:
         except OSError:
             size, mtime_ns = 0, 0  # planned all the same, so that it is quarantined and not lost
         who = unicodedata.normalize("NFC", who)
-        corpus.songs.append(Source(song_id, who, split, os.fsencode(name), size, mtime_ns))
+        corpus.songs.append(ListedSong(song_id, who, split, os.fsencode(name), size, mtime_ns))
     return corpus
 
 
@@ -230,3 +232,14 @@ def _read_csv(manifest: Path, file: TextIO) -> Iterator[tuple[int, dict[str, obj
             line = rows.line_num + 1
     except csv.Error as error:
         raise UserError(f"{manifest}, line {line}: {error}; is a quote left open?") from error
+
+
+def left_alone(corpus: Corpus) -> list[str]:
+    """What of a corpus is not taken for songs, in words."""
+    notices = []
+    if corpus.ignored:
+        kinds = ", ".join(f"{suffix} {n}" for suffix, n in corpus.ignored.most_common(6))
+        notices.append(f"files that are not audio by name were left alone: {kinds}")
+    if corpus.loops:
+        notices.append(f"links that lead back up were not followed: {some(corpus.loops)}")
+    return notices

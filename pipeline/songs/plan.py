@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dataset.shards import commit_file
+from pipeline.songs.corpus import Corpus, ListedSong
+from pipeline.storage.atomic import commit_file
+from stages.decode import DecodeConfig, Decoder
+from stages.errors import BadInput
 
 # Every song costs this much besides its length, so that broken files (0 s) spread over tasks too.
 _SONG_OVERHEAD_S = 1.0
@@ -154,3 +158,35 @@ def load_plan(dataset: Path) -> dict[int, Task]:
         for index, songs in groups.items():
             tasks[index] = Task(index, splits[index], tuple(songs))
     return dict(sorted(tasks.items()))
+
+
+def plan_songs(
+    corpus: Corpus, sources: Sequence[ListedSong], decode: DecodeConfig, scratch_folder: str | None
+) -> dict[str, tuple[str, PlannedSong]]:
+    """(split, song) by song_id, durations read from the headers in a limited child process.
+
+    A header that cannot be read gives 0 s: the song is planned, and quarantined when it is decoded.
+    """
+    from pipeline.storage.scratch import Scratch
+
+    scratch = Scratch(scratch_folder)
+    songs = {}
+    try:
+        with Decoder(decode, scratch.folder) as decoder:
+            root = os.fsencode(corpus.root)
+            paths = (os.path.join(root, source.path) for source in sources)
+            headers = decoder.probe_many(paths)
+            for source, header in zip(sources, headers, strict=True):
+                duration_s = 0.0 if isinstance(header, BadInput) else header.duration_s
+                song = PlannedSong(
+                    source.song_id,
+                    source.speaker,
+                    source.path,
+                    source.size,
+                    source.mtime_ns,
+                    duration_s,
+                )
+                songs[source.song_id] = (source.split, song)
+    finally:
+        scratch.close()
+    return songs

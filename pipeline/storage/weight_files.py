@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightFile:
     """A file, or a folder of files, as it was when the run began.
 
     size: bytes. mtime_ns: of the youngest file.
@@ -23,8 +23,8 @@ class Weights:
 
 
 def read_weights(
-    paths: Mapping[str, str], known: Mapping[str, Weights] | None = None
-) -> dict[str, Weights]:
+    paths: Mapping[str, str], known: Mapping[str, WeightFile] | None = None
+) -> dict[str, WeightFile]:
     """Weights by the key that names their path, each path hashed once. Imports torch.
 
     known: those that need not be there, because what they made is taken over.
@@ -35,13 +35,13 @@ def read_weights(
         return found
     from models.checkpoint import CheckpointError, sha256_of  # torch takes seconds to import
 
-    read: dict[str, Weights] = {}
+    read: dict[str, WeightFile] = {}
     for key in paths.keys() - found.keys():
         path = paths[key]
         try:
             if path not in read:
                 size, mtime_ns = size_and_mtime(path)
-                read[path] = Weights(path, sha256_of(path), size, mtime_ns)
+                read[path] = WeightFile(path, sha256_of(path), size, mtime_ns)
         except FileNotFoundError as error:
             raise UserError(f"{key}: there is no file or folder {path}") from error
         except CheckpointError as error:
@@ -60,7 +60,7 @@ def size_and_mtime(path: str) -> tuple[int, int]:
     return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
 
 
-def require_unchanged(key: str, weights: Weights) -> None:
+def require_unchanged(key: str, weights: WeightFile) -> None:
     """In a worker, which may be another machine: are these the weights that the run began with?
 
     The content is read only where size or time differ.
@@ -83,3 +83,15 @@ def require_unchanged(key: str, weights: Weights) -> None:
         f"{key}: {weights.path} changed since the run began; put the file back, or extract with "
         "the new one into a new dataset"
     )
+
+
+def require_safetensors(out: Path) -> None:
+    """Raises UserError where `out` cannot be a file to write in that format."""
+    if out.is_dir():
+        raise UserError(
+            f"{out} is a folder; name the file to write, such as {out / 'a.safetensors'}"
+        )
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out} must end in .safetensors, the format that is written")
+    if out.parent.exists() and not out.parent.is_dir():
+        raise UserError(f"{out.parent} is a file, not a folder to write into")

@@ -12,10 +12,11 @@ from rich.console import Console
 from models.encoders.codebook import MAX_CLUSTERS, Codebook, save_codebooks
 from models.encoders.kmeans import KMeans, spread_out
 from pipeline.cluster.bar import show_bar
-from pipeline.cluster.device import choose_device, require_safetensors
+from pipeline.cluster.device import choose_device
 from pipeline.dataset.unit_frames import UnitFrames, find_units
 from pipeline.errors import UserError
 from pipeline.extract.from_dataset import read_source
+from pipeline.storage.weight_files import require_safetensors
 from stages.units import EncoderSettings
 
 _BATCH = 8192  # frames; below about 16 a centre, k-means by batches is noisy
@@ -83,7 +84,7 @@ def make_codebook(
     else:
         parts = [units if options.speaker is None else units.of(options.speaker)]
     _refuse_few(parts, options)
-    fits = [fit(part, options, device, console) for part in parts]
+    fits = [fit_codebook(part, options, device, console) for part in parts]
     frames = sum(f.frames for f in fits)
     inertia = sum(f.inertia * f.frames for f in fits) / frames
     notes = {
@@ -98,7 +99,7 @@ def make_codebook(
     return fits
 
 
-def fit(units: UnitFrames, options: CodebookOptions, device: str, console: Console) -> Fit:
+def fit_codebook(units: UnitFrames, options: CodebookOptions, device: str, console: Console) -> Fit:
     """k-means of `units`: k-means++ on a sample, minibatches, one pass of Lloyd, one of counting.
 
     Up to 2048 clusters start by k-means++; more start on frames drawn at random.

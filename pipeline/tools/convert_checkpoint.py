@@ -13,12 +13,12 @@ from torch import Tensor
 
 from models.checkpoint import json_beside, load_weights, save_safetensors, sha256_of
 from models.encoders.encoder_names import FAMILIES, names_for
-from models.encoders.layouts import Checkpoint, is_whisper, read_checkpoint, save_checkpoint
+from models.encoders.layouts import EncoderFile, is_whisper, read_encoder_file, save_checkpoint
 from models.encoders.onnx import describe_onnx
 from models.encoders.whisper import WhisperConfig, header, read_whisper
 from models.onnx_session import is_onnx
-from pipeline.cluster.device import require_safetensors
 from pipeline.errors import UserError
+from pipeline.storage.weight_files import require_safetensors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -30,13 +30,13 @@ class Description:
     lines: tuple[tuple[str, str], ...]
 
 
-def describe(path: Path) -> Description:
+def describe_checkpoint(path: Path) -> Description:
     """Kind, shapes, dtype, size and hash of a checkpoint. Raises UserError for what is none."""
     if is_onnx(path):
         with _user_errors():
             return Description((*describe_onnx(path), ("sha256", sha256_of(path))))
     found = _read(path)
-    if isinstance(found, Checkpoint):
+    if isinstance(found, EncoderFile):
         lines = _lines_of_network(found)
         if "WavLMForXVector" in json_beside(path, "config.json").get("architectures", ()):
             lines.append(("head", "x-vectors, for xvector.checkpoint and purity"))
@@ -54,7 +54,7 @@ def describe(path: Path) -> Description:
     return Description((*lines, ("sha256", sha256_of(path))))
 
 
-def _lines_of_network(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+def _lines_of_network(checkpoint: EncoderFile) -> list[tuple[str, str]]:
     config = checkpoint.config
     heads = sorted({layer.heads for layer in config.layers})
     inner = sorted({layer.feed_forward for layer in config.layers})
@@ -76,7 +76,7 @@ def _lines_of_network(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     ]
 
 
-def convert(source: Path, out: Path, dtype: str = "float32") -> None:
+def convert_checkpoint(source: Path, out: Path, dtype: str = "float32") -> None:
     """Write the encoder in `source` to `out`, whole or not at all. dtype: a key of `DTYPES`.
 
     Raises UserError for what cannot be read, and where `out` cannot be.
@@ -89,7 +89,7 @@ def convert(source: Path, out: Path, dtype: str = "float32") -> None:
     if out.exists() and source.exists() and out.samefile(source):
         raise UserError(f"{out} is the checkpoint itself; name another file to write")
     found = _read(source)
-    if isinstance(found, Checkpoint):
+    if isinstance(found, EncoderFile):
         save_checkpoint(found, out, DTYPES[dtype])
     else:
         config, tensors = found
@@ -97,15 +97,15 @@ def convert(source: Path, out: Path, dtype: str = "float32") -> None:
         save_safetensors(out, stored, header(config))
 
 
-def show(console: Console, description: Description) -> None:
+def show_description(console: Console, description: Description) -> None:
     """One line for each thing known."""
     for label, value in description.lines:
         console.print(f"{label:13} {value}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _read(path: Path) -> Checkpoint | tuple[WhisperConfig, dict[str, Tensor]]:
+def _read(path: Path) -> EncoderFile | tuple[WhisperConfig, dict[str, Tensor]]:
     with _user_errors():
-        return read_whisper(path) if is_whisper(path) else read_checkpoint(path)
+        return read_whisper(path) if is_whisper(path) else read_encoder_file(path)
 
 
 @contextmanager

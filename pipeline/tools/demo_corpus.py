@@ -26,7 +26,7 @@ import numpy as np
 import soundfile as sf
 
 from pipeline.errors import UserError
-from pipeline.tools.formant_singer import VOICES, Sung, Voice, sing
+from pipeline.tools.formant_singer import VOICES, FormantSong, FormantVoice, sing
 from stages.types import Array
 
 _MARKER = ".truth/corpus.json"
@@ -41,7 +41,7 @@ _OGG_SERIAL = 0x43414E54
 
 @dataclass(frozen=True)
 class _Song:
-    voice: Voice
+    voice: FormantVoice
     number: int  # from 1, in its speaker's folder
     duration_s: float
     sample_rate: int
@@ -165,7 +165,7 @@ def _stereo(wav: Array, sample_rate: int) -> Array:
     return np.stack(sides, axis=1)
 
 
-def _truth_csv(sung: Sung) -> bytes:
+def _truth_csv(sung: FormantSong) -> bytes:
     lines = ["time_s,f0_hz"]
     step_s = sung.hop_length / sung.sample_rate
     lines += [f"{i * step_s:.6f},{hz:.3f}" for i, hz in enumerate(sung.f0.tolist())]

@@ -33,16 +33,17 @@ from torch import Tensor
 from models.checkpoint import CheckpointError, read_safetensors, save_safetensors, sha256_of
 from models.encoders.distill import Distillation, DistillConfig, Phase, StepReport, gated_student
 from models.encoders.encoder_names import NAMES, Family
-from models.encoders.layouts import Checkpoint, read_checkpoint, read_encoder, save_checkpoint
+from models.encoders.layouts import EncoderFile, read_encoder, read_encoder_file, save_checkpoint
 from models.encoders.layouts.key_layouts import OURS
 from models.encoders.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from pipeline.cluster.bar import show_bar
-from pipeline.cluster.device import choose_device, require_safetensors
+from pipeline.cluster.device import choose_device
 from pipeline.dataset.shards import Footer, iter_shards, read_dataset_info, read_footers
 from pipeline.errors import UserError
 from pipeline.extract.from_dataset import read_source
 from pipeline.storage.lock import lock
 from pipeline.storage.step_log import StepLog, differences
+from pipeline.storage.weight_files import require_safetensors
 from stages.flac import decode_flac
 from stages.pcm import dequantise
 from stages.resample import resample
@@ -176,7 +177,7 @@ def _distill(
     return outcome
 
 
-def show_outcome(console: Console, outcome: DistillOutcome, out: Path) -> None:
+def show_student(console: Console, outcome: DistillOutcome, out: Path) -> None:
     table = Table(show_header=False)
     table.add_row("teacher", f"{outcome.teacher_size:,} parameters")
     table.add_row("student", f"{outcome.student_size:,} parameters")
@@ -371,7 +372,7 @@ class _Run:
         _save_encoder(student, self._pruned)
 
     def pruned(self) -> Wav2Vec2:
-        return _load(*read_checkpoint(self._pruned).take())
+        return _load(*read_encoder_file(self._pruned).take())
 
     def losses(self) -> list[float]:
         return [float(line["loss"]) for line in self.log.lines()]
@@ -421,7 +422,7 @@ def _save_encoder(network: Wav2Vec2, path: Path) -> None:
     tensors = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
     family: Family = "dphubert" if network.config.relative_bias is None else "dpwavlm"
     names = {name: name for name in tensors}
-    save_checkpoint(Checkpoint(path, OURS, family, network.config, tensors, names), path)
+    save_checkpoint(EncoderFile(path, OURS, family, network.config, tensors, names), path)
 
 
 def _outcome(teacher: Wav2Vec2, student: Wav2Vec2, losses: list[float]) -> DistillOutcome:

@@ -31,7 +31,7 @@ def export(checkpoint: Path, folder: Path) -> None:
         raise UserError(str(error)) from error
 
 
-def show(console: Console, folder: Path) -> None:
+def show_export(console: Console, folder: Path) -> None:
     """One line for each file."""
     for file in sorted(folder.glob("*.onnx")):
         size = f"{file.stat().st_size / 1e6:.1f} MB"

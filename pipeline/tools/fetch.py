@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from pipeline.cluster.bar import show_bar
-from pipeline.dataset.shards import storage_fault
 from pipeline.errors import StorageFault, UserError
-from pipeline.tools.known_checkpoints import CHECKPOINTS, Checkpoint, RemoteFile
+from pipeline.storage.atomic import storage_fault
+from pipeline.tools.known_checkpoints import CHECKPOINTS, KnownCheckpoint, RemoteFile
 
 _BLOCK = 1 << 20
 _LONGEST_PAUSE_S = 60.0
@@ -89,7 +89,7 @@ def fetch_encoder(name: str, options: FetchOptions, console: Console) -> Path:
     return folder if several else folder / checkpoint.files[0].name
 
 
-def _known(name: str) -> Checkpoint:
+def _known(name: str) -> KnownCheckpoint:
     if name in CHECKPOINTS:
         return CHECKPOINTS[name]
     by_encoder = [key for key, known in CHECKPOINTS.items() if name in known.encoders]

@@ -56,7 +56,7 @@ _MAJOR_SCALE = (0, 2, 4, 5, 7, 9, 11)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Voice:
+class FormantVoice:
     """One singer.
 
     f0_min, f0_max: Hz, lowest and highest note; vibrato and drift go a little beyond.
@@ -97,15 +97,15 @@ class Voice:
             raise ValueError(f"formant_scale must lie in 0.5 to 2, not {self.formant_scale}")
 
 
-BASS = Voice(
+BASS = FormantVoice(
     name="bass", f0_min=82.4, f0_max=246.9, ring=0.6, breathiness=0.12,
     vibrato_hz=5.0, vibrato_cents=35, open_quotient=0.55, tilt_hz=2200,
 )  # fmt: skip
-ALTO = Voice(
+ALTO = FormantVoice(
     name="alto", f0_min=164.8, f0_max=493.9, formant_scale=1.13, ring=0.15, breathiness=0.3,
     vibrato_hz=5.6, vibrato_cents=30, open_quotient=0.78, tilt_hz=2000,
 )  # fmt: skip
-SOPRANO = Voice(
+SOPRANO = FormantVoice(
     name="soprano", f0_min=261.6, f0_max=784.0, formant_scale=1.19, breathiness=0.2,
     vibrato_hz=6.0, vibrato_cents=50, open_quotient=0.72, tilt_hz=2600,
 )  # fmt: skip
@@ -113,7 +113,7 @@ VOICES = (BASS, ALTO, SOPRANO)
 
 
 @dataclass(frozen=True)
-class Sung:
+class FormantSong:
     """A song and the truth about its pitch."""
 
     wav: Array  # (T,)
@@ -144,8 +144,8 @@ class _Controls:
 
 
 def sing(
-    voice: Voice, duration_s: float, sample_rate: int, seed: int, hop_length: int = 512
-) -> Sung:
+    voice: FormantVoice, duration_s: float, sample_rate: int, seed: int, hop_length: int = 512
+) -> FormantSong:
     """A song of melodic phrases with rests between; the same arguments give the same samples.
 
     Raises: ValueError for less than a second, and for rates that cannot carry the voice.
@@ -178,7 +178,7 @@ def sing(
 
     frames = slice(0, num_samples // hop_length * hop_length, hop_length)
     truth = np.where(voicing[frames] > _VOICED_ABOVE, f0[frames], 0.0)
-    return Sung(
+    return FormantSong(
         np.clip(wav, -1.0, 1.0).astype(np.float32),
         truth.astype(np.float32),
         sample_rate,
@@ -186,7 +186,7 @@ def sing(
     )
 
 
-def _compose(voice: Voice, duration_s: float, rng: np.random.Generator) -> list[_Note]:
+def _compose(voice: FormantVoice, duration_s: float, rng: np.random.Generator) -> list[_Note]:
     """Phrases of four to nine notes of a major scale, rests of 0.3 to 2 s between them."""
     lowest, highest = (69 + 12 * np.log2(hz / 440) for hz in (voice.f0_min, voice.f0_max))
     tonic = np.ceil(lowest) + rng.integers(0, 5)
@@ -229,7 +229,7 @@ def _compose(voice: Voice, duration_s: float, rng: np.random.Generator) -> list[
 
 
 def _perform(
-    voice: Voice, notes: list[_Note], duration_s: float, rng: np.random.Generator
+    voice: FormantVoice, notes: list[_Note], duration_s: float, rng: np.random.Generator
 ) -> _Controls:
     """Glides, vibrato, drift, vowels and breath for the notes."""
     n = int(np.ceil(duration_s * _CONTROL_HZ)) + 2
@@ -284,7 +284,7 @@ def _onset_s(note: _Note) -> float:
     return min(closure_s + noise_s, 0.4 * (note.stop_s - note.start_s))
 
 
-def _formants(voice: Voice, vowel: str) -> NDArray[np.float64]:
+def _formants(voice: FormantVoice, vowel: str) -> NDArray[np.float64]:
     """(8,) Hz."""
     upper = (1 - voice.ring) * np.array(_UPPER_FORMANTS_HZ)
     upper += voice.ring * np.array(_RINGING_FORMANTS_HZ)
@@ -324,7 +324,7 @@ def _harmonics(cycles: Curve, f0: Curve, sample_rate: int) -> Curve:
 
 
 def _vocal_tract(
-    voice: Voice, pulses: Curve, breath: Curve, controls: _Controls, sample_rate: int
+    voice: FormantVoice, pulses: Curve, breath: Curve, controls: _Controls, sample_rate: int
 ) -> Curve:
     """The source through glottis, mouth and lips, by overlap-add; (T,).
 
@@ -364,7 +364,7 @@ def _vocal_tract(
 
 
 def _glottis(
-    voice: Voice, hz: NDArray[np.float64], f0: NDArray[np.float64]
+    voice: FormantVoice, hz: NDArray[np.float64], f0: NDArray[np.float64]
 ) -> NDArray[np.complex64]:
     """Spectra (F, bins) of the derivative of one glottal pulse, s^2 - s^3 for s from 0 to 1.
 

@@ -20,7 +20,7 @@ class RemoteFile:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class KnownCheckpoint:
     """encoders: the names in `encoder.name` that it serves; none for a speaker model. Several files
     make a folder."""
 
@@ -43,11 +43,11 @@ _WAVLM_AZURE = (
 _CONTENTVEC = ("contentvec256l9", "contentvec256l12", "contentvec768l9", "contentvec768l12")
 
 
-def _one(file: RemoteFile, *encoders: str) -> Checkpoint:
-    return Checkpoint((file,), encoders)
+def _one(file: RemoteFile, *encoders: str) -> KnownCheckpoint:
+    return KnownCheckpoint((file,), encoders)
 
 
-CHECKPOINTS: dict[str, Checkpoint] = {
+CHECKPOINTS: dict[str, KnownCheckpoint] = {
     "contentvec": _one(
         RemoteFile(
             "checkpoint_best_legacy_500.pt",
@@ -89,7 +89,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         ),
         "cnhubertlarge",
     ),
-    "wavlm-base-plus": Checkpoint(  # pinned so by several projects
+    "wavlm-base-plus": KnownCheckpoint(  # pinned so by several projects
         (
             RemoteFile(
                 "config.json",
@@ -177,7 +177,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
         "contentvec768l12-onnx",
     ),
     "hubertsoft-onnx": _one(RemoteFile("hubert-soft.onnx", None), "hubertsoft-onnx"),
-    "wavlm-base-plus-sv": Checkpoint(  # the x-vector model, for `xvector.checkpoint` and `purity`
+    "wavlm-base-plus-sv": KnownCheckpoint(  # for `xvector.checkpoint` and `purity`
         (
             RemoteFile(
                 "config.json",

@@ -21,15 +21,10 @@ from soundfile import LibsndfileError
 
 from pipeline.cluster.bar import show_bar
 from pipeline.cluster.device import choose_device
-from pipeline.dataset.shards import (
-    XVECTOR_COLUMN,
-    Footer,
-    commit_file,
-    iter_shards,
-    read_dataset_info,
-    read_footers,
-)
+from pipeline.dataset.schema import XVECTOR_COLUMN
+from pipeline.dataset.shards import Footer, iter_shards, read_dataset_info, read_footers
 from pipeline.errors import UserError
+from pipeline.storage.atomic import commit_file
 from stages.flac import decode_flac
 from stages.pcm import dequantise
 from stages.xvector import embed_clips

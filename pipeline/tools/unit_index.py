@@ -14,9 +14,10 @@ from typing import Any, BinaryIO
 from rich.console import Console
 
 from pipeline.cluster.bar import show_bar
-from pipeline.dataset.shards import commit_file, read_dataset_info
+from pipeline.dataset.shards import read_dataset_info
 from pipeline.dataset.unit_frames import UnitFrames, find_units
 from pipeline.errors import UserError
+from pipeline.storage.atomic import commit_file
 from stages.retrieval import IndexFault, IndexNote, import_faiss, index_files, note_to_json
 
 _FEW = 10_000  # vectors that are searched one by one: exact, and quick enough

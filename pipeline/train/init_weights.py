@@ -13,7 +13,7 @@ from models.checkpoint import CheckpointError, read_safetensors
 from models.synthesizer.config import MelConfig, SynthesizerConfig
 from models.synthesizer.sovits.files import read_discriminator, read_voice
 from models.synthesizer.voice import WEIGHTS, Voice, load_voice, require_same
-from pipeline.dataset.shards import EncoderIdentity
+from pipeline.dataset.schema import EncoderIdentity
 from pipeline.errors import UserError
 from pipeline.train.find_voice import weights_file
 from pipeline.train.run_folder import TRAINING_FILE, part_of, read_checkpoint

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Group:
+class ProcessGroup:
     """rank: this process, of `size`. neighbours: how many of them are on this machine."""
 
     rank: int
@@ -26,11 +26,11 @@ class Group:
     device: torch.device
 
     @staticmethod
-    def of_this_process(device: torch.device) -> Group:
+    def of_this_process(device: torch.device) -> ProcessGroup:
         if not (dist.is_available() and dist.is_initialized()):
-            return Group(0, 1, 1, device)
+            return ProcessGroup(0, 1, 1, device)
         neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return Group(dist.get_rank(), dist.get_world_size(), neighbours, device)
+        return ProcessGroup(dist.get_rank(), dist.get_world_size(), neighbours, device)
 
     @property
     def leads(self) -> bool:

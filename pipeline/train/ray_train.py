@@ -22,11 +22,11 @@ from rich.console import Console
 
 from pipeline.cluster.ray_connection import connected
 from pipeline.cluster.ray_graph import living_nodes
-from pipeline.dataset.shards import storage_fault
 from pipeline.errors import Interrupted, StorageFault, UserError
+from pipeline.storage.atomic import storage_fault
 from pipeline.train.config import TrainConfig
 from pipeline.train.run_folder import RunFolder
-from pipeline.train.trainer import Outcome, fit, stop_asked
+from pipeline.train.trainer import TrainOutcome, fit, stop_asked
 from pipeline.train.watch import Nobody, OnConsole, Watch
 
 _DEATHS = 3  # of a worker, each since the last start, before the run is given up
@@ -56,7 +56,7 @@ class Post:
         self._losses: dict[str, float] = {}
         self._lines: list[str] = []
         self._stop = False
-        self._end: Outcome | Interrupted | UserError | None = None
+        self._end: TrainOutcome | Interrupted | UserError | None = None
 
     def say(self, line: str) -> None:
         self._lines.append(line)
@@ -72,14 +72,14 @@ class Post:
     def stop(self) -> None:
         self._stop = True
 
-    def end(self, what: Outcome | Interrupted | UserError) -> None:
+    def end(self, what: TrainOutcome | Interrupted | UserError) -> None:
         """The first word counts."""
         self._end = self._end or what
 
     def has_ended(self) -> bool:
         return self._end is not None or self._stop
 
-    def ending(self) -> Outcome | Interrupted | UserError | None:
+    def ending(self) -> TrainOutcome | Interrupted | UserError | None:
         return self._end or (Interrupted() if self._stop else None)
 
     def news(self) -> News:
@@ -98,7 +98,7 @@ def train_on_ray(
     *,
     init_from: Path | None = None,
     console: Console | None = None,
-) -> Outcome:
+) -> TrainOutcome:
     """`fit` on `workers` workers of the cluster at `ray_address`, or of this machine.
 
     dataset, run, init_from: as every node sees them.
@@ -140,7 +140,7 @@ def _on_devices(config: TrainConfig, workers: int) -> TrainConfig:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, device=device))
 
 
-def _train(job: dict[str, Any], workers: int, watch: Watch) -> Outcome:
+def _train(job: dict[str, Any], workers: int, watch: Watch) -> TrainOutcome:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -181,7 +181,7 @@ def _train(job: dict[str, Any], workers: int, watch: Watch) -> Outcome:
         ending = ray.get(post.ending.remote())
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    if isinstance(ending, Outcome):
+    if isinstance(ending, TrainOutcome):
         return ending
     if ending is not None:
         raise ending

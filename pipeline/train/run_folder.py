@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from models.checkpoint import CheckpointError, read_safetensors, save_safetensors, sha256_of
-from pipeline.dataset.shards import commit_file, sync_folder
 from pipeline.errors import StorageFault, UserError
+from pipeline.storage.atomic import commit_file, sync_folder
 from pipeline.storage.step_log import StepLog, differences
 
 TRAINING_FILE = "training.safetensors"
@@ -276,7 +276,7 @@ def write_training(folder: Path, tensors: dict[str, Tensor], notes: dict[str, st
     save_safetensors(folder / TRAINING_FILE, tensors, notes)
 
 
-def load_network(network: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+def load_network_state(network: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
     """Raises CheckpointError where names or shapes differ."""
     try:
         network.load_state_dict(dict(tensors))

@@ -14,7 +14,7 @@ from pipeline.train.run_folder import Checkpoints
 from pipeline.train.validation import PATHS, picture_path
 
 if TYPE_CHECKING:
-    from pipeline.train.trainer import Outcome
+    from pipeline.train.trainer import TrainOutcome
 
 _LOSSES = {
     "mel": "mel",
@@ -32,7 +32,7 @@ _MEASURES = {
 }
 
 
-def show_outcome(console: Console, outcome: Outcome) -> None:
+def show_training(console: Console, outcome: TrainOutcome) -> None:
     """Steps, losses and validation at both ends of the whole run, and where the voice lies."""
     lines = StepLog(outcome.run / "log.jsonl").lines()
     done = outcome.steps - outcome.begun_at

@@ -35,7 +35,7 @@ from models.synthesizer.blocks.discriminators import MultiPeriodDiscriminator
 from models.synthesizer.blocks.noise import KeyedNoise
 from models.synthesizer.config import SynthesizerConfig
 from models.synthesizer.sovits.networks import Synthesizer
-from models.synthesizer.step import GanStep, Weights
+from models.synthesizer.step import GanStep, LossWeights
 from models.synthesizer.voice import Voice, VoiceEncoder, save_voice
 from pipeline.cluster.device import choose_device
 from pipeline.dataset.clip_index import Identity
@@ -45,13 +45,13 @@ from pipeline.settings import dump_yaml, flatten
 from pipeline.storage.lock import lock
 from pipeline.train.config import OptimizerConfig, TrainConfig
 from pipeline.train.init_weights import Wanted, read_start
-from pipeline.train.process_group import Group
+from pipeline.train.process_group import ProcessGroup
 from pipeline.train.run_folder import (
     Checkpoint,
     Checkpoints,
     RunFolder,
     join,
-    load_network,
+    load_network_state,
     load_optimizer,
     move_average,
     network_tensors,
@@ -60,7 +60,7 @@ from pipeline.train.run_folder import (
     read_checkpoint,
     write_training,
 )
-from pipeline.train.validation import Metrics, describe, fixed_clips
+from pipeline.train.validation import Metrics, describe_measures, fixed_clips
 from pipeline.train.watch import Nobody, OnConsole, Watch
 
 # Settings that the numbers do not depend on; of the section `run` all but these are such.
@@ -69,7 +69,7 @@ _DO_NOT_COUNT = ("data.loader_threads", "data.prefetch")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainOutcome:
     """What a call did. losses, validation: the last ones; {} where it did no step."""
 
     run: Path
@@ -88,7 +88,7 @@ def fit(
     init_from: Path | None = None,
     console: Console | None = None,
     watch: Watch | None = None,
-) -> Outcome:
+) -> TrainOutcome:
     """Train on `dataset` until `run.steps` steps are done; the same call goes on with a run.
 
     Where torch.distributed is initialised, its processes share each batch, and the first of them
@@ -101,7 +101,7 @@ def fit(
     device = torch.device(choose_device(config.run.device, "run.device"))
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    group = Group.of_this_process(device)
+    group = ProcessGroup.of_this_process(device)
     with ExitStack() as held:
         held.enter_context(_faults_in_words())
         held.enter_context(_threads(config.run.threads, group))
@@ -129,7 +129,7 @@ class _Trainer:
         folder: RunFolder,
         config: TrainConfig,
         data: ShardDataset,
-        group: Group,
+        group: ProcessGroup,
         watch: Watch,
     ) -> None:
         self.folder, self.config, self.data = folder, config, data
@@ -148,11 +148,13 @@ class _Trainer:
         if checkpoint is not None:
             tensors, notes = checkpoint.read()
             self._build(int(notes["source_rate"]))
-            load_network(self.generator, part_of(tensors, "generator"), checkpoint.folder)
-            load_network(self.discriminator, part_of(tensors, "discriminator"), checkpoint.folder)
+            load_network_state(self.generator, part_of(tensors, "generator"), checkpoint.folder)
+            load_network_state(
+                self.discriminator, part_of(tensors, "discriminator"), checkpoint.folder
+            )
             self._make_step()
             if self.averaged is not None:
-                load_network(self.averaged, part_of(tensors, "averaged"), checkpoint.folder)
+                load_network_state(self.averaged, part_of(tensors, "averaged"), checkpoint.folder)
             load_optimizer(self.step.optim_g, self.names_g, part_of(tensors, "optim_g"))
             load_optimizer(self.step.optim_d, self.names_d, part_of(tensors, "optim_d"))
             self.step.scaler.load_state_dict(json.loads(notes["scaler"]))
@@ -190,9 +192,9 @@ class _Trainer:
         wanted = Wanted(shape, self.config.mel, identity.encoder, identity.speakers)
         start = read_start(init_from, wanted)
         self._build(start.source_rate)
-        load_network(self.generator, start.generator, init_from)
+        load_network_state(self.generator, start.generator, init_from)
         if start.discriminator is not None:
-            load_network(self.discriminator, start.discriminator, init_from)
+            load_network_state(self.discriminator, start.discriminator, init_from)
         for line in start.lines:
             self.watch.say(f"from {init_from}: {line}")
 
@@ -210,7 +212,7 @@ class _Trainer:
             _optimizer(self.generator, config),
             _optimizer(self.discriminator, config),
             self.config.mel,
-            Weights(**dataclasses.asdict(self.config.loss)),
+            LossWeights(**dataclasses.asdict(self.config.loss)),
             precision=self.config.run.precision,
             clip_norm=config.clip_norm,
             reduce=self.group.add_up,
@@ -232,7 +234,7 @@ class _Trainer:
     def voice(self) -> Synthesizer:
         return self.generator if self.averaged is None else self.averaged
 
-    def run(self) -> Outcome:
+    def run(self) -> TrainOutcome:
         begun_at, steps = self.done, self.config.run.steps
         if begun_at >= steps:
             self.watch.say(f"{begun_at} steps are done already; a larger run.steps trains on")
@@ -241,7 +243,7 @@ class _Trainer:
                 self._train_and_write(held)
         else:
             self._train(lambda line: False)
-        return Outcome(
+        return TrainOutcome(
             self.folder.folder,
             begun_at,
             self.done,
@@ -359,7 +361,7 @@ class _Trainer:
         self.validation = metrics.validate(self.done, self.voice)
         self.validated_at = self.done
         if self.validation:
-            self.watch.say(f"step {self.done}: {describe(self.validation)}")
+            self.watch.say(f"step {self.done}: {describe_measures(self.validation)}")
 
     def _best_so_far(self) -> bool:
         return self.validated_at == self.done and self.checkpoints.would_be_best(self.validation)
@@ -425,7 +427,7 @@ def learning_rate(config: OptimizerConfig, step: int, epoch: int) -> float:
     return config.learning_rate * warm * config.decay**epoch
 
 
-def _check(config: TrainConfig, identity: Identity, group: Group) -> None:
+def _check(config: TrainConfig, identity: Identity, group: ProcessGroup) -> None:
     """Raises UserError where settings do not suit the data or the workers."""
     hop = config.model.hop_length
     if hop != identity.hop_length:
@@ -525,7 +527,7 @@ def _key(*parts: int | str) -> int:
 
 
 @contextmanager
-def _threads(threads: int | None, group: Group) -> Iterator[None]:
+def _threads(threads: int | None, group: ProcessGroup) -> Iterator[None]:
     """Of torch: `threads`, or this machine's cores, shared out among its workers."""
     before = torch.get_num_threads()
     cores = len(os.sched_getaffinity(0))

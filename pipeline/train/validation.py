@@ -40,7 +40,7 @@ CENTS = 50.0  # a pitch this near is right
 
 
 @dataclass(frozen=True)
-class Sound:
+class ValidationSound:
     """A clip, original or made again."""
 
     wav: Array  # (T,) float32
@@ -81,17 +81,17 @@ class Metrics:
             self.writer.add_scalar(_tag(name), value, step)
 
     def validate(self, step: int, generator: Synthesizer) -> dict[str, float]:
-        """`measure` of the clips as `generator` makes them now; drawn, and written as sound.
+        """`measure_clips` of the clips as `generator` makes them now; drawn, and written as sound.
 
         Draws no global random number and leaves the generator in the mode that it was in. {} when
         there are no clips.
         """
-        made: dict[str, list[Sound]] = {path: [] for path in PATHS}
+        made: dict[str, list[ValidationSound]] = {path: [] for path in PATHS}
         with _at_rest(generator):
             for clip in self.clips:
                 for path, wav in resynthesize(generator, clip, self.mel).items():
                     made[path].append(self._sound(wav))
-        numbers = measure(self.clips, self.originals, made)
+        numbers = measure_clips(self.clips, self.originals, made)
         for name, value in numbers.items():
             self.writer.add_scalar(f"validation/{name}", value, step)
         for i, clip in enumerate(self.clips):
@@ -115,7 +115,7 @@ class Metrics:
             lengths=torch.full_like(clip.lengths, frames),
         )
 
-    def _sound(self, wav: Tensor) -> Sound:
+    def _sound(self, wav: Tensor) -> ValidationSound:
         """wav: (1, T)."""
         spec = spectrogram(wav, self.mel, self.hop_length)
         mel = mel_of(spec, self.mel, self.sample_rate)[0].cpu().numpy()
@@ -125,11 +125,13 @@ class Metrics:
             method="praat", hop_length=self.hop_length, f0_max=min(1100.0, 0.45 * self.sample_rate)
         )
         f0 = estimate_f0(heard, self.sample_rate, settings, n_frames=mel.shape[1])
-        return Sound(heard, mel, f0)
+        return ValidationSound(heard, mel, f0)
 
-    def _show(self, step: int, number: int, clip_id: str, made: Mapping[str, Sound]) -> None:
+    def _show(
+        self, step: int, number: int, clip_id: str, made: Mapping[str, ValidationSound]
+    ) -> None:
         sounds = {"original": self.originals[number], **made}
-        figure = draw(sounds, f"{clip_id}, step {step}", self.mel, self.sample_rate,
+        figure = draw_spectrograms(sounds, f"{clip_id}, step {step}", self.mel, self.sample_rate,
                       self.hop_length)  # fmt: skip
         name, picture = f"clip {number + 1}", _pixels(figure)
         self.writer.add_image(f"mel/{name}", picture, step, dataformats="HWC")
@@ -141,7 +143,7 @@ class Metrics:
         if number == 0:
             self._write(step, picture, sounds)
 
-    def _write(self, step: int, picture: Array, sounds: Mapping[str, Sound]) -> None:
+    def _write(self, step: int, picture: Array, sounds: Mapping[str, ValidationSound]) -> None:
         from matplotlib.image import imsave
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -178,8 +180,10 @@ def resynthesize(generator: Synthesizer, clip: Batch, mel: MelConfig) -> dict[st
     return {"posterior": posterior, "prior": prior}
 
 
-def measure(
-    clips: Sequence[Batch], originals: Sequence[Sound], made: Mapping[str, Sequence[Sound]]
+def measure_clips(
+    clips: Sequence[Batch],
+    originals: Sequence[ValidationSound],
+    made: Mapping[str, Sequence[ValidationSound]],
 ) -> dict[str, float]:
     """Of all the clips together, by path: mel_PATH, and what `compare_pitch` says, with _PATH.
 
@@ -221,7 +225,7 @@ def compare_pitch(truth: Array, found: Array) -> dict[str, float]:
     return numbers
 
 
-def describe(numbers: Mapping[str, float]) -> str:
+def describe_measures(numbers: Mapping[str, float]) -> str:
     """One line for the console; "" where nothing was measured."""
     if not numbers:
         return ""
@@ -237,8 +241,12 @@ def describe(numbers: Mapping[str, float]) -> str:
     )
 
 
-def draw(
-    sounds: Mapping[str, Sound], title: str, mel: MelConfig, sample_rate: int, hop_length: int
+def draw_spectrograms(
+    sounds: Mapping[str, ValidationSound],
+    title: str,
+    mel: MelConfig,
+    sample_rate: int,
+    hop_length: int,
 ) -> Figure:
     """The log mels side by side, in the colours of the first."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -54,7 +54,7 @@ SFE_MALLOC_FAILED = 17
 SFE_BAD_FILE = 7  # "not a regular file": what libsndfile says of an MP3 without one whole frame
 
 
-class Source:
+class GuardedFile:
     """A regular file, as a file object for libsndfile that keeps the storage's faults for us.
 
     libsndfile sees what `present` says. A callback cannot raise through C, so a failing read looks
@@ -132,7 +132,7 @@ class Source:
         return OSError(error.errno, error.strerror, os.fsdecode(self.path))
 
 
-class Sound(soundfile.SoundFile):  # type: ignore[misc]
+class OnePassSound(soundfile.SoundFile):  # type: ignore[misc]
     """A SoundFile that is read once, from start to end.
 
     soundfile seeks after every read of a seekable file; libsndfile fails that at the end of a FLAC
@@ -156,7 +156,7 @@ class Song:
 @contextlib.contextmanager
 def open_song(path: bytes, cfg: DecodeConfig, thorough: bool) -> Iterator[Song]:
     """Raises BadInput for what the header shows; `thorough`: for what all Ogg pages show."""
-    with contextlib.closing(Source(path)) as source:
+    with contextlib.closing(GuardedFile(path)) as source:
         container = foreign_container(source.read_at)
         if container is None:
             with _open_native(source, thorough) as song:
@@ -171,7 +171,7 @@ def open_song(path: bytes, cfg: DecodeConfig, thorough: bool) -> Iterator[Song]:
 
 
 @contextlib.contextmanager
-def _open_native(source: Source, thorough: bool) -> Iterator[Song | None]:
+def _open_native(source: GuardedFile, thorough: bool) -> Iterator[Song | None]:
     """Through libsndfile. None for a chain of Ogg streams, of which it reads only the first."""
     claim = read_claim(source.read_at, source.size)
     if claim == NO_CLAIM:
@@ -180,7 +180,7 @@ def _open_native(source: Source, thorough: bool) -> Iterator[Song | None]:
         raise BadInput(Reason.TRUNCATED, claim.shortage)
     source.present(claim.prefix, claim.start)
     try:
-        sound = Sound(source)
+        sound = OnePassSound(source)
     except soundfile.LibsndfileError as error:
         source.check()
         if source.read_at(0, 4) == b"OggS":
@@ -212,7 +212,7 @@ def _open_native(source: Source, thorough: bool) -> Iterator[Song | None]:
         )
 
 
-def _native_blocks(source: Source, sound: Sound, block_samples: int) -> Iterator[Block]:
+def _native_blocks(source: GuardedFile, sound: OnePassSound, block_samples: int) -> Iterator[Block]:
     buffer = np.empty((block_samples, sound.channels), np.float32)
     view = buffer.data.cast("B")
     count = block_samples
@@ -227,7 +227,7 @@ def _native_blocks(source: Source, sound: Sound, block_samples: int) -> Iterator
             yield buffer[:count]
 
 
-def _scan_ogg(source: Source, after: str = "") -> bool:
+def _scan_ogg(source: GuardedFile, after: str = "") -> bool:
     """Whether streams follow one another. Raises BadInput where the last one was cut."""
     pages = scan_ogg(source.read_at, source.size)
     if pages.flaw:
@@ -243,13 +243,13 @@ def _unreadable(error: soundfile.LibsndfileError) -> Exception:
     return BadInput(reason, f"libsndfile: {words}")
 
 
-def _guess_flac(size: int, sound: Sound) -> int:
+def _guess_flac(size: int, sound: OnePassSound) -> int:
     bits = 24 if sound.subtype == "PCM_24" else 16
     return int(size * 8 / (bits * sound.channels * FLAC_RATIO))
 
 
 @contextlib.contextmanager
-def _open_with_ffmpeg(source: Source, container: str, thorough: bool) -> Iterator[Song]:
+def _open_with_ffmpeg(source: GuardedFile, container: str, thorough: bool) -> Iterator[Song]:
     try:
         with contextlib.closing(open_foreign(source.path, container)) as foreign:
             chained = container == "ogg" and thorough and _scan_ogg(source)

@@ -42,8 +42,8 @@ class F0Config(PostConfig):
     crepe_hop_ms: crepe and crepe-tiny look at the clip this often; None: at every frame.
 
     align: "sample" puts frame i at sample i * hop_length for every method. "peer" gives the numbers
-      of so-vits-svc before it fills unvoiced frames (`stages.f0.sovits_compat`): its Praat contour is about
-      0.8 hop late, its WORLD contours drift by one hop over a clip.
+      of so-vits-svc before it fills unvoiced frames (`stages.f0.sovits_compat`): its Praat contour
+      is about 0.8 hop late, its WORLD contours drift by one hop over a clip.
     """
 
     method: Literal[

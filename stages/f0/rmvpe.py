@@ -33,7 +33,7 @@ def rmvpe_frames(
     """f0 in Hz every 10 ms, 0 = unvoiced, of each clip."""
     import torch
 
-    from models.f0.rmvpe import decode
+    from models.f0.rmvpe import decode_rmvpe
 
     rmvpe: Rmvpe = network("rmvpe", cfg)
     threshold = default_voicing if cfg.voicing_threshold is None else cfg.voicing_threshold
@@ -41,4 +41,4 @@ def rmvpe_frames(
     saliences = rmvpe.salience(
         [torch.from_numpy(np.require(wav, np.float32, "W")) for wav in heard]
     )
-    return [decode(salience, threshold).numpy() for salience in saliences]
+    return [decode_rmvpe(salience, threshold).numpy() for salience in saliences]

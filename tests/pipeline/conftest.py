@@ -12,21 +12,21 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.extract.command import ExtractOptions, Outcome, extract
+from pipeline.extract.command import ExtractOptions, ExtractOutcome, extract
 from pipeline.extract.config import load_config
 from tests.songs import make_songs
 
 # Short tasks, so that a few songs make several; dio, because it is quick.
 FAST = ["plan.task_minutes=0.2", "f0.method=dio", "slice.min_length_ms=1000"]
 
-Extract = Callable[..., Outcome]
+Extract = Callable[..., ExtractOutcome]
 
 
 @pytest.fixture(scope="session")
 def run_extract() -> Extract:
     def run(
         corpus: Path, dataset: Path, overrides: list[str] | None = None, **options: object
-    ) -> Outcome:
+    ) -> ExtractOutcome:
         options = {"local": True, **options}
         by_key = {word.partition("=")[0]: word for word in [*FAST, *(overrides or [])]}
         config = load_config(None, list(by_key.values()))

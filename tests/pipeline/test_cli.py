@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from pipeline import cli
-from pipeline.dataset.shards import storage_fault
 from pipeline.errors import Interrupted, StorageFault
 from pipeline.settings import dump_yaml, read_settings
+from pipeline.storage.atomic import storage_fault
 from pipeline.train.config import TrainConfig
 from tests.pipeline.conftest import FAST
 from tests.pipeline.train.small_training import SMALL, write_small_dataset

@@ -19,7 +19,7 @@ from stages.loudness import (
     LoudnessConfig,
     apply_gain,
     integrated_loudness,
-    measure,
+    measure_loudness,
     peaks,
 )
 from stages.types import Array, PcmFile
@@ -77,7 +77,7 @@ def test_blocks_do_not_change_a_bit_of_loudness(song: tuple[Array, int], read_st
 def test_real_recordings(real_audio: Path, name: str) -> None:
     wav, sample_rate = soundfile.read(real_audio / name, dtype="float32", always_2d=True)
     wav = wav.mean(axis=1)
-    reading = measure(wav, sample_rate, LoudnessConfig())
+    reading = measure_loudness(wav, sample_rate, LoudnessConfig())
     expected = pyloudnorm.Meter(sample_rate).integrated_loudness(wav.astype(np.float64))
     assert reading.loudness_lufs == pytest.approx(expected, abs=1e-6)
     assert 10 ** (reading.peak_db / 20) == pytest.approx(true_peak_of_whole(wav), rel=1e-12)
@@ -185,13 +185,15 @@ def test_a_file_reads_like_an_array(tmp_path: Path) -> None:
     wav = np.concatenate([sine(2), np.zeros(1000, np.float32), sine(7, amplitude=0.8)])
     wav.astype("<f4").tofile(tmp_path / "song.pcm")
     file = PcmFile(tmp_path / "song.pcm", len(wav))
-    assert measure(file, 48000, LoudnessConfig()) == measure(wav, 48000, LoudnessConfig())
+    assert measure_loudness(file, 48000, LoudnessConfig()) == measure_loudness(
+        wav, 48000, LoudnessConfig()
+    )
 
 
 def test_gain_reaches_the_target() -> None:
     wav = sine(3, amplitude=0.02)
-    reading = measure(wav, 48000, LoudnessConfig(target_lufs=-18.0))
-    louder = measure(apply_gain(wav, reading.gain_db), 48000, LoudnessConfig())
+    reading = measure_loudness(wav, 48000, LoudnessConfig(target_lufs=-18.0))
+    louder = measure_loudness(apply_gain(wav, reading.gain_db), 48000, LoudnessConfig())
     assert louder.loudness_lufs == pytest.approx(-18.0, abs=1e-4)
     assert reading.note == ""
 
@@ -199,23 +201,23 @@ def test_gain_reaches_the_target() -> None:
 def test_gain_is_lowered_for_the_true_peak() -> None:
     wav = sine(3, amplitude=0.02)
     wav[70000] = 0.5
-    reading = measure(wav, 48000, LoudnessConfig(target_lufs=-18.0, true_peak_db=-2.0))
+    reading = measure_loudness(wav, 48000, LoudnessConfig(target_lufs=-18.0, true_peak_db=-2.0))
     assert reading.gain_db == pytest.approx(-2.0 - reading.peak_db)
-    louder = measure(apply_gain(wav, reading.gain_db), 48000, LoudnessConfig())
+    louder = measure_loudness(apply_gain(wav, reading.gain_db), 48000, LoudnessConfig())
     assert louder.peak_db == pytest.approx(-2.0, abs=1e-5)
     assert louder.loudness_lufs < -18.0
 
 
 def test_peak_mode_brings_the_largest_sample_to_one() -> None:
     wav = sine(1, amplitude=0.123)
-    reading = measure(wav, 48000, LoudnessConfig(mode="peak"))
+    reading = measure_loudness(wav, 48000, LoudnessConfig(mode="peak"))
     assert np.abs(apply_gain(wav, reading.gain_db)).max() == 1.0
     assert reading.loudness_lufs == integrated_loudness(wav, 48000)
 
 
 def test_off_measures_and_changes_nothing() -> None:
     wav = sine(1)
-    reading = measure(wav, 48000, LoudnessConfig(mode="none"))
+    reading = measure_loudness(wav, 48000, LoudnessConfig(mode="none"))
     assert reading.gain_db == 0.0
     assert reading.loudness_lufs == integrated_loudness(wav, 48000)
     np.testing.assert_array_equal(apply_gain(wav, reading.gain_db), wav)
@@ -226,18 +228,18 @@ def test_off_measures_and_changes_nothing() -> None:
 def test_digital_silence_keeps_its_level(
     mode: Literal["lufs", "peak", "none"], num_samples: int
 ) -> None:
-    reading = measure(np.zeros(num_samples, np.float32), 48000, LoudnessConfig(mode=mode))
+    reading = measure_loudness(np.zeros(num_samples, np.float32), 48000, LoudnessConfig(mode=mode))
     assert math.isnan(reading.loudness_lufs)
     assert (reading.peak_db, reading.gain_db) == (-math.inf, 0.0)
     assert ("silent" if num_samples == 48000 else "too short") in reading.note
 
 
 def test_what_is_too_short_or_too_quiet_keeps_its_level() -> None:
-    short = measure(sine(0.3), 48000, LoudnessConfig())
+    short = measure_loudness(sine(0.3), 48000, LoudnessConfig())
     assert (math.isnan(short.loudness_lufs), short.gain_db) == (True, 0.0)
     assert short.note == "no loudness reading: 0.300 s is too short"
     assert short.peak_db == pytest.approx(20 * math.log10(0.5), abs=0.15)
-    quiet = measure(sine(3, amplitude=1e-4), 48000, LoudnessConfig())
+    quiet = measure_loudness(sine(3, amplitude=1e-4), 48000, LoudnessConfig())
     assert (math.isnan(quiet.loudness_lufs), quiet.gain_db) == (True, 0.0)
     assert "silent" in quiet.note
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from models.torchaudio_compat import import_torchaudio
 from stages.errors import BadInput, Reason
-from stages.loudness import LoudnessConfig, apply_gain, measure
+from stages.loudness import LoudnessConfig, apply_gain, measure_loudness
 from stages.resample import BLOCK_SAMPLES, ResampleConfig, resample, stream_resampler
 from stages.types import Array
 
@@ -75,7 +75,7 @@ def as_so_vits_writes(case: str, source: str, mode: Literal["peak", "none"]) -> 
     if wav.ndim == 2:
         wav = wav.mean(axis=1)
     wav = resample(wav, 48000 if case.startswith("48k") else 44100, 44100, PEER)
-    return apply_gain(wav, measure(wav, 44100, LoudnessConfig(mode=mode)).gain_db)
+    return apply_gain(wav, measure_loudness(wav, 44100, LoudnessConfig(mode=mode)).gain_db)
 
 
 @pytest.mark.parametrize(

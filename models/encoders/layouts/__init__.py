@@ -51,7 +51,7 @@ from models.encoders.layouts.key_layouts import (
     HUGGING_FACE,
     LAYOUTS,
     OURS,
-    Layout,
+    KeyLayout,
 )
 from models.encoders.wav2vec2 import LayerShape, RelativeBias, Wav2Vec2, Wav2Vec2Config
 
@@ -72,7 +72,7 @@ _FORMAT = "wav2vec2"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class EncoderFile:
     """A whole network in a file.
 
     config: of all of it: all layers, the final norm and the final projection where it has them.
@@ -82,7 +82,7 @@ class Checkpoint:
     """
 
     path: Path
-    layout: Layout
+    layout: KeyLayout
     family: Family
     config: Wav2Vec2Config
     tensors: Mapping[str, Tensor]
@@ -138,7 +138,7 @@ class Checkpoint:
         return [name] if name in self.tensors else _parts_of(name)
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_encoder_file(path: str | Path) -> EncoderFile:
     """The network in a file or in a Hugging Face folder; see the module.
 
     Raises CheckpointError, which names the keys and what the file seems to be.
@@ -168,8 +168,8 @@ def checkpoint_of(
     content: Mapping[str, Any],
     config_json: Mapping[str, Any] = MappingProxyType({}),
     preprocessor_json: Mapping[str, Any] = MappingProxyType({}),
-) -> Checkpoint:
-    """As `read_checkpoint`, of what a foreign file holds.
+) -> EncoderFile:
+    """As `read_encoder_file`, of what a foreign file holds.
 
     path: for errors. config_json, preprocessor_json: of Hugging Face's folder.
     """
@@ -212,9 +212,9 @@ def check_fit(name: str, path: str | Path) -> None:
 
 def _chosen(
     name: str, path: str | Path, normalize_wav: bool | None
-) -> tuple[Checkpoint, dict[str, Any]]:
+) -> tuple[EncoderFile, dict[str, Any]]:
     """The checkpoint, and what `name` takes of it."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_encoder_file(path)
     wanted, width = NAMES[name], checkpoint.config.width
     if not fits(wanted, checkpoint.family, width):
         right = " or ".join(names_for(checkpoint.family, width)) or "none here"
@@ -235,7 +235,7 @@ def _chosen(
 
 
 def save_checkpoint(
-    checkpoint: Checkpoint, path: str | Path, dtype: torch.dtype = torch.float32
+    checkpoint: EncoderFile, path: str | Path, dtype: torch.dtype = torch.float32
 ) -> None:
     """Write a whole network as our own format: safetensors, its configuration in the header."""
     has_projection = checkpoint.config.project_dim is not None
@@ -264,7 +264,7 @@ def _unwrapped(content: Mapping[str, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in tensors.items()}
 
 
-def _layout(path: Path, tensors: Mapping[str, Any]) -> Layout:
+def _layout(path: Path, tensors: Mapping[str, Any]) -> KeyLayout:
     for layout in LAYOUTS:
         if layout.signature in tensors:
             return layout
@@ -280,11 +280,11 @@ class _Reader:
     """Fits what a file holds to the network, or says why it does not fit."""
 
     path: Path
-    layout: Layout
+    layout: KeyLayout
     foreign: Mapping[str, Any]
     said: Stated
 
-    def read(self) -> Checkpoint:
+    def read(self) -> EncoderFile:
         keys, unknown = self.renamed()
         tensors = {name: self.foreign[key] for name, key in keys.items()}
         config = self.config(tensors)
@@ -299,7 +299,7 @@ class _Reader:
         elif config.relative_bias is not None:
             family = "wavlm"
         self.check(config, tensors, unknown)
-        return Checkpoint(self.path, self.layout, family, config, tensors, keys)
+        return EncoderFile(self.path, self.layout, family, config, tensors, keys)
 
     def renamed(self) -> tuple[dict[str, str], list[str]]:
         """(our name -> their key, keys that nothing here has)."""
@@ -455,7 +455,7 @@ def _unused(config: Wav2Vec2Config, tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name in tensors if name.startswith(tuple(prefixes))] if prefixes else []
 
 
-def _ours(path: Path, tensors: dict[str, Any], header: str) -> Checkpoint:
+def _ours(path: Path, tensors: dict[str, Any], header: str) -> EncoderFile:
     """A file of `save_checkpoint`."""
     try:
         content = json.loads(header)
@@ -471,7 +471,7 @@ def _ours(path: Path, tensors: dict[str, Any], header: str) -> Checkpoint:
         raise CheckpointError(f"{path} has a header that is not Cantor's ({error!r})") from error
     reader = _Reader(path, OURS, tensors, Stated())
     reader.check(config, tensors, [])
-    return Checkpoint(path, OURS, family, config, tensors, {name: name for name in tensors})
+    return EncoderFile(path, OURS, family, config, tensors, {name: name for name in tensors})
 
 
 def _config_of(fields: dict[str, Any]) -> Wav2Vec2Config:

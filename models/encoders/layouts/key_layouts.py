@@ -17,7 +17,7 @@ _OLD_NAMES = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class KeyLayout:
     """Names of one family of files.
 
     title: in words. signature: a key that only this family has.
@@ -68,7 +68,7 @@ def _layers(stack: str, attention: str, parts: Iterable[tuple[str, str]]) -> lis
     return [(f"layers.{{i}}.{ours}", f"{stack}.{{i}}.{theirs}") for ours, theirs in [*qkv, *parts]]
 
 
-FAIRSEQ = Layout(
+FAIRSEQ = KeyLayout(
     "a fairseq HuBERT or a WavLM",
     "post_extract_proj.weight",
     (
@@ -99,9 +99,9 @@ FAIRSEQ = Layout(
 )
 
 
-def _of_transformers(title: str, signature: str, outer: str, stack: str, beside: str) -> Layout:
+def _of_transformers(title: str, signature: str, outer: str, stack: str, beside: str) -> KeyLayout:
     """transformers' names and torchaudio's, which differ in where the parts stand."""
-    return Layout(
+    return KeyLayout(
         title,
         signature,
         (
@@ -147,7 +147,7 @@ DPHUBERT = _of_transformers(
     "encoder.transformer.",
     r"mask_embedding|aux\..*",
 )
-HUBERT_SOFT = Layout(
+HUBERT_SOFT = KeyLayout(
     "a HuBERT-Soft",
     "feature_extractor.conv0.weight",
     (
@@ -169,6 +169,6 @@ HUBERT_SOFT = Layout(
     (r"masked_spec_embed", r"label_embedding\.weight"),
     pad=40,
 )
-OURS = Layout("an encoder that Cantor wrote", "stem_out_norm.weight", ())
+OURS = KeyLayout("an encoder that Cantor wrote", "stem_out_norm.weight", ())
 
 LAYOUTS = (HUBERT_SOFT, FAIRSEQ, HUGGING_FACE, DPHUBERT)

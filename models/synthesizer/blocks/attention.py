@@ -204,7 +204,7 @@ class FFN(nn.Module):
         return x.narrow(2, self.surplus, mask.shape[2])
 
 
-class Encoder(nn.Module):
+class TransformerEncoder(nn.Module):
     """Self-attention that sees relative positions, over all frames of a clip.
 
     gin_channels: of a speaker embedding that is added before the third layer (VITS2, Bert-VITS2);
@@ -325,7 +325,7 @@ class FFT(nn.Module):
         return x * mask
 
 
-class Decoder(nn.Module):
+class TransformerDecoder(nn.Module):
     """Causal transformer that also looks at all of an encoder's frames."""
 
     def __init__(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.synthesizer.blocks.attention import FFT, Encoder
+from models.synthesizer.blocks.attention import FFT, TransformerEncoder
 from models.synthesizer.blocks.noise import Noise
 from models.synthesizer.blocks.wavenet import WN
 from models.synthesizer.config import ModelConfig, SynthesizerConfig
@@ -54,7 +54,7 @@ class PriorEncoder(nn.Module):
         hidden = config.hidden_channels
         self.proj = nn.Conv1d(hidden, 2 * config.inter_channels, 1)
         self.f0_emb = nn.Embedding(_F0_BINS, hidden)
-        self.enc_ = Encoder(
+        self.enc_ = TransformerEncoder(
             hidden,
             config.filter_channels,
             config.n_heads,

@@ -35,7 +35,7 @@ from models.synthesizer.sovits.config import (
     read_config,
 )
 from models.synthesizer.sovits.networks import Synthesizer
-from models.synthesizer.tensor_layout import Layout, fitted, layout_of
+from models.synthesizer.tensor_layout import TensorLayout, fitted, layout_of
 from models.synthesizer.voice import (
     POSTERIOR,
     Voice,
@@ -263,7 +263,7 @@ def _synthesizer_tensors(path: Path, config: SynthesizerConfig) -> dict[str, Ten
     return tensors | _filters(path, content, layout)
 
 
-def _filters(path: Path, content: Mapping[str, Any], layout: Layout) -> dict[str, Tensor]:
+def _filters(path: Path, content: Mapping[str, Any], layout: TensorLayout) -> dict[str, Tensor]:
     """The filters of anti-aliasing that are to be put in place of the file's.
 
     They are no weights: so-vits-svc computes them whatever its files say. So those that were
@@ -284,7 +284,7 @@ def _rows(path: Path, otherwise: int) -> int:
     return len(table) if isinstance(table, Tensor) and table.ndim == 2 else otherwise
 
 
-def _discriminator_layout(spectral_norm: bool) -> Layout:
+def _discriminator_layout(spectral_norm: bool) -> TensorLayout:
     return layout_of(lambda: MultiPeriodDiscriminator(spectral_norm))
 
 
@@ -292,7 +292,7 @@ def _has_posterior(network: nn.Module) -> bool:
     return any(name.startswith(POSTERIOR) for name in network.state_dict())
 
 
-def _write(path: Path, network: nn.Module, layout: Layout, training: Training | None) -> None:
+def _write(path: Path, network: nn.Module, layout: TensorLayout, training: Training | None) -> None:
     tensors = fitted(path, "so-vits-svc", network.state_dict(), layout)
     training = training or Training(epoch=0, learning_rate=LEARNING_RATE, optimizer=None)
     optimizer = training.optimizer

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.synthesizer.blocks.attention import Encoder
+from models.synthesizer.blocks.attention import TransformerEncoder
 from models.synthesizer.blocks.decoder import PlainGenerator
 from models.synthesizer.blocks.encoders import PosteriorEncoder
 from models.synthesizer.blocks.flows import CouplingBlock, ResidualCouplingBlock
@@ -32,7 +32,7 @@ _DURATION_DROPOUT = 0.5
 
 
 @dataclass(frozen=True)
-class Outputs:
+class TextOutputs:
     """What the losses compare: z of the spectrogram, its prior, durations, the sound of a segment.
 
     Durations are of the found path, in log frames.
@@ -55,7 +55,7 @@ class Outputs:
 
 
 @dataclass(frozen=True)
-class Sung:
+class TextSynthesis:
     """What was made of texts."""
 
     wav: Tensor  # (B, T), meaningless after each one's frames
@@ -90,7 +90,7 @@ class TextSynthesizer(nn.Module):
         noise: Noise,
         segment_frames: int,
         alignment_noise: float = 0.0,
-    ) -> Outputs:
+    ) -> TextOutputs:
         """One pass of training.
 
         spec: (B, K, F) linear spectrogram, 0 in padding. frames: (B,) int64, its lengths.
@@ -116,7 +116,7 @@ class TextSynthesizer(nn.Module):
 
         durations = path.sum(1, keepdim=True)  # (B, 1, N)
         starts = random_starts(frames, segment_frames, noise)
-        return Outputs(
+        return TextOutputs(
             wav=self.dec(slice_segments(z, starts, segment_frames), g),
             starts=starts,
             path=path,
@@ -146,7 +146,7 @@ class TextSynthesizer(nn.Module):
         sdp_ratio: float = 0.0,
         length_scale: float = 1.0,
         max_frames: int | None = None,
-    ) -> Sung:
+    ) -> TextSynthesis:
         """Sings the texts.
 
         speaker: (B,) int64. reference: (B, K, F) linear spectrogram of the voice, for a network
@@ -167,7 +167,7 @@ class TextSynthesizer(nn.Module):
         m_p, logs_p = _spread(m_p, path), _spread(logs_p, path)
         z_p = m_p + noise.normal(m_p) * torch.exp(logs_p) * noise_scale
         z = self.flow(z_p, mask, g, reverse=True)
-        return Sung(self.dec((z * mask)[..., :max_frames], g).squeeze(1), frames, path)
+        return TextSynthesis(self.dec((z * mask)[..., :max_frames], g).squeeze(1), frames, path)
 
     def _voice(self, speaker: Tensor | None, spec: Tensor | None) -> Tensor:
         """(B, G, 1)"""
@@ -186,8 +186,8 @@ def _flow(config: TextSynthesizerConfig) -> CouplingBlock:
     if config.flow == "residual":
         return ResidualCouplingBlock(config)
 
-    def network() -> Encoder:
-        return Encoder(
+    def network() -> TransformerEncoder:
+        return TransformerEncoder(
             config.hidden_channels,
             config.filter_channels,
             config.n_heads,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from models.synthesizer.blocks.attention import Encoder
+from models.synthesizer.blocks.attention import TransformerEncoder
 from models.synthesizer.text.config import TextSynthesizerConfig
 
 
@@ -40,7 +40,7 @@ class TextEncoder(nn.Module):
         self.language_emb = _embedding(config.n_languages, hidden)
         self.bert_proj = nn.Conv1d(config.bert_channels, hidden, 1)
         self.ja_bert_proj = nn.Conv1d(config.ja_bert_channels, hidden, 1)
-        self.encoder = Encoder(
+        self.encoder = TransformerEncoder(
             hidden,
             config.filter_channels,
             config.n_heads,

@@ -24,10 +24,10 @@ from models.checkpoint import (
 )
 from models.encoders.encoder_names import NAMES
 from models.encoders.layouts import (
-    Checkpoint,
+    EncoderFile,
     checkpoint_of,
-    read_checkpoint,
     read_encoder,
+    read_encoder_file,
     save_checkpoint,
 )
 from models.encoders.wav2vec2 import RelativeBias, Wav2Vec2, Wav2Vec2Config, relative_buckets
@@ -94,7 +94,7 @@ def assert_golden(found: np.ndarray[Any, Any], golden: np.ndarray[Any, Any]) -> 
 def test_fairseq_hubert_at_every_layer(file: str, wav: Tensor) -> None:
     stem = "tiny_hubert_base" if "base" in file else Path(file).stem
     golden = np.load(GOLDEN / f"{stem}_out.npz")
-    checkpoint = read_checkpoint(GOLDEN / file)
+    checkpoint = read_encoder_file(GOLDEN / file)
     assert checkpoint.family == "hubert"
     assert checkpoint.config.normalize_wav == ("large" in file)
     for layer in (1, 2, 3):
@@ -123,7 +123,7 @@ def test_names_give_what_so_vits_gives(stem: str, name: str, golden: str, wav: T
 @pytest.mark.parametrize("stem", ["tiny_wavlm", "tiny_wavlm_large"])
 def test_wavlm_at_every_layer(stem: str, wav: Tensor) -> None:
     golden = np.load(GOLDEN / f"{stem}_out.npz")
-    checkpoint = read_checkpoint(GOLDEN / f"{stem}.pt")
+    checkpoint = read_encoder_file(GOLDEN / f"{stem}.pt")
     assert checkpoint.family == "wavlm"
     for layer in (1, 2, 3):
         assert_golden(units(checkpoint.take(layer), wav), golden[f"layer{layer}"])
@@ -153,7 +153,7 @@ def test_position_buckets_of_wavlm() -> None:
 )
 def test_pruned_students_at_every_layer(stem: str, family: str, wav: Tensor) -> None:
     golden = np.load(GOLDEN / f"{stem}_out.npz")
-    checkpoint = read_checkpoint(GOLDEN / f"{stem}.pth")
+    checkpoint = read_encoder_file(GOLDEN / f"{stem}.pth")
     assert checkpoint.family == family
     whole = network(checkpoint.take())
     with torch.inference_mode():
@@ -257,7 +257,7 @@ def test_transformers_folders_files_and_shards(
     shutil.copy(tmp_path / "whole" / "config.json", old)
     torch.save(old_names(model.state_dict(), f"{kind.lower()}."), old / "pytorch_model.bin")
     for path in ("whole", "sharded", "old", "whole/model.safetensors"):
-        checkpoint = read_checkpoint(tmp_path / path)
+        checkpoint = read_encoder_file(tmp_path / path)
         assert checkpoint.family == kind.lower()
         for layer in (1, 2):
             assert_close(
@@ -312,7 +312,7 @@ def test_a_glu_feed_forward_keeps_its_gate() -> None:
 # --- HuBERT-Soft in both of its files
 
 
-def soft(wrap: Callable[[dict[str, Tensor]], dict[str, Any]]) -> Checkpoint:
+def soft(wrap: Callable[[dict[str, Tensor]], dict[str, Any]]) -> EncoderFile:
     manifest = json.loads((GOLDEN / "manifest_hubert_soft.json").read_text())
     small = {768: 64, 3072: 96, 2304: 192, 512: 32, 48: 4, 504: 8, 256: 16}
     tensors = {}
@@ -454,16 +454,16 @@ def test_a_folder_of_another_model_is_named(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(CheckpointError, match="type bert"):
-        read_checkpoint(tmp_path)
+        read_encoder_file(tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(CheckpointError, match="neither"):
-        read_checkpoint(tmp_path)
+        read_encoder_file(tmp_path)
 
 
 def test_a_config_json_of_something_else_beside_a_file_does_not_matter(tmp_path: Path) -> None:
     shutil.copy(GOLDEN / "tiny_hubert_base.pt", tmp_path / "hubert.pt")
     (tmp_path / "config.json").write_text("// of a voice model\n{}")
-    assert read_checkpoint(tmp_path / "hubert.pt").family == "hubert"
+    assert read_encoder_file(tmp_path / "hubert.pt").family == "hubert"
 
 
 def test_a_projection_is_asked_for_in_words_where_there_is_none(tmp_path: Path) -> None:
@@ -482,9 +482,9 @@ def test_a_projection_is_asked_for_in_words_where_there_is_none(tmp_path: Path) 
     "file", ["tiny_hubert_large.pt", "tiny_wavlm.pt", "tiny_dphubert_large.pth", "tiny_dpwavlm.pth"]
 )
 def test_our_format_is_the_same_network(file: str, tmp_path: Path) -> None:
-    source = read_checkpoint(GOLDEN / file)
+    source = read_encoder_file(GOLDEN / file)
     save_checkpoint(source, tmp_path / "a.safetensors")
-    ours = read_checkpoint(tmp_path / "a.safetensors")
+    ours = read_encoder_file(tmp_path / "a.safetensors")
     assert (ours.config, ours.family) == (source.config, source.family)
     for layers in (2, None):
         config, expected = source.take(layers)
@@ -493,11 +493,11 @@ def test_our_format_is_the_same_network(file: str, tmp_path: Path) -> None:
 
 
 def test_our_format_in_half_precision_loads_as_float32(tmp_path: Path) -> None:
-    source = read_checkpoint(GOLDEN / "tiny_wavlm.pt")
+    source = read_encoder_file(GOLDEN / "tiny_wavlm.pt")
     save_checkpoint(source, tmp_path / "a.safetensors", torch.float16)
     stored, _ = read_safetensors(tmp_path / "a.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.float16}
-    _, tensors = read_checkpoint(tmp_path / "a.safetensors").take()
+    _, tensors = read_encoder_file(tmp_path / "a.safetensors").take()
     assert {t.dtype for t in tensors.values()} == {torch.float32}
 
 
@@ -517,12 +517,12 @@ def test_a_damaged_header_of_ours_is_an_error_in_words(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
     path = tmp_path / "a.safetensors"
-    save_checkpoint(read_checkpoint(GOLDEN / "tiny_wavlm.pt"), path)
+    save_checkpoint(read_encoder_file(GOLDEN / "tiny_wavlm.pt"), path)
     tensors, metadata = read_safetensors(path)
     header = json.loads(metadata["cantor"]) | changes
     save_safetensors(path, tensors, {"cantor": json.dumps(header)})
     with pytest.raises(CheckpointError, match=r"a\.safetensors"):
-        read_checkpoint(path)
+        read_encoder_file(path)
 
 
 @pytest.mark.parametrize("file", ["a.pt", "a.safetensors"])
@@ -532,14 +532,14 @@ def test_layers_beyond_the_wanted_one_are_not_read(file: str, tmp_path: Path) ->
     if file == "a.pt":
         shutil.copy(source, tmp_path / file)
     else:
-        save_checkpoint(read_checkpoint(source), tmp_path / file)
-    config, tensors = read_checkpoint(tmp_path / file).take(1)
+        save_checkpoint(read_encoder_file(source), tmp_path / file)
+    config, tensors = read_encoder_file(tmp_path / file).take(1)
     assert len(config.layers) == 1 and not any(name.startswith("layers.1") for name in tensors)
-    save_checkpoint(read_checkpoint(GOLDEN / "tiny_wavlm.pt"), tmp_path / file)
-    _, expected = read_checkpoint(source).take(1)
+    save_checkpoint(read_encoder_file(GOLDEN / "tiny_wavlm.pt"), tmp_path / file)
+    _, expected = read_encoder_file(source).take(1)
     assert all(torch.equal(t, expected[name]) for name, t in tensors.items())
     tensors["projection.bias"].zero_()
-    assert read_checkpoint(tmp_path / file).take()[1]["projection.bias"].any()
+    assert read_encoder_file(tmp_path / file).take()[1]["projection.bias"].any()
 
 
 def test_what_is_not_taken_is_not_brought_into_memory(tmp_path: Path) -> None:
@@ -549,7 +549,7 @@ def test_what_is_not_taken_is_not_brought_into_memory(tmp_path: Path) -> None:
     content = base() | {"last_optimizer_state": torch.zeros(16_000_000)}  # 64 MB
     path = tmp_path / "a.pt"
     torch.save({key: content[key] for key in ("cfg", "model", "last_optimizer_state")}, path)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_encoder_file(path)
     checkpoint.take(1)
     lines = smaps.read_text().splitlines()
     (at,) = (i for i, line in enumerate(lines) if line.endswith(str(path)))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.checkpoint import CheckpointError
-from models.encoders.layouts import read_checkpoint
+from models.encoders.layouts import read_encoder_file
 from models.encoders.onnx import KINDS, OnnxEncoder, load_onnx
 from models.encoders.ssl import SslEncoder
 from models.encoders.wav2vec2 import Wav2Vec2
@@ -82,7 +82,7 @@ def test_equals_our_network_with_the_same_weights(
     graph_name: str, layers: int, project: bool, golden: Path
 ) -> None:
     folder = golden / "encoders"
-    checkpoint = read_checkpoint(folder / "tiny_hubert_base.pt")
+    checkpoint = read_encoder_file(folder / "tiny_hubert_base.pt")
     config, tensors = checkpoint.take(layers, project=project, normalize_wav=False)
     network = Wav2Vec2(config)
     network.load_state_dict(tensors)

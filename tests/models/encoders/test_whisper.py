@@ -21,9 +21,9 @@ from models.encoders.whisper import (
     WhisperEncoder,
     header,
     load_whisper,
-    log_mel,
-    mel_filters,
     read_whisper,
+    whisper_log_mel,
+    whisper_mel_filters,
 )
 from models.torchaudio_compat import import_torchaudio
 
@@ -67,8 +67,10 @@ def test_equals_the_peer(encoder: WhisperEncoder, singing: Tensor, golden: Path)
 
 
 def test_spectrum_equals_the_peer(singing: Tensor, golden: Path) -> None:
-    filters = mel_filters(80)
-    mel = log_mel(F.pad(singing, (0, WINDOW_SAMPLES - len(singing)))[None], filters)[0].numpy()
+    filters = whisper_mel_filters(80)
+    mel = whisper_log_mel(F.pad(singing, (0, WINDOW_SAMPLES - len(singing)))[None], filters)[
+        0
+    ].numpy()
     assert mel.shape == (80, 3000)
     with np.load(golden / "encoders" / "tiny_whisper_out.npz") as arrays:
         np.testing.assert_array_equal(filters.numpy(), arrays["mel_filters"])
@@ -242,7 +244,9 @@ def hugging_face() -> Callable[..., Any]:
 
 
 def their_units(model: Any, wav: Tensor, n_mels: int = 80) -> Tensor:
-    mel = log_mel(F.pad(wav, (0, WINDOW_SAMPLES - len(wav)))[None], mel_filters(n_mels))
+    mel = whisper_log_mel(
+        F.pad(wav, (0, WINDOW_SAMPLES - len(wav)))[None], whisper_mel_filters(n_mels)
+    )
     with torch.no_grad():
         return model.get_encoder()(mel).last_hidden_state[0, : len(wav) // 320]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.checkpoint import CheckpointError, load_foreign
 from models.f0 import fcpe
-from models.f0.fcpe import Fcpe, bundled_fcpe, decode, load_fcpe, read_fcpe
+from models.f0.fcpe import Fcpe, bundled_fcpe, decode_fcpe, load_fcpe, read_fcpe
 from models.torchaudio_compat import import_torchaudio
 
 TOLERANCE = 1e-5  # of activations, 0 to 1; measured 4e-6
@@ -90,7 +90,7 @@ def test_decoding_at_the_ends_of_the_range(network: Fcpe, torchfcpe: Any) -> Non
     salience[5] = 0.25  # all alike: the first one counts
     cents = torchfcpe.model.latent2cents_local_decoder(salience[None], mask=False)
     expected = torchfcpe.model.cent_to_f0(cents)[0, :, 0]
-    f0, strength = decode(salience, network.network.cents).unbind(1)
+    f0, strength = decode_fcpe(salience, network.network.cents).unbind(1)
     torch.testing.assert_close(f0, expected, rtol=1e-6, atol=0)
     assert f0.min() < 33 and f0.max() > 1950
     torch.testing.assert_close(strength, salience.max(1).values)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.checkpoint import CheckpointError
 from models.f0 import rmvpe, rmvpe_onnx
-from models.f0.rmvpe import BatchedRmvpe, Rmvpe, UNetGru, check_rmvpe, decode, load_rmvpe
+from models.f0.rmvpe import BatchedRmvpe, Rmvpe, UNetGru, check_rmvpe, decode_rmvpe, load_rmvpe
 from models.f0.rmvpe_checkpoint import RmvpeConfig, key_shapes
 from tests.checkpoints import TINY_RMVPE, rmvpe_weights, tiny_rmvpe_weights
 from tests.plain_rmvpe import PlainRmvpe
@@ -90,7 +90,7 @@ def test_decoding_equals_the_peer(
 ) -> None:
     salience = reference["salience" if source == "decode" else "synthetic/salience"]
     expected = reference[f"{source}/avg_{threshold}"]
-    f0 = decode(torch.from_numpy(salience), threshold).numpy()
+    f0 = decode_rmvpe(torch.from_numpy(salience), threshold).numpy()
     np.testing.assert_array_equal(f0 > 0, expected > 0)
     np.testing.assert_allclose(f0, expected, rtol=1e-5)
 
@@ -101,8 +101,8 @@ def test_a_frame_without_salience_is_unvoiced() -> None:
     salience[2, 100] = 0.03
     cents = 1997.3794084376191 + 20 * 100
     expected = [0, 10 * 2 ** (cents / 1200), 0]
-    np.testing.assert_allclose(decode(salience, 0.03).numpy(), expected, rtol=1e-9)
-    assert decode(salience, 0.0)[0] == 0
+    np.testing.assert_allclose(decode_rmvpe(salience, 0.03).numpy(), expected, rtol=1e-9)
+    assert decode_rmvpe(salience, 0.0)[0] == 0
 
 
 @pytest.mark.parametrize("packed", [True, False])

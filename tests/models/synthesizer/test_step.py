@@ -15,11 +15,11 @@ from models.synthesizer.batch import Batch
 from models.synthesizer.blocks.discriminators import MultiPeriodDiscriminator
 from models.synthesizer.blocks.noise import KeyedNoise, Noise, NoNoise
 from models.synthesizer.sovits.networks import Synthesizer
-from models.synthesizer.step import GanStep, Totals, Weights
+from models.synthesizer.step import GanStep, LossWeights, Totals
 from tests.models.synthesizer.conftest import Filled, Reference
 from tests.models.synthesizer.tiny import MEL, VARIANTS, batch_of, config_of
 
-WEIGHTS = Weights(mel=45.0, kl=1.0, segment_frames=8)
+WEIGHTS = LossWeights(mel=45.0, kl=1.0, segment_frames=8)
 
 # The references in float32 differ from the same steps in float64 by up to 2.5e-5 in a loss, 1.5e-4
 # in the norm of a gradient, and 5.6e-4 in that of one parameter; ten times that would be allowed.

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.cluster.device import choose_device, require_safetensors
+from pipeline.cluster.device import choose_device
 from pipeline.errors import UserError
+from pipeline.storage.weight_files import require_safetensors
 
 
 def test_devices() -> None:

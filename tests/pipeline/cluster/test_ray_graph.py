@@ -13,13 +13,15 @@ import pytest
 
 from pipeline.cluster.ray_graph import Pools, check_nodes, find_killers, plan_pools
 from pipeline.cluster.run_tasks import Session, Work, run_rounds
-from pipeline.cluster.workload import ExtractJob, TakenOver
-from pipeline.dataset.shards import EncoderIdentity, XvectorIdentity, iter_shards
+from pipeline.cluster.task_rows import COMMITTED, REFUSED, STORAGE, TaskResult
+from pipeline.dataset.schema import EncoderIdentity, XvectorIdentity
+from pipeline.dataset.shards import iter_shards
 from pipeline.errors import StorageFault, UserError
 from pipeline.extract.config import ExtractConfig, load_config
-from pipeline.extract.operators import COMMITTED, REFUSED, STORAGE, TaskResult, extraction
+from pipeline.extract.job import ExtractJob, TakenOver
+from pipeline.extract.operators import extraction
 from pipeline.songs.plan import PlannedSong, Task
-from pipeline.storage.weight_files import Weights
+from pipeline.storage.weight_files import WeightFile
 from tests.pipeline.conftest import Extract, shard_hashes
 
 GB = 2**30
@@ -45,7 +47,7 @@ def plan(
     nodes: list[dict[str, float]],
     tasks: dict[int, Task],
     config: ExtractConfig,
-    weights: dict[str, Weights] | None = None,
+    weights: dict[str, WeightFile] | None = None,
     **more: Any,
 ) -> Pools:
     job = ExtractJob(Path(), Path(), config, "", weights or {}, **more)
@@ -71,8 +73,8 @@ def test_a_gpu_worker_takes_a_cpu_from_the_pool() -> None:
     assert plan([node(8, gpus=2)], tasks(100), on_cpu).gpu == 0
 
 
-def weights(gb: float, key: str = "encoder.checkpoint") -> dict[str, Weights]:
-    return {key: Weights("hubert.pt", "", int(gb * GB), 0)}
+def weights(gb: float, key: str = "encoder.checkpoint") -> dict[str, WeightFile]:
+    return {key: WeightFile("hubert.pt", "", int(gb * GB), 0)}
 
 
 def test_a_model_takes_memory_where_units_are_made() -> None:
@@ -306,7 +308,7 @@ def test_a_node_that_does_not_see_the_corpus_is_named(tmp_path: Path, cluster: A
         check_nodes(tmp_path, tmp_path / "nowhere")
     checkpoint = tmp_path / "hubert.pt"
     checkpoint.write_bytes(b"weights")
-    seen = Weights(str(checkpoint), "", 7, 0)
+    seen = WeightFile(str(checkpoint), "", 7, 0)
     check_nodes(tmp_path, tmp_path, [seen])
     with pytest.raises(UserError, match=rf"node {here} .*hubert\.pt has 7 bytes there and 8 here"):
         check_nodes(tmp_path, tmp_path, [replace(seen, size=8)])

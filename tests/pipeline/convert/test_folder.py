@@ -21,15 +21,21 @@ from models.synthesizer.onnx import export_voice
 from models.synthesizer.voice import load_voice
 from pipeline.cluster.environment import environment
 from pipeline.cluster.ray_graph import plan_pools
+from pipeline.cluster.task_rows import task_row
 from pipeline.convert.command import read_request
 from pipeline.convert.folder import BatchOptions, BatchOutcome, convert_folder
 from pipeline.convert.ledger import output_names
-from pipeline.convert.operators import ConvertJob, ConvertTask, conversion, load_request, probe_song
+from pipeline.convert.operators import (
+    ConvertJob,
+    ConvertTask,
+    conversion,
+    load_request,
+    probe_conversion,
+)
 from pipeline.convert.summary import batch_summary, show_batch
 from pipeline.errors import StorageFault, UserError
-from pipeline.extract.operators import task_row
 from pipeline.songs.plan import PlannedSong, Task, load_plan
-from pipeline.storage.weight_files import Weights
+from pipeline.storage.weight_files import WeightFile
 from tests.pipeline.extract.test_kills import kill_everything, start_command
 from tests.songs import tune
 from tests.voices import write_small_voice
@@ -372,7 +378,7 @@ def test_a_song_that_kills_its_worker_is_quarantined_and_probing_writes_nothing(
     tasks = load_plan(job.folder)
     index = next(i for i, task in tasks.items() if task.songs[0].song_id == "one.wav")
     before = hashes(job.folder)
-    probe_song(job, index, "one.wav")
+    probe_conversion(job, index, "one.wav")
     assert hashes(job.folder) == before
     worker = ConvertTask(job, lambda *_: None)
     try:
@@ -405,7 +411,7 @@ def test_pieces_are_told_of_while_a_song_is_converted(own: Path, voice: Path) ->
 def test_workers_share_gpus_where_there_are_any(made: Path, voice: Path) -> None:
     tasks = load_plan(made / "out")
     job = job_of(made / "out", made / "songs", voice)
-    weights = {"voice.checkpoint": Weights("v", "", 2**30, 0)}
+    weights = {"voice.checkpoint": WeightFile("v", "", 2**30, 0)}
     job = replace(job, weights=weights)
     node = {"CPU": 8.0, "memory": 64.0 * 2**30, "GPU": 2.0}
     pools = plan_pools([node], tasks, conversion(job))
@@ -418,7 +424,7 @@ def test_workers_share_gpus_where_there_are_any(made: Path, voice: Path) -> None
 
 def test_a_worker_has_memory_for_all_files_that_it_reads(made: Path, voice: Path) -> None:
     job = job_of(made / "out", made / "songs", voice)
-    index = {"units.index": Weights("i", "", 2**30, 0)}
+    index = {"units.index": WeightFile("i", "", 2**30, 0)}
     with_index = conversion(replace(job, weights=index)).needs.models_gb
     assert with_index - conversion(job).needs.models_gb >= 1
 

@@ -30,11 +30,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from models.synthesizer.batch import Batch
-from pipeline.dataset.examples import collate
+from pipeline.dataset.examples import DataConfig, collate
+from pipeline.dataset.schema import EncoderIdentity
 from pipeline.dataset.shard_dataset import ShardDataset, Share
-from pipeline.dataset.shards import EncoderIdentity, iter_shards, read_footer, write_shard
+from pipeline.dataset.shards import iter_shards, read_footer, write_shard
 from pipeline.errors import UserError
-from pipeline.train.config import DataConfig
 from stages.f0 import F0Config, estimate_f0
 from tests.training_data import write_dataset
 

@@ -17,17 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 
-from pipeline.dataset.ledger import Account
-from pipeline.dataset.shards import (
-    Footer,
-    commit_file,
-    iter_shards,
-    read_dataset_info,
-    read_footer,
-    shard_schema,
-)
+from pipeline.dataset.account import Account
+from pipeline.dataset.schema import shard_schema
+from pipeline.dataset.shards import Footer, iter_shards, read_dataset_info, read_footer
 from pipeline.dataset.verify import check_export, export_ledger, verify
 from pipeline.errors import UserError
+from pipeline.storage.atomic import commit_file
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.dataset.shards import EncoderIdentity, Footer, iter_shards, read_footer
+from pipeline.dataset.schema import EncoderIdentity
+from pipeline.dataset.shards import Footer, iter_shards, read_footer
 from pipeline.dataset.unit_frames import UnitFrames, find_units
 from pipeline.errors import UserError
 

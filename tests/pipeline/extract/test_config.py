@@ -10,15 +10,10 @@ import pytest
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.extract.config import (
-    ExtractConfig,
-    check_models,
-    fingerprint,
-    fingerprinted,
-    flatten,
-    load_config,
-    to_yaml,
-)
+from pipeline.extract.config import ExtractConfig, fingerprinted, load_config, to_yaml
+from pipeline.extract.model_checks import check_models
+from pipeline.fingerprint import fingerprint
+from pipeline.settings import flatten
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 PRESETS = [

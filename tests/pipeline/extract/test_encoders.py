@@ -16,12 +16,14 @@ import torch
 
 from models.checkpoint import sha256_of
 from models.encoders.codebook import Codebook, save_codebooks
-from pipeline.cluster.workload import ExtractJob
-from pipeline.dataset.shards import Footer, XvectorIdentity, iter_shards, read_footer, shard_writer
+from pipeline.cluster.task_rows import REFUSED, read_result, task_row
+from pipeline.dataset.schema import XvectorIdentity
+from pipeline.dataset.shards import Footer, iter_shards, read_footer, shard_writer
 from pipeline.dataset.verify import verify
 from pipeline.errors import UserError
 from pipeline.extract.config import load_config
-from pipeline.extract.operators import REFUSED, ExtractTask, read_result, task_row
+from pipeline.extract.job import ExtractJob
+from pipeline.extract.operators import ExtractTask
 from pipeline.reports.dataset_page import write_report
 from pipeline.storage.weight_files import read_weights, require_unchanged
 from stages.resample import ResampleConfig, resample

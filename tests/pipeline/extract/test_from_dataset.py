@@ -14,9 +14,9 @@ import pytest
 import soundfile as sf
 from rich.console import Console
 
-from pipeline.cluster.workload import ExtractJob, TakenOver
+from pipeline.cluster.task_rows import COMMITTED, read_result, task_row
+from pipeline.dataset.schema import PITCH_SCHEMA
 from pipeline.dataset.shards import (
-    PITCH_SCHEMA,
     iter_shards,
     read_dataset_info,
     read_footer,
@@ -26,23 +26,24 @@ from pipeline.dataset.shards import (
 from pipeline.dataset.verify import verify
 from pipeline.errors import UserError
 from pipeline.extract.clip_sources import ClipsOfShard
-from pipeline.extract.command import ExtractOptions, Outcome, reextract
-from pipeline.extract.config import fingerprint
+from pipeline.extract.command import ExtractOptions, ExtractOutcome, reextract
 from pipeline.extract.from_dataset import FromDataset, compare, config_from, read_source
-from pipeline.extract.operators import COMMITTED, FinishTask, PrepareTask, read_result, task_row
+from pipeline.extract.job import ExtractJob, TakenOver
+from pipeline.extract.operators import FinishTask, PrepareTask
+from pipeline.fingerprint import fingerprint
 from pipeline.reports.dataset_page import write_report
 from pipeline.songs.plan import load_plan
 from stages.chain import StageClock
 from tests.pipeline.conftest import Extract, shard_hashes
 from tests.songs import tune
 
-Reextract = Callable[..., Outcome]
+Reextract = Callable[..., ExtractOutcome]
 OTHER = ["f0.hop_length=441", "f0.f0_min=70", "encoder.name=log-mel"]
 
 
 @pytest.fixture(scope="module")
 def run_reextract() -> Reextract:
-    def run(source: Path, new: Path, overrides: list[str], **options: object) -> Outcome:
+    def run(source: Path, new: Path, overrides: list[str], **options: object) -> ExtractOutcome:
         config = config_from(read_source(source), None, overrides)
         console = Console(file=io.StringIO())
         return reextract(source, new, config, ExtractOptions(**{"local": True, **options}), console)

@@ -14,12 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 
-from pipeline.cluster.workload import ExtractJob
+from pipeline.cluster.task_rows import COMMITTED, read_result, task_row
 from pipeline.dataset.shards import iter_shards, read_footer
 from pipeline.dataset.verify import verify
 from pipeline.errors import SongBug, UserError
 from pipeline.extract.config import load_config
-from pipeline.extract.operators import COMMITTED, FinishTask, PrepareTask, read_result, task_row
+from pipeline.extract.job import ExtractJob
+from pipeline.extract.operators import FinishTask, PrepareTask
 from pipeline.songs.plan import load_plan
 from stages.errors import Reason
 from stages.f0 import METHODS, estimate_f0

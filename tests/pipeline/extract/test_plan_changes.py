@@ -12,8 +12,8 @@ import soundfile as sf
 from pipeline.dataset.shards import iter_shards
 from pipeline.dataset.verify import verify
 from pipeline.errors import StorageFault
-from pipeline.extract.clip_sources import Scratch
 from pipeline.songs.plan import Task, append_plan, load_plan
+from pipeline.storage.scratch import Scratch
 from tests.pipeline.conftest import Extract
 from tests.songs import tune
 

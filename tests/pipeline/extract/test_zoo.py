@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.dataset.ledger import KEPT
 from pipeline.dataset.verify import verify
+from pipeline.songs.balance import KEPT
 from pipeline.songs.corpus import song_id_of
 from tests.pipeline.conftest import Extract
 from tests.zoo import make_three_hours, make_zoo

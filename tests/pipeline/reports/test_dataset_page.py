@@ -18,17 +18,12 @@ from PIL import Image
 from rich.console import Console
 
 from pipeline.dataset.ledger import SongEntry
-from pipeline.dataset.shards import (
-    EncoderIdentity,
-    Footer,
-    iter_shards,
-    shard_schema,
-    write_dataset_info,
-    write_shard,
-)
+from pipeline.dataset.schema import EncoderIdentity, shard_schema
+from pipeline.dataset.shards import Footer, iter_shards, write_dataset_info, write_shard
 from pipeline.errors import UserError
 from pipeline.extract.command import ExtractOptions, extract
-from pipeline.extract.config import ExtractConfig, fingerprint, fingerprinted, load_config
+from pipeline.extract.config import ExtractConfig, fingerprinted, load_config
+from pipeline.fingerprint import fingerprint
 from pipeline.reports.dataset_page import write_report
 from pipeline.songs.plan import PlannedSong, Task, append_plan
 from pipeline.tools.demo_corpus import make_demo_corpus

@@ -13,7 +13,7 @@ from models.encoders.layouts import read_encoder
 from models.encoders.whisper import read_whisper
 from pipeline.cli import app
 from pipeline.errors import UserError
-from pipeline.tools.convert_checkpoint import convert, describe
+from pipeline.tools.convert_checkpoint import convert_checkpoint, describe_checkpoint
 
 
 def run(*args: object) -> str:
@@ -38,19 +38,19 @@ def test_the_converted_file_is_the_same_encoder(encoders: Path, tmp_path: Path) 
 
 def test_half_precision_halves_the_file(encoders: Path, tmp_path: Path) -> None:
     whole, half = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    convert(encoders / "tiny_wavlm.pt", whole)
+    convert_checkpoint(encoders / "tiny_wavlm.pt", whole)
     run(whole, half, "--dtype", "float16")
     assert {tensor.dtype for tensor in load_foreign(half).values()} == {torch.float16}
     assert half.stat().st_size < 0.6 * whole.stat().st_size
 
 
 def test_a_whisper_is_converted_without_its_decoder(encoders: Path, tmp_path: Path) -> None:
-    convert(encoders / "tiny_whisper.pt", tmp_path / "a.safetensors")
+    convert_checkpoint(encoders / "tiny_whisper.pt", tmp_path / "a.safetensors")
     config, expected = read_whisper(encoders / "tiny_whisper.pt")
     again, tensors = read_whisper(tmp_path / "a.safetensors")
     assert again == config and tensors.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
-    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "float16")
+    convert_checkpoint(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "float16")
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_print_describes_any_checkpoint(encoders: Path, file: str, words: list[s
 
 
 def test_the_same_network_is_described_the_same(encoders: Path, tmp_path: Path) -> None:
-    convert(encoders / "tiny_dphubert.pth", tmp_path / "a.safetensors")
+    convert_checkpoint(encoders / "tiny_dphubert.pth", tmp_path / "a.safetensors")
     first, second = (
-        dict(describe(path).lines)
+        dict(describe_checkpoint(path).lines)
         for path in (encoders / "tiny_dphubert.pth", tmp_path / "a.safetensors")
     )
     assert {key for key in first if first[key] != second[key]} == {"file", "sha256"}
@@ -80,10 +80,10 @@ def test_the_same_network_is_described_the_same(encoders: Path, tmp_path: Path) 
 
 def test_a_file_is_not_written_over_itself(encoders: Path, tmp_path: Path) -> None:
     ours = tmp_path / "a.safetensors"
-    convert(encoders / "tiny_wavlm.pt", ours)
+    convert_checkpoint(encoders / "tiny_wavlm.pt", ours)
     before = ours.read_bytes()
     with pytest.raises(UserError, match="the checkpoint itself"):
-        convert(ours, ours)
+        convert_checkpoint(ours, ours)
     assert ours.read_bytes() == before
 
 
@@ -96,7 +96,7 @@ def test_a_file_is_not_written_over_itself(encoders: Path, tmp_path: Path) -> No
     ],
 )
 def test_what_a_file_is(encoders: Path, file: str, expected: dict[str, str]) -> None:
-    lines = dict(describe(encoders / file).lines)
+    lines = dict(describe_checkpoint(encoders / file).lines)
     for label, words in expected.items():
         assert words in lines[label]
     assert len(lines["sha256"]) == 64
@@ -106,18 +106,21 @@ def test_a_graph_that_is_no_encoder_is_not_described_as_one(tmp_path: Path) -> N
     broken = tmp_path / "half.onnx"
     broken.write_bytes(b"\x08\x09 and then nothing that is a graph")
     with pytest.raises(UserError, match="no ONNX graph"):
-        describe(broken)
+        describe_checkpoint(broken)
 
 
 def test_what_cannot_be_is_said_in_a_sentence(encoders: Path, tmp_path: Path) -> None:
     source, out = encoders / "tiny_wavlm.pt", tmp_path / "a.safetensors"
     for call, words in (
-        (lambda: convert(encoders / "vec-tiny-layer-3.onnx", out), "ONNX"),
-        (lambda: convert(tmp_path / "none.pt", out), "does not exist"),
-        (lambda: convert(source, out, "int4"), "float32 or float16"),
-        (lambda: convert(source, tmp_path), "is a folder"),
-        (lambda: convert(source, tmp_path / "no" / "a.safetensors"), "folder that exists"),
-        (lambda: convert(source, source), "must end in .safetensors"),
+        (lambda: convert_checkpoint(encoders / "vec-tiny-layer-3.onnx", out), "ONNX"),
+        (lambda: convert_checkpoint(tmp_path / "none.pt", out), "does not exist"),
+        (lambda: convert_checkpoint(source, out, "int4"), "float32 or float16"),
+        (lambda: convert_checkpoint(source, tmp_path), "is a folder"),
+        (
+            lambda: convert_checkpoint(source, tmp_path / "no" / "a.safetensors"),
+            "folder that exists",
+        ),
+        (lambda: convert_checkpoint(source, source), "must end in .safetensors"),
         (lambda: run(source), "--print"),
     ):
         with pytest.raises(UserError, match=words):

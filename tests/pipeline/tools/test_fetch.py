@@ -21,7 +21,7 @@ from rich.console import Console
 from models.encoders import ENCODERS
 from pipeline.errors import StorageFault, UserError
 from pipeline.tools.fetch import FetchOptions, _Redirects, fetch_encoder, show_checkpoints
-from pipeline.tools.known_checkpoints import CHECKPOINTS, Checkpoint, RemoteFile
+from pipeline.tools.known_checkpoints import CHECKPOINTS, KnownCheckpoint, RemoteFile
 from tests.pipeline.test_cli import cantor
 
 DATA = np.random.default_rng(0).bytes(3_000_000)
@@ -140,7 +140,7 @@ def known(server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
 
     def add(size: int | None = len(DATA), sha256: str | None = SHA256, **more: Any) -> None:
         file = RemoteFile("net.pt", more.get("url", address(server)), size, sha256)
-        monkeypatch.setitem(CHECKPOINTS, "net", Checkpoint((file,), ("hubertsoft",)))
+        monkeypatch.setitem(CHECKPOINTS, "net", KnownCheckpoint((file,), ("hubertsoft",)))
 
     add()
     return add
@@ -436,7 +436,7 @@ def test_a_full_disk_is_named_and_the_part_is_kept(server: Server, small_disk: P
     with pytest.raises(StorageFault, match=r"net\.pt\.part needs 3 MB more, and 2 MB are free"):
         fetch(small_disk)
     server.does.chunked = True  # no size is announced, and none is known
-    CHECKPOINTS["net"] = Checkpoint((RemoteFile("net.pt", address(server), None, SHA256),), ())
+    CHECKPOINTS["net"] = KnownCheckpoint((RemoteFile("net.pt", address(server), None, SHA256),), ())
     with pytest.raises(StorageFault, match=r"no space left at .*net\.pt\.part; free some"):
         fetch(small_disk)
     assert (small_disk / "net.pt.part").stat().st_size > 1_000_000
@@ -459,7 +459,7 @@ def test_several_files_make_a_folder(
 ) -> None:
     pair = tuple(RemoteFile(n, address(server, n), len(DATA), SHA256) for n in ("/a", "/b"))
     pair = tuple(RemoteFile(f.name[1:], f.url, f.size, f.sha256) for f in pair)
-    monkeypatch.setitem(CHECKPOINTS, "net", Checkpoint(pair, ()))
+    monkeypatch.setitem(CHECKPOINTS, "net", KnownCheckpoint(pair, ()))
     assert fetch(tmp_path) == tmp_path / "net"
     assert files(tmp_path / "net") == ["a", "b"]
     with pytest.raises(UserError, match="folder of several files"):

@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.tools.formant_singer import ALTO, BASS, SOPRANO, VOICES, Sung, Voice, sing
+from pipeline.tools.formant_singer import (
+    ALTO,
+    BASS,
+    SOPRANO,
+    VOICES,
+    FormantSong,
+    FormantVoice,
+    sing,
+)
 from stages.f0 import F0Config, estimate_f0
 from stages.slice import SliceConfig, slice_silence
 
@@ -13,7 +21,7 @@ RATES = (44100, 48000, 22050)
 voices = pytest.mark.parametrize("voice", VOICES, ids=lambda voice: voice.name)
 
 
-def cents_off(sung: Sung, method: str) -> tuple[np.ndarray, float]:
+def cents_off(sung: FormantSong, method: str) -> tuple[np.ndarray, float]:
     """Signed error where both say voiced, and the part of the truly voiced frames found."""
     cfg = F0Config(method=method, hop_length=sung.hop_length, f0_max=900)  # type: ignore[arg-type]
     found = estimate_f0(sung.wav, sung.sample_rate, cfg)
@@ -24,7 +32,9 @@ def cents_off(sung: Sung, method: str) -> tuple[np.ndarray, float]:
 @voices
 @pytest.mark.parametrize("method", ["praat", "dio"])
 @pytest.mark.parametrize("sample_rate", RATES)
-def test_the_stated_f0_is_the_f0_of_the_sound(voice: Voice, method: str, sample_rate: int) -> None:
+def test_the_stated_f0_is_the_f0_of_the_sound(
+    voice: FormantVoice, method: str, sample_rate: int
+) -> None:
     cents, recall = cents_off(sing(voice, 15.0, sample_rate, seed=1), method)
     assert np.mean(np.abs(cents) < 50) >= 0.97
     assert abs(np.median(cents)) < 2, "a constant bias: the truth is early, late or transposed"
@@ -33,15 +43,17 @@ def test_the_stated_f0_is_the_f0_of_the_sound(voice: Voice, method: str, sample_
 
 def test_a_contour_that_is_wrong_by_a_semitone_or_late_by_50_ms_is_noticed() -> None:
     sung = sing(BASS, 15.0, 44100, seed=1)
-    late = Sung(sung.wav, np.roll(sung.f0, 4), sung.sample_rate, sung.hop_length)
-    sharp = Sung(sung.wav, sung.f0 * np.float32(2 ** (1 / 12)), sung.sample_rate, sung.hop_length)
+    late = FormantSong(sung.wav, np.roll(sung.f0, 4), sung.sample_rate, sung.hop_length)
+    sharp = FormantSong(
+        sung.wav, sung.f0 * np.float32(2 ** (1 / 12)), sung.sample_rate, sung.hop_length
+    )
     for wrong in (late, sharp):
         cents, _ = cents_off(wrong, "praat")
         assert np.mean(np.abs(cents) < 50) < 0.97
 
 
 @voices
-def test_notes_stay_in_the_range_of_the_voice_and_use_it(voice: Voice) -> None:
+def test_notes_stay_in_the_range_of_the_voice_and_use_it(voice: FormantVoice) -> None:
     f0 = np.concatenate([sing(voice, 20.0, 22050, seed=seed).f0 for seed in range(4)])
     voiced = f0[f0 > 0]
     assert voice.f0_min * 0.9 < voiced.min() and voiced.max() < voice.f0_max * 1.1
@@ -62,7 +74,7 @@ def test_there_is_vibrato_at_its_rate() -> None:
 
 
 @voices
-def test_rests_are_where_a_song_can_be_cut(voice: Voice) -> None:
+def test_rests_are_where_a_song_can_be_cut(voice: FormantVoice) -> None:
     wav = sing(voice, 40.0, 44100, seed=3).wav
     cfg = SliceConfig(max_length_ms=None, max_silence_kept_ms=200)
     spans = [span for span in slice_silence(wav, 44100, cfg) if span.stop > span.start]
@@ -116,6 +128,6 @@ def test_what_cannot_be_sung_is_refused() -> None:
     with pytest.raises(ValueError, match="8000 Hz"):
         sing(BASS, 2.0, 4000, seed=0)
     with pytest.raises(ValueError, match="f0_min and f0_max"):
-        Voice(name="x", f0_min=200, f0_max=210)
+        FormantVoice(name="x", f0_min=200, f0_max=210)
     with pytest.raises(ValueError, match="breathiness"):
-        Voice(name="x", f0_min=100, f0_max=300, breathiness=2)
+        FormantVoice(name="x", f0_min=100, f0_max=300, breathiness=2)

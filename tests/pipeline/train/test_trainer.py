@@ -27,7 +27,7 @@ from pipeline.errors import Interrupted, UserError
 from pipeline.storage.lock import lock
 from pipeline.train.config import OptimizerConfig
 from pipeline.train.run_folder import part_of
-from pipeline.train.trainer import Outcome, fit, learning_rate
+from pipeline.train.trainer import TrainOutcome, fit, learning_rate
 from pipeline.train.watch import Nobody
 from tests.pipeline.train.small_training import losses, small_config, start_fit, write_small_dataset
 
@@ -372,7 +372,7 @@ def test_the_process_is_left_as_it_was(data: Path, tmp_path: Path) -> None:
     assert torch.get_num_threads() == threads
 
 
-def continued(data: Path, run: Path, start: Path, *words: str) -> tuple[Outcome, list[str]]:
+def continued(data: Path, run: Path, start: Path, *words: str) -> tuple[TrainOutcome, list[str]]:
     watch = StopAt(-1)
     words = ("run.steps=1", "optimizer.learning_rate=1e-12", *words)
     return fit(data, run, small_config(*words), init_from=start, watch=watch), watch.lines

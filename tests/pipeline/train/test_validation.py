@@ -18,9 +18,9 @@ from pipeline.train.validation import (
     PATHS,
     Metrics,
     compare_pitch,
-    describe,
-    draw,
-    measure,
+    describe_measures,
+    draw_spectrograms,
+    measure_clips,
     picture_path,
 )
 
@@ -105,7 +105,7 @@ def test_contours_that_are_equal_shifted_and_unvoiced() -> None:
 def test_the_distance_to_the_original_is_known(begin: Begin) -> None:
     metrics = begin(clip(hz=220.0), clip(hz=330.0))
     softer = [metrics._sound(each.wav / 2) for each in metrics.clips]
-    found = measure(
+    found = measure_clips(
         metrics.clips, metrics.originals, {"posterior": metrics.originals, "prior": softer}
     )
     assert found["mel_posterior"] == 0
@@ -119,13 +119,13 @@ def test_the_distance_to_the_original_is_known(begin: Begin) -> None:
         assert found[f"pitch_accuracy_{path}"] > 0.95
         assert found[f"f0_rmse_cents_{path}"] < 5
         assert found[f"voicing_error_{path}"] < 0.05
-    said = describe(found)
+    said = describe_measures(found)
     assert "mel distance 0.00 / 0." in said and "right pitch" in said
 
 
 def test_nothing_to_measure_is_nothing(begin: Begin, network: Synthesizer) -> None:
-    assert begin().validate(1, network) == {} and describe({}) == ""
-    assert "right pitch – / –" in describe({"mel_posterior": 1.0, "mel_prior": 1.0})
+    assert begin().validate(1, network) == {} and describe_measures({}) == ""
+    assert "right pitch – / –" in describe_measures({"mel_posterior": 1.0, "mel_prior": 1.0})
 
 
 def test_validation_leaves_no_trace_in_the_training(begin: Begin, network: Synthesizer) -> None:
@@ -179,7 +179,7 @@ def test_one_scale_of_colours_and_named_axes(begin: Begin) -> None:
     metrics = begin(clip(0.5))
     (original,) = metrics.originals
     louder = metrics._sound(3 * metrics.clips[0].wav)
-    figure = draw({"original": original, "prior": louder}, "title", MEL, RATE, HOP)
+    figure = draw_spectrograms({"original": original, "prior": louder}, "title", MEL, RATE, HOP)
     panels = figure.axes[:2]
     assert [axes.get_title() for axes in panels] == ["original", "prior"]
     assert all(axes.get_xlabel() == "time (s)" for axes in panels)

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from stages.decode import DecodeConfig, Decoder, Header
-from stages.decode.child import Sound, Source
+from stages.decode.child import GuardedFile, OnePassSound
 from stages.decode.mp3 import parse_frame
 from stages.errors import BadInput, Reason
 from stages.resample import ResampleConfig, resample
@@ -959,8 +959,8 @@ def test_an_io_error_is_not_the_files_fault(decoder: Decoder, tmp_path: Path) ->
 
 
 def test_an_io_error_inside_libsndfile_is_kept(tmp_path: Path) -> None:
-    source = Source(os.fsencode(put(tmp_path, encoded(song(2 * BLOCK)))))
-    with Sound(source) as sound:
+    source = GuardedFile(os.fsencode(put(tmp_path, encoded(song(2 * BLOCK)))))
+    with OnePassSound(source) as sound:
         buffer = np.empty((BLOCK, 1), np.float32)
         assert sound.buffer_read_into(buffer.data.cast("B"), "float32") == BLOCK
         source.check()

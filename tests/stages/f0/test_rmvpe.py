@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.f0.rmvpe import decode, load_rmvpe
+from models.f0.rmvpe import decode_rmvpe, load_rmvpe
 from stages.f0 import F0Config, estimate_f0
 from stages.f0.rmvpe import rmvpe
 from stages.f0.sovits_compat import PEERS
@@ -43,7 +43,7 @@ def test_a_track_has_a_frame_every_10_ms_from_sample_0(sample_rate: int, tiny_rm
     for f0, positions in tracks:
         assert f0.dtype == np.float64
         np.testing.assert_allclose(positions, np.arange(len(f0)) * sample_rate / 100, rtol=1e-12)
-    expected = decode(saliences(tiny_rmvpe, wavs[2], sample_rate), 0.03)
+    expected = decode_rmvpe(saliences(tiny_rmvpe, wavs[2], sample_rate), 0.03)
     np.testing.assert_allclose(tracks[2][0], expected, rtol=1e-6)
 
 
@@ -71,7 +71,7 @@ def test_the_default_threshold_lies_at_0_03(tmp_path: Path) -> None:
 
 def test_the_peers_contour_is_stretched_and_above_0_05(tiny_rmvpe: Path, tmp_path: Path) -> None:
     wav = noise(RATE + 321)
-    expected = decode(saliences(tiny_rmvpe, wav, RATE), 0.05).numpy()
+    expected = decode_rmvpe(saliences(tiny_rmvpe, wav, RATE), 0.05).numpy()
     n_frames = len(wav) // 512
     found = PEERS["rmvpe"](wav, RATE, settings(tiny_rmvpe, align="peer"), n_frames)
     at = np.arange(n_frames) * len(expected) // n_frames

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from models.synthesizer.blocks.attention import (
     FFN,
     FFT,
-    Decoder,
-    Encoder,
     LayerNorm,
     MultiHeadAttention,
+    TransformerDecoder,
+    TransformerEncoder,
 )
 from tests.models.synthesizer.conftest import Filled, Reference
 
@@ -29,12 +29,12 @@ LENGTHS = ("T3", "T5", "T17")  # T3 is shorter than the window
 
 def _pieces() -> dict[str, nn.Module]:
     return {
-        "encoder": Encoder(12, 20, 2, 2, 3),
-        "encoder_w2_k4": Encoder(12, 20, 3, 1, 4, window=2),
+        "encoder": TransformerEncoder(12, 20, 2, 2, 3),
+        "encoder_w2_k4": TransformerEncoder(12, 20, 3, 1, 4, window=2),
         "fft": FFT(12, 20, 2, 2, 3),
         "fft_flow": FFT(12, 20, 2, 3, 5, gin_channels=6),
         "fft_proximal": FFT(12, 20, 2, 2, 3, proximal_bias=True),
-        "decoder": Decoder(12, 20, 2, 2, 3),
+        "decoder": TransformerDecoder(12, 20, 2, 2, 3),
         "mha_plain": MultiHeadAttention(12, 14, 2),
         "mha_window": MultiHeadAttention(12, 12, 2, window=4),
         "mha_window_perhead": MultiHeadAttention(12, 12, 2, window=4, heads_share=False),
@@ -223,7 +223,10 @@ def test_learns_in_bfloat16() -> None:
     torch.manual_seed(0)
     mask = torch.ones(2, 1, 20)
     mask[1, :, 15:] = 0
-    for piece in (Encoder(8, 12, 2, 3, 3, gin_channels=6), FFT(8, 12, 2, 2, 3, gin_channels=6)):
+    for piece in (
+        TransformerEncoder(8, 12, 2, 3, 3, gin_channels=6),
+        FFT(8, 12, 2, 2, 3, gin_channels=6),
+    ):
         x, g = torch.randn(2, 8, 20), torch.randn(2, 6, 1)
         exact = piece.eval()(x, mask, g)
         piece.train()
@@ -236,7 +239,7 @@ def test_learns_in_bfloat16() -> None:
 
 def test_an_encoder_too_shallow_for_its_speaker_says_so() -> None:
     with pytest.raises(ValueError, match="needs as many, not 2"):
-        Encoder(8, 12, 2, 2, gin_channels=6)
+        TransformerEncoder(8, 12, 2, 2, gin_channels=6)
 
 
 def test_proximal_start_is_equal_queries_and_keys() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.synthesizer.blocks.attention import FFT, Encoder
+from models.synthesizer.blocks.attention import FFT, TransformerEncoder
 from models.synthesizer.blocks.flows import (
     CouplingBlock,
     CouplingLayer,
@@ -30,7 +30,7 @@ TOLERANCE = 4e-5  # ten times what float32 is from float64 in the reference's mo
 def _coupling(kind: str, mean_only: bool) -> CouplingLayer:
     enc = {
         "coupling": lambda: WN(12, 5, 1, 2, gin_channels=6),
-        "tcoupling": lambda: Encoder(12, 16, 2, 3, 5, gin_channels=6),
+        "tcoupling": lambda: TransformerEncoder(12, 16, 2, 3, 5, gin_channels=6),
     }[kind]()
     return CouplingLayer(8, 12, enc, mean_only)
 

@@ -29,7 +29,7 @@ from models.synthesizer.sovits.files import (
     write_voice,
 )
 from models.synthesizer.sovits.networks import Synthesizer
-from models.synthesizer.tensor_layout import Layout, layout_of
+from models.synthesizer.tensor_layout import TensorLayout, layout_of
 from models.synthesizer.voice import synthesizer_layout
 from tests.models.synthesizer import sovits_files
 from tests.models.synthesizer.conftest import Reference
@@ -45,7 +45,7 @@ from tests.models.synthesizer.tiny import VARIANTS, config_of
 FULL_SIZE = tuple(manifest("svc_G_manifest")["variants"])
 
 
-def assert_layout(layout: Layout, keys: dict[str, Any]) -> None:
+def assert_layout(layout: TensorLayout, keys: dict[str, Any]) -> None:
     assert list(layout.shapes) == list(keys)
     for name, what in keys.items():
         assert layout.shapes[name] == tuple(what["shape"]), name

@@ -20,7 +20,7 @@ from models.synthesizer.blocks.noise import KeyedNoise, NoNoise
 from models.synthesizer.tensor_layout import layout_of
 from models.synthesizer.text.config import TextSynthesizerConfig
 from models.synthesizer.text.durations import DurationDiscriminator, duration_loss
-from models.synthesizer.text.synthesizer import Outputs, TextSynthesizer
+from models.synthesizer.text.synthesizer import TextOutputs, TextSynthesizer
 from models.synthesizer.text.text_encoder import Text
 from tests.models.synthesizer.conftest import Filled, Reference
 
@@ -95,7 +95,7 @@ class Case:
             found.detach().numpy(), self.arrays[name], rtol=rtol, atol=atol, err_msg=name
         )
 
-    def train(self, segment_frames: int = 4, **options: float) -> Outputs:
+    def train(self, segment_frames: int = 4, **options: float) -> TextOutputs:
         noise = NoNoise(float(self.arrays["train/rand"]))
         return self.network(
             self.text, self.spec, self.frames, self.speaker, noise, segment_frames, **options
@@ -186,7 +186,7 @@ def test_the_peers_losses_and_gradients(case: Case, judge: nn.Module, filled: Fi
     np.testing.assert_allclose(norms, expected, rtol=rtol, atol=NO_GRADIENT)
 
 
-def loss_of(out: Outputs, total_symbols: float | None = None) -> Tensor:
+def loss_of(out: TextOutputs, total_symbols: float | None = None) -> Tensor:
     """That of the durations."""
     return duration_loss(
         out.duration_nll, out.log_durations_hat, out.log_durations, out.text_mask, total_symbols

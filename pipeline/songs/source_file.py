@@ -1,0 +1,47 @@
+"""The file of a song: its hash, whether it changed, whether its storage is mounted."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Collection
+
+from pipeline.songs.plan import PlannedSong
+from stages.errors import BadInput, Reason
+from stages.open_file import open_source
+
+
+def require_mounted(planned: PlannedSong, path: bytes, gone: Collection[str]) -> None:
+    """Tell a song that is missing at `path` from a mount that went away with it.
+
+    gone: songs that were missing already when the run began.
+
+    Raises: OSError of a mount that went away during the run.
+    """
+    was_there = planned.mtime_ns > 0 and planned.song_id not in gone
+    folder = os.path.dirname(path)
+    if was_there and (not os.path.isdir(folder) or not any(os.scandir(folder))):
+        words = "the folder is gone or empty since this run began (is it still mounted?)"
+        raise FileNotFoundError(errno.ENOENT, words, os.fsdecode(folder))
+
+
+def hash_source(path: bytes) -> tuple[os.stat_result, str]:
+    """Status and SHA-256 (hex) of a source file.
+
+    Raises: BadInput for what is wrong with the file, OSError for what is wrong with the storage.
+    """
+    with open(open_source(path), "rb") as file:
+        return os.fstat(file.fileno()), hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_unchanged(planned: PlannedSong, path: bytes) -> str:
+    """SHA-256 of the source file. Raises: BadInput where it is not the one that was planned."""
+    stat, sha256 = hash_source(path)
+    if (stat.st_size, stat.st_mtime_ns) != (planned.size, planned.mtime_ns):
+        raise BadInput(
+            Reason.CHANGED,
+            f"{stat.st_size} bytes now, {planned.size} when it was planned; "
+            "--retry-quarantined takes it as it is",
+        )
+    return sha256

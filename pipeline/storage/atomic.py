@@ -1,0 +1,84 @@
+"""Files that are written whole or not at all, and the faults of the storage."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pipeline.errors import StorageFault, UserError
+
+
+def commit_file(dataset: Path, relative: str, write: Callable[[BinaryIO], Any]) -> Path:
+    """Write `dataset/relative` so that it is there whole or not at all.
+
+    Raises: OSError of the storage; the half-written file is removed.
+    """
+    final = dataset / relative
+    final.parent.mkdir(parents=True, exist_ok=True)
+    folder = dataset / ".tmp"
+    folder.mkdir(exist_ok=True)
+    temporary = folder / f"{final.name}.{secrets.token_hex(6)}"
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(final.parent)
+    return final
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers of `commit_file` left half-written."""
+    if (folder / ".tmp").is_dir():
+        for path in (folder / ".tmp").iterdir():
+            path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in `folder` on the disk. Raises OSError of the storage."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_info(folder: Path, name: str, info: dict[str, Any]) -> None:
+    """Write FOLDER/NAME as JSON, whole or not at all."""
+    text = json.dumps(info, indent=2, ensure_ascii=False) + "\n"
+    commit_file(folder, name, lambda file: file.write(text.encode()))
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """What `write_info` wrote of a run's settings. Raises: UserError when it is none of ours."""
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(info, dict) or not {"fingerprint", "settings"} <= info.keys():
+        raise UserError(f"{path} is not the {path.name} of this program")
+    return info
+
+
+def is_disk_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def storage_fault(error: OSError) -> StorageFault:
+    """What a failing disk means for the person running the job."""
+    where = f" at {error.filename}" if error.filename else ""
+    if is_disk_full(error):
+        return StorageFault(f"no space left{where}; free some")
+    return StorageFault(f"the storage failed{where}: {error.strerror or error}")

@@ -1,0 +1,39 @@
+"""Scratch folders for decoded audio."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+
+class Scratch:
+    """A folder for decoded PCM. Those of dead processes are swept when a new one is made."""
+
+    def __init__(self, parent: str | None) -> None:
+        root = Path(parent or tempfile.gettempdir()) / f"cantor-scratch-{os.getuid()}"
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (root / ".lock").open("ab") as door:  # one at a time: a new folder is not locked yet
+            fcntl.flock(door, fcntl.LOCK_EX)
+            for old in root.iterdir():
+                if old.is_dir() and not _is_held(old):
+                    shutil.rmtree(old, ignore_errors=True)
+            self.folder = Path(tempfile.mkdtemp(dir=root))
+            self._held = (self.folder / ".lock").open("ab")
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._held.close()
+
+
+def _is_held(folder: Path) -> bool:
+    """A living process owns this scratch folder."""
+    with (folder / ".lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
