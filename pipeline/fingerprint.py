@@ -5,15 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.settings import (
     flatten,
 )
-
-if TYPE_CHECKING:  # torch is slow to import
-    pass
-
 
 # Keys that change where and how fast a run works, not what it writes. The SHA-256 of a file of
 # weights counts in place of its path.

@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from pipeline.storage.weight_files import WeightFile
-
-if TYPE_CHECKING:  # torch is slow to import
-    pass
-
-from typing import Generic, Protocol, TypeVar
 
 # Called with (song_id, seconds of it that are done, status); the status is None until its end.
 Heartbeat = Callable[[str, float, str | None], None]

@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
 from stages.pitch_quality import PitchQuality
 from stages.quality import Quality
-
-if TYPE_CHECKING:  # torch is slow to import
-    pass
-
 
 SCHEMA_VERSION = 2
 

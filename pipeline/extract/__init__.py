@@ -1,0 +1,1 @@
+"""Extracting a dataset: songs, or shards of another dataset, become shards."""

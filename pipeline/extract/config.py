@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.cluster.workload import WorkersConfig
 from pipeline.dataset.schema import SCHEMA_VERSION
@@ -23,10 +23,6 @@ from pipeline.storage.weight_files import WeightFile, read_weights
 from stages.chain import ChainConfig
 from stages.units import EncoderConfig, EncoderSettings
 from stages.xvector import XvectorConfig
-
-if TYPE_CHECKING:  # torch is slow to import
-    pass
-
 
 # Keys of f0 that mean something else to another method, or nothing.
 _OF_A_METHOD = {"voicing_threshold", "checkpoint", "ensemble", "crepe_hop_ms"}

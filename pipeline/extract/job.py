@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # torch is slow to import
-    pass
 from pipeline.cluster.workload import Job
 from pipeline.dataset.schema import (
     AUDIO_SCHEMA,

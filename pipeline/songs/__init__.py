@@ -1,0 +1,1 @@
+"""Songs before they are decoded: the corpus, the plan, the source files and the balance."""

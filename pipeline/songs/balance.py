@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Generic, Protocol, TypeVar
 
 KEPT, FILTERED, QUARANTINED = "kept", "filtered", "quarantined"
 

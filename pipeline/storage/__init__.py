@@ -1,0 +1,1 @@
+"""Files on disk: atomic writes, locks, scratch folders, weight files and step logs."""

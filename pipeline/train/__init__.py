@@ -1,0 +1,1 @@
+"""Training a synthesizer from shards, on one process or several."""

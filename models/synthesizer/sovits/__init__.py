@@ -1,0 +1,1 @@
+"""The so-vits-svc voice family: networks, configuration and files, both ways."""
