@@ -1,1 +1,1 @@
-"""Commands beside extract, train and convert: codebook, unit index, purity, distill, fetch, demo."""
+"""Commands beside extract, train and convert: codebook, unit index, purity, distill, demo."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-_TEXT = (Path(__file__).parents[1] / "docs" / "shards.md").read_text(encoding="utf-8")
+_TEXT = (Path(__file__).parents[3] / "docs" / "shards.md").read_text(encoding="utf-8")
 _EXAMPLES = re.findall(r"\n([^\n]+):\n\n```python\n(.*?)```", _TEXT, re.DOTALL)
 _ON_RAY = [title for title, _ in _EXAMPLES if title.startswith("Ray")]
 
