@@ -15,7 +15,7 @@ from torch import Tensor
 from models.checkpoint import load_foreign
 from models.encoders import ENCODERS, Encoder, check_encoder, load_encoder
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "encoders"
+GOLDEN = Path(__file__).parents[2] / "golden" / "encoders"
 
 # A small file for every encoder that needs one. hubertsoft's is made here: see `hubert_soft`.
 CHECKPOINTS = {

@@ -33,7 +33,7 @@ from models.encoders.layouts import (
 from models.encoders.wav2vec2 import RelativeBias, Wav2Vec2, Wav2Vec2Config, relative_buckets
 from models.torchaudio_compat import import_torchaudio
 
-GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "encoders"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "encoders"
 TOLERANCE = 2e-5  # of outputs with standard deviation 1, in float32; the noise is about 5e-6
 
 
