@@ -188,8 +188,8 @@ def _convert(folder: Path, minutes: float) -> Cost:
     from rich.console import Console
 
     from pipeline.convert.command import convert_file, read_request
-    from tests.songs import tune
-    from tests.voices import write_small_voice
+    from tests.helpers.songs import tune
+    from tests.helpers.voices import write_small_voice
 
     rate, song = 16000, folder / "song.wav"
     piece = tune(min(60.0, 60 * minutes), rate)

@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script
 from benchmarks.environment import environment
 from models.encoders import load_encoder
 from models.torchaudio_compat import import_torchaudio
-from tests.checkpoints import fill
+from tests.helpers.checkpoints import fill
 
 SAMPLE_RATE = 16000
 HOP_LENGTH = 320

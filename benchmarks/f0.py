@@ -241,7 +241,7 @@ def _made_up_rmvpe(folder: Path) -> str:
     import torch
 
     from models.f0.rmvpe_checkpoint import RmvpeConfig
-    from tests.checkpoints import tiny_rmvpe_weights
+    from tests.helpers.checkpoints import tiny_rmvpe_weights
 
     torch.save({"model": tiny_rmvpe_weights(RmvpeConfig())}, folder / "rmvpe.pt")
     return str(folder / "rmvpe.pt")

@@ -149,7 +149,7 @@ def _rmvpe(weights: str | None) -> Work:
 
     from models.f0.mel import f0_log_mel, f0_mel_filters
     from models.f0.rmvpe_checkpoint import RmvpeConfig
-    from tests.plain_rmvpe import PlainRmvpe
+    from tests.helpers.plain_rmvpe import PlainRmvpe
 
     assert weights is not None
     cents = 20 * np.arange(360) + 1997.3794084376191

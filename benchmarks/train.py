@@ -279,7 +279,7 @@ def loading(dataset: Path, frames: int, batches: int) -> float:
 @contextmanager
 def own_dataset(frames: int) -> Iterator[Path]:
     """64 clips of `frames` frames as the extraction writes them: FLAC, units of 768."""
-    from tests.training_data import write_dataset
+    from tests.helpers.training_data import write_dataset
 
     seconds = (frames + 1) * TEMPLATE.hop_length / TEMPLATE.sample_rate
     with tempfile.TemporaryDirectory() as folder:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import write_rmvpe
+from tests.helpers.checkpoints import write_rmvpe
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from pipeline.extract.command import ExtractOptions, ExtractOutcome, extract
 from pipeline.extract.config import load_config
-from tests.songs import make_songs
+from tests.helpers.songs import make_songs
 
 # Short tasks, so that a few songs make several; dio, because it is quick.
 FAST = ["plan.task_minutes=0.2", "f0.method=dio", "slice.min_length_ms=1000"]
@@ -62,7 +62,7 @@ def dataset(corpus: Path, tmp_path_factory: pytest.TempPathFactory, run_extract:
 def rated_dataset(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The dataset with x-vectors and purity.parquet; not to be written to."""
     from pipeline.tools.speaker_purity import measure_purity
-    from tests.xvectors import put_xvectors
+    from tests.helpers.xvectors import put_xvectors
 
     folder = Path(shutil.copytree(dataset, tmp_path_factory.mktemp("rated") / "dataset"))
     put_xvectors(folder)

@@ -17,7 +17,7 @@ from stages.loudness import LoudnessConfig
 from stages.pcm import dequantise
 from stages.quality import QualityConfig, measure_quality
 from stages.slice import SliceConfig
-from tests.songs import tune
+from tests.helpers.songs import tune
 
 SHORT = ChainConfig(slice=SliceConfig(min_length_ms=1000))
 

@@ -20,8 +20,8 @@ from models.checkpoint import CheckpointError
 from models.f0 import rmvpe, rmvpe_onnx
 from models.f0.rmvpe import BatchedRmvpe, Rmvpe, UNetGru, check_rmvpe, decode_rmvpe, load_rmvpe
 from models.f0.rmvpe_checkpoint import RmvpeConfig, key_shapes
-from tests.checkpoints import TINY_RMVPE, rmvpe_weights, tiny_rmvpe_weights
-from tests.plain_rmvpe import PlainRmvpe
+from tests.helpers.checkpoints import TINY_RMVPE, rmvpe_weights, tiny_rmvpe_weights
+from tests.helpers.plain_rmvpe import PlainRmvpe
 
 TOLERANCE = 1e-5  # on the salience, as of the reference vectors
 LENGTHS = [1, 159, 160, 512, 513, 16000, 5119 * 16, 5120 * 16, 48123]

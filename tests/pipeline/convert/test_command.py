@@ -31,11 +31,11 @@ from pipeline.errors import UserError
 from pipeline.tools.formant_singer import VOICES, sing
 from stages.decode import DecodeConfig, Decoder
 from stages.types import Array
-from tests.checkpoints import GOLDEN, write_hubert_base
+from tests.helpers.checkpoints import GOLDEN, write_hubert_base
+from tests.helpers.songs import tune
+from tests.helpers.voices import SETTINGS, small_voice, write_small_voice
 from tests.models.synthesizer.test_vocoder import write_vocoder
 from tests.pipeline.conftest import Extract
-from tests.songs import tune
-from tests.voices import SETTINGS, small_voice, write_small_voice
 
 RATE = 16000
 FLOAT = "output.subtype=FLOAT"

@@ -36,9 +36,9 @@ from pipeline.convert.summary import batch_summary, show_batch
 from pipeline.errors import StorageFault, UserError
 from pipeline.songs.plan import PlannedSong, Task, load_plan
 from pipeline.storage.weight_files import WeightFile
+from tests.helpers.songs import tune
+from tests.helpers.voices import write_small_voice
 from tests.pipeline.extract.test_kills import kill_everything, start_command
-from tests.songs import tune
-from tests.voices import write_small_voice
 
 RATE = 16000
 Convert = Callable[..., BatchOutcome]

@@ -36,7 +36,7 @@ from pipeline.dataset.shard_dataset import ShardDataset, Share
 from pipeline.dataset.shards import iter_shards, read_footer, write_shard
 from pipeline.errors import UserError
 from stages.f0 import F0Config, estimate_f0
-from tests.training_data import write_dataset
+from tests.helpers.training_data import write_dataset
 
 RATE, HOP = 8000, 80
 ROOT = Path(__file__).parents[3]

@@ -17,8 +17,8 @@ from pipeline.dataset.shards import iter_shards, read_footer
 from pipeline.dataset.verify import export_ledger, verify
 from pipeline.errors import SongBug, StorageFault, UserError
 from pipeline.songs.plan import load_plan
+from tests.helpers.songs import tune
 from tests.pipeline.conftest import Extract, shard_hashes
-from tests.songs import tune
 
 
 def test_two_songs_one_shard(tmp_path: Path, run_extract: Extract) -> None:

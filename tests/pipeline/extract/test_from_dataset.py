@@ -34,8 +34,8 @@ from pipeline.fingerprint import fingerprint
 from pipeline.reports.dataset_page import write_report
 from pipeline.songs.plan import load_plan
 from stages.chain import StageClock
+from tests.helpers.songs import tune
 from tests.pipeline.conftest import Extract, shard_hashes
-from tests.songs import tune
 
 Reextract = Callable[..., ExtractOutcome]
 OTHER = ["f0.hop_length=441", "f0.f0_min=70", "encoder.name=log-mel"]

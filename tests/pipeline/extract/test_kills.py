@@ -25,9 +25,9 @@ from pipeline.dataset.shards import iter_shards
 from pipeline.dataset.verify import verify
 from pipeline.extract.command import ExtractOptions, reextract
 from pipeline.extract.from_dataset import config_from, read_source
-from tests.checkpoints import write_hubert_base
+from tests.helpers.checkpoints import write_hubert_base
+from tests.helpers.songs import tune
 from tests.pipeline.conftest import FAST, Extract, shard_hashes
-from tests.songs import tune
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.ray

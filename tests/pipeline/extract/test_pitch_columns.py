@@ -30,9 +30,9 @@ from stages.frames import Track
 from stages.pcm import dequantise
 from stages.pitch_quality import measure_pitch
 from stages.types import Array
-from tests.checkpoints import TINY_RMVPE, write_rmvpe
+from tests.helpers.checkpoints import TINY_RMVPE, write_rmvpe
+from tests.helpers.songs import tune
 from tests.pipeline.conftest import FAST, Extract, shard_hashes
-from tests.songs import tune
 
 
 def rows_of(dataset: Path) -> list[dict[str, object]]:

@@ -14,8 +14,8 @@ from pipeline.dataset.verify import verify
 from pipeline.errors import StorageFault
 from pipeline.songs.plan import Task, append_plan, load_plan
 from pipeline.storage.scratch import Scratch
+from tests.helpers.songs import tune
 from tests.pipeline.conftest import Extract
-from tests.songs import tune
 
 ONE_TASK = ["plan.task_minutes=10"]
 

@@ -12,8 +12,8 @@ import pytest
 from pipeline.dataset.verify import verify
 from pipeline.songs.balance import KEPT
 from pipeline.songs.corpus import song_id_of
+from tests.helpers.zoo import make_three_hours, make_zoo
 from tests.pipeline.conftest import Extract
-from tests.zoo import make_three_hours, make_zoo
 
 ROOT = Path(__file__).resolve().parents[3]
 

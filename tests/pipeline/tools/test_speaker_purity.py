@@ -20,8 +20,8 @@ from pipeline.dataset.shards import iter_shards, read_footer, write_shard
 from pipeline.errors import UserError
 from pipeline.tools.speaker_purity import SpeakerPurity, measure_purity
 from stages.resample import ResampleConfig
+from tests.helpers.xvectors import direction, near_the_speaker, put_xvectors
 from tests.pipeline.test_cli import cantor
-from tests.xvectors import direction, near_the_speaker, put_xvectors
 
 
 def measure(dataset: Path, **options: object) -> dict[str, SpeakerPurity]:

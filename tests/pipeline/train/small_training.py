@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.settings import load_settings
 from pipeline.storage.step_log import StepLog
 from pipeline.train.config import TrainConfig
-from tests.training_data import write_dataset
+from tests.helpers.training_data import write_dataset
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -33,7 +33,7 @@ from stages.decode.child import GuardedFile, OnePassSound
 from stages.decode.mp3 import parse_frame
 from stages.errors import BadInput, Reason
 from stages.resample import ResampleConfig, resample
-from tests.zoo import make_zoo, sung, write_audio
+from tests.helpers.zoo import make_zoo, sung, write_audio
 
 RATE = 44100
 NATIVE = ResampleConfig()

@@ -15,7 +15,7 @@ from stages.f0.rmvpe import rmvpe
 from stages.f0.sovits_compat import PEERS
 from stages.resample import ResampleConfig, resample
 from stages.types import Array
-from tests.checkpoints import tiny_rmvpe_weights
+from tests.helpers.checkpoints import tiny_rmvpe_weights
 
 RATE = 44100
 

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import extract as bench
 from pipeline.dataset.shards import iter_shards
 from pipeline.extract.config import load_config
-from tests.songs import make_songs
+from tests.helpers.songs import make_songs
 
 OVERRIDES = ["f0.method=dio", "encoder.name=mfcc", "slice.min_length_ms=1000"]
 

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks import convert as bench
 from models.synthesizer.blocks.noise import KeyedNoise
-from tests.test_benchmark_train import FRAMES, TINY
+from tests.benchmarks.test_train import FRAMES, TINY
 
 
 def test_both_sides_sing_the_same() -> None:

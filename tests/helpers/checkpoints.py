@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.f0.rmvpe_checkpoint import RmvpeConfig, key_shapes
 
-GOLDEN = Path(__file__).parent / "golden" / "encoders"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "encoders"
 
 
 def fill() -> ModuleType:

@@ -1,0 +1,1 @@
+"""Songs, datasets, checkpoints and voices that several tests make."""
