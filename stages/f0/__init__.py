@@ -1,8 +1,7 @@
-"""f0: the pitch of a clip, one value a hop. A method is a function in `METHODS`."""
+"""f0: the pitch of a clip, one value per hop. `METHODS` lists the methods."""
 
-from stages.f0.config import F0Config
+from stages.f0.config import METHODS, F0Config
 from stages.f0.estimate import (
-    METHODS,
     check_networks,
     estimate_clips,
     estimate_f0,

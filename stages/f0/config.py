@@ -7,7 +7,20 @@ from typing import Literal
 
 from stages.f0.post import PostConfig
 
-_NETWORKS = ("crepe", "crepe-tiny", "fcpe", "rmvpe")
+# Method name -> "module:function". A module is imported when its method first runs, so that DSP
+# methods never wait for torch. To add a method, write its module and add its line here.
+METHODS: dict[str, str] = {
+    "praat": "stages.f0.praat:praat",
+    "praat-cc": "stages.f0.praat:praat_cc",
+    "dio": "stages.f0.world:dio",
+    "harvest": "stages.f0.world:harvest",
+    "pyin": "stages.f0.pyin:pyin",
+    "crepe": "stages.f0.crepe:crepe",
+    "crepe-tiny": "stages.f0.crepe:crepe_tiny",
+    "fcpe": "stages.f0.fcpe:fcpe",
+    "rmvpe": "stages.f0.rmvpe:rmvpe",
+}
+NETWORKS = ("crepe", "crepe-tiny", "fcpe", "rmvpe")  # they take all clips at once, in batches
 _ENSEMBLE = ("crepe-tiny", "dio", "fcpe")  # docs/f0.md says why
 _PEERS = ("praat", "dio", "harvest", "crepe", "fcpe", "rmvpe")  # what so-vits-svc has too
 
@@ -46,18 +59,7 @@ class F0Config(PostConfig):
       is about 0.8 hop late, its WORLD contours drift by one hop over a clip.
     """
 
-    method: Literal[
-        "praat",
-        "praat-cc",
-        "dio",
-        "harvest",
-        "pyin",
-        "crepe",
-        "crepe-tiny",
-        "fcpe",
-        "rmvpe",
-        "ensemble",
-    ] = "fcpe"
+    method: str = "fcpe"  # a name of METHODS, or "ensemble"
     hop_length: int = 512
     f0_min: float = 50.0
     f0_max: float = 1100.0
@@ -70,6 +72,10 @@ class F0Config(PostConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.method not in (*METHODS, "ensemble"):
+            raise ValueError(
+                f"f0.method is '{self.method}'; choose one of {', '.join((*METHODS, 'ensemble'))}"
+            )
         if self.hop_length < 1:
             raise ValueError(f"f0.hop_length must be at least 1 sample, not {self.hop_length}")
         if not 0 < self.f0_min < self.f0_max:
@@ -112,10 +118,9 @@ class F0Config(PostConfig):
             return
         members = _ENSEMBLE if self.ensemble is None else tuple(self.ensemble)
         object.__setattr__(self, "ensemble", members)
-        known = [name for name in _method_names() if name != "ensemble"]
         for name in members:
-            if name not in known:
-                raise ValueError(f"f0.ensemble names '{name}'; it may name {', '.join(known)}")
+            if name not in METHODS:
+                raise ValueError(f"f0.ensemble names '{name}'; it may name {', '.join(METHODS)}")
         if len(members) < 2 or len(set(members)) < len(members):
             raise ValueError(
                 f"f0.ensemble must name two methods or more, each once, not {list(members)}"
@@ -131,10 +136,4 @@ class F0Config(PostConfig):
     @property
     def networks(self) -> tuple[str, ...]:
         """Those of them that are networks, which a GPU makes quicker."""
-        return tuple(name for name in self.members if name in _NETWORKS)
-
-
-def _method_names() -> tuple[str, ...]:
-    from typing import get_args, get_type_hints
-
-    return get_args(get_type_hints(F0Config)["method"])
+        return tuple(name for name in self.members if name in NETWORKS)

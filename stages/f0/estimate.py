@@ -2,53 +2,45 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 
 from stages.clip_groups import in_groups
-from stages.f0.config import F0Config
-from stages.f0.crepe import crepe, crepe_tiny
+from stages.f0.config import METHODS, NETWORKS, F0Config
 from stages.f0.ensemble import combine
-from stages.f0.fcpe import fcpe
 from stages.f0.networks import check_network, network
 from stages.f0.post import refine
-from stages.f0.praat import praat, praat_cc
-from stages.f0.pyin import pyin
-from stages.f0.rmvpe import rmvpe
 from stages.f0.sovits_compat import PEERS
-from stages.f0.world import dio, harvest
 from stages.frames import Track, num_frames, resize_contour
 from stages.types import Array
 
 Method = Callable[[Sequence[Array], int, F0Config], Iterable[Track]]
 
 
-def clip_by_clip(estimator: Callable[[Array, int, F0Config], Track]) -> Method:
-    """A method that has nothing to gain from several clips at once."""
+def load_method(name: str) -> Method:
+    """Return the method `name` of METHODS as a function of many clips.
+
+    For each clip, in order, it returns f0 in Hz (0 = unvoiced) and the sample that each value
+    belongs to, ascending: both (N,), with N of its choosing, 0 if the clip is too short. It gets
+    finite, non-silent clips of one sample and more, about ten minutes at a time. The result for a
+    clip does not depend on the others.
+    """
+    module, _, function = METHODS[name].partition(":")
+    estimator = getattr(importlib.import_module(module), function)
+    return cast(Method, estimator) if name in NETWORKS else _clip_by_clip(estimator)
+
+
+def _clip_by_clip(estimator: Callable[[Array, int, F0Config], Track]) -> Method:
+    """Return the estimator of one clip as a method of many."""
 
     def method(wavs: Sequence[Array], sample_rate: int, cfg: F0Config) -> Iterator[Track]:
         return (estimator(wav, sample_rate, cfg) for wav in wavs)
 
     return method
-
-
-METHODS: dict[str, Method] = {
-    "praat": clip_by_clip(praat),
-    "praat-cc": clip_by_clip(praat_cc),
-    "dio": clip_by_clip(dio),
-    "harvest": clip_by_clip(harvest),
-    "pyin": clip_by_clip(pyin),
-    "crepe": crepe,
-    "crepe-tiny": crepe_tiny,
-    "fcpe": fcpe,
-    "rmvpe": rmvpe,
-}
-"""Each method answers for every clip, in order and on its own clock: f0 in Hz (0 = unvoiced) and
-the sample that each value belongs to, ascending; both (N,), N of its choosing, 0 when the clip is
-too short for it. It meets finite, non-silent clips of one sample and more, about ten minutes at a
-time; networks make batches of them. What it says of a clip does not depend on the others."""
 
 
 def check_networks(cfg: F0Config) -> None:
@@ -119,7 +111,7 @@ def _contours(
 def _on_frames(
     method: str, wavs: Sequence[Array], sample_rate: int, cfg: F0Config, n_frames: Sequence[int]
 ) -> Iterator[Array]:
-    tracks = METHODS[method](wavs, sample_rate, cfg)
+    tracks = load_method(method)(wavs, sample_rate, cfg)
     for wav, (f0, positions), frames in zip(wavs, tracks, n_frames, strict=True):
         lowest = max(cfg.f0_min, 2 * sample_rate / len(wav))
         in_range = (f0 >= lowest) & (f0 <= cfg.f0_max)

@@ -120,7 +120,7 @@ def test_a_song_on_which_a_network_fails_is_named(
             raise RuntimeError("a network of ours is wrong")
         return ((np.zeros(0), np.zeros(0)) for _ in wavs)
 
-    monkeypatch.setitem(METHODS, "fcpe", fails)
+    monkeypatch.setattr("stages.f0.fcpe.fcpe", fails)
     with pytest.raises(SongBug, match=f"while working on {row['song_id']}"):
         run_extract(corpus, tmp_path / "d", ["plan.task_minutes=10", "f0.method=fcpe"])
 
@@ -143,7 +143,7 @@ def test_weights_that_change_while_a_task_runs_do_not_reach_its_shard(
             change()
             return rmvpe(wavs, *rest)
 
-        monkeypatch.setitem(METHODS, "rmvpe", changed)
+        monkeypatch.setattr("stages.f0.rmvpe.rmvpe", changed)
         with pytest.raises(UserError, match=r"f0\.checkpoint: .*(changed|not there now)"):
             run_extract(singing, tmp_path / "d", settings)
         assert list(iter_shards(tmp_path / "d")) == []
