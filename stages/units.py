@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -38,7 +38,7 @@ class EncoderSettings:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     int8: bool = False
     normalize_wav: bool | None = None
-    normalize: Literal["none", "song"] = "none"
+    normalize: Literal["none", "song"] = field(default="none", metadata={"neutral": "none"})
     codebook: str | None = None
 
     def meaning(self) -> dict[str, Any]:

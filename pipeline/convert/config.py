@@ -102,7 +102,7 @@ class EnhancerConfig:
 
     checkpoint: str | None = None
     adaptive_key: float | None = 0.0  # None: as high as the song needs
-    silence_front: float = 0.0
+    silence_front: float = field(default=0.0, metadata={"neutral": 0.0})
 
     def __post_init__(self) -> None:
         require_at_least(0, "enhancer.silence_front", self.silence_front)
@@ -124,7 +124,7 @@ class OutputConfig:
         "wav"  # of songs of a folder; a file's is its suffix
     )
     subtype: Literal["PCM_16", "PCM_24", "FLOAT"] = "PCM_16"
-    envelope: float = 0.0
+    envelope: float = field(default=0.0, metadata={"neutral": 0.0})
 
     def __post_init__(self) -> None:
         if self.sample_rate is not None and not 8000 <= self.sample_rate <= 192000:

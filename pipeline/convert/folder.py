@@ -34,7 +34,7 @@ from pipeline.convert.operators import ConvertJob, conversion
 from pipeline.convert.output_file import check_output
 from pipeline.convert.speaker_mix import is_mix_file
 from pipeline.errors import UserError, some
-from pipeline.fingerprint import changed, counted, fingerprint
+from pipeline.fingerprint import counted, differences, fingerprint, neutral_values
 from pipeline.songs.balance import QUARANTINED
 from pipeline.songs.corpus import Corpus, ListedSong, left_alone, list_corpus
 from pipeline.songs.plan import PlannedSong, Task, append_plan, load_plan, plan_songs
@@ -100,7 +100,7 @@ def convert_folder(
     _refuse_nested(folder, source)
     with lock(folder):
         outcome = BatchOutcome()
-        tasks, records = _examine(folder, settings, outcome)
+        tasks, records, settings = _examine(folder, settings, outcome)
         asked = _ask(corpus, tasks, config, console)
         tasks |= {task.index: task for task in asked}
         names = output_names(tasks, suffix)
@@ -215,26 +215,27 @@ def _refuse_nested(folder: Path, source: Path) -> None:
 
 def _examine(
     folder: Path, settings: dict[str, Any], outcome: BatchOutcome
-) -> tuple[dict[int, Task], dict[int, Record]]:
-    """The plan and the ledger.
+) -> tuple[dict[int, Task], dict[int, Record], dict[str, Any]]:
+    """Return the plan, the ledger, and the settings to go on with: the recorded ones if they agree.
 
-    Raises: UserError where the folder has songs that were made with other settings.
+    Raises: UserError: when the folder has songs that were made with other settings.
     """
     if not (folder / _INFO).exists():
         for name in ("plan", "ledger"):
             if (folder / name).exists():
                 raise UserError(f"{folder} holds {name}/ but no {_INFO}: not touched")
-        return {}, {}
-    before = read_info(folder / _INFO)["settings"]
+        return {}, {}, settings
+    recorded = read_info(folder / _INFO)["settings"]
     tasks = load_plan(folder)
     records, damaged = read_records(folder, tasks)
-    if before != settings and (records or damaged):
+    differing = differences(recorded, settings, neutral_values(ConvertConfig))
+    if differing and (records or damaged):
         raise UserError(
-            f"{folder} was made with other settings ({changed(before, settings)}); choose a new "
+            f"{folder} was made with other settings ({'; '.join(differing)}); choose a new "
             "folder, or delete this one to start over"
         )
     outcome.notices += [f"{error}; its song is done again" for error in damaged]
-    return tasks, records
+    return tasks, records, settings if differing else recorded
 
 
 def _ask(

@@ -38,7 +38,7 @@ from pipeline.extract.job import ExtractJob, TakenOver
 from pipeline.extract.model_checks import check_codebooks, check_models
 from pipeline.extract.operators import extraction
 from pipeline.extract.plan_changes import Asked, Changes, find_changes
-from pipeline.fingerprint import changed, fingerprint
+from pipeline.fingerprint import differences, fingerprint, neutral_values
 from pipeline.songs.corpus import Corpus, list_corpus
 from pipeline.songs.plan import (
     Task,
@@ -127,7 +127,6 @@ def _make(
     options: ExtractOptions,
     console: Console,
 ) -> ExtractOutcome:
-    wanted = fingerprint(settings)
     source = material.root if isinstance(material, FromDataset) else None
     if options.dry_run:
         _dry_run(dataset, settings, material, options, console)
@@ -135,7 +134,8 @@ def _make(
     with lock(dataset):
         if options.force_new:
             _remove_dataset(dataset)
-        _check_settings(dataset, settings)
+        settings = _check_settings(dataset, settings)
+        wanted = fingerprint(settings)
         material.look()
         sweep(dataset)
         if not plan_files(dataset):
@@ -256,20 +256,27 @@ def _remove_dataset(dataset: Path) -> None:
         (dataset / name).unlink(missing_ok=True)
 
 
-def _check_settings(dataset: Path, settings: dict[str, Any]) -> None:
+def _check_settings(dataset: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings to go on with: the recorded ones, whose fingerprint the shards carry.
+
+    Raises: UserError: when the dataset was made with others.
+    """
     if not (dataset / "dataset.json").exists():
         if (dataset / "data").exists() or (dataset / "plan").exists():
             raise UserError(f"{dataset} holds data/ or plan/ but no dataset.json: not touched")
-        return
+        return settings
     info = read_dataset_info(dataset)
-    before = info["settings"]
-    if before == settings or not plan_files(dataset):  # without a plan nothing was made with them
-        return
+    if not plan_files(dataset):  # nothing was made with the recorded settings
+        return settings
     require_current(dataset, info)
-    raise UserError(
-        f"{dataset} was made with other settings ({changed(before, settings)}); choose a new "
-        "dataset folder, or pass --force-new to delete this one and start over"
-    )
+    recorded: dict[str, Any] = info["settings"]
+    differing = differences(recorded, settings, neutral_values(ExtractConfig))
+    if differing:
+        raise UserError(
+            f"{dataset} was made with other settings ({'; '.join(differing)}); choose a new "
+            "dataset folder, or pass --force-new to delete this one and start over"
+        )
+    return recorded
 
 
 def _examine(
@@ -331,7 +338,7 @@ def _dry_run(
     tasks: dict[int, Task] = {}
     held: dict[int, Footer] = {}
     if not options.force_new:
-        _check_settings(dataset, settings)
+        settings = _check_settings(dataset, settings)
         tasks, held = _examine(dataset, fingerprint(settings), outcome)
     asked = material.ask(tasks, held)
     after = tasks | {task.index: task for task in asked.tasks}

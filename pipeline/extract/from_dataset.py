@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.dataset.schema import SCHEMA_VERSION
 from pipeline.dataset.shards import Footer, iter_shards, read_dataset_info, read_footers
 from pipeline.errors import UserError
 from pipeline.extract.clip_sources import damaged_source, origin_of
 from pipeline.extract.config import ExtractConfig, fingerprinted, load_config
 from pipeline.extract.job import TakenOver
 from pipeline.extract.plan_changes import Asked
-from pipeline.fingerprint import counted
+from pipeline.fingerprint import counted, differences, neutral_values
 from pipeline.settings import flatten
 from pipeline.songs.plan import Task, load_plan
 from pipeline.storage.weight_files import WeightFile, read_weights
+from stages.f0.config import F0Config
 from stages.units import EncoderConfig
 
 _OF_THE_AUDIO = ("audio", "decode", "resample", "slice", "loudness", "quality", "plan")
@@ -92,7 +94,7 @@ def compare(source: SourceDataset, config: ExtractConfig) -> Reading:
     counterparts = _counterparts(source.config, config)
     for section, other in counterparts.items():
         paths, others = _paths(config, section), _paths(source.config, other)
-        if _part(now, section) == _part(before, other) and paths == others:
+        if other and _part(now, section) == _part(before, other) and paths == others:
             for kind, path in paths.items():
                 sha256 = source.settings[f"{other}.{kind}_sha256"]
                 known[f"{section}.{kind}"] = WeightFile(path, sha256, 0, 0)
@@ -101,8 +103,10 @@ def compare(source: SourceDataset, config: ExtractConfig) -> Reading:
     taken = {
         section
         for section, other in counterparts.items()
-        if _part(settings, section) == _part(source.settings, other)
+        if other and _same(_part(source.settings, other), _part(settings, section), section)
     }
+    if source.settings["schema_version"] != SCHEMA_VERSION:
+        taken.discard("f0")  # with it the measures of pitch, of which it lacks some
     if counterparts.keys() == taken and len(source.config.all_encoders) == len(config.all_encoders):
         raise UserError(
             f"these settings ask for nothing that {source.dataset} does not have; name an encoder "
@@ -119,6 +123,11 @@ def _counterparts(before: ExtractConfig, now: ExtractConfig) -> dict[str, str]:
     if now.xvector.checkpoint is not None or before.xvector.checkpoint is not None:
         found["xvector"] = "xvector"
     return found | {s: sections.get(e.name, "") for s, e in now.all_encoders.items()}
+
+
+def _same(before: dict[str, Any], now: dict[str, Any], section: str) -> bool:
+    neutral = neutral_values(F0Config if section == "f0" else EncoderConfig)
+    return not differences(before, now, neutral)
 
 
 def _part(settings: Mapping[str, Any], section: str) -> dict[str, Any]:

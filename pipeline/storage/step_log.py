@@ -1,10 +1,10 @@
-"""What a run that goes step by step leaves beside its state: a line a step, and its settings."""
+"""The log of a run that goes step by step: a line a step."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -35,13 +35,3 @@ class StepLog:
             return []
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         return [line for line in lines if line.endswith("}\n")]
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """ "key was ... and is ..." for each setting that differs, as JSON gives them back."""
-    before, now = json.loads(json.dumps(before)), json.loads(json.dumps(now))
-    return [
-        f"{key} was {before.get(key)} and is {now.get(key)}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]

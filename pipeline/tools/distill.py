@@ -41,8 +41,9 @@ from pipeline.cluster.device import choose_device
 from pipeline.dataset.shards import Footer, iter_shards, read_dataset_info, read_footers
 from pipeline.errors import UserError
 from pipeline.extract.from_dataset import read_source
+from pipeline.fingerprint import differences, neutral_values
 from pipeline.storage.lock import lock
-from pipeline.storage.step_log import StepLog, differences
+from pipeline.storage.step_log import StepLog
 from pipeline.storage.weight_files import require_safetensors
 from stages.flac import decode_flac
 from stages.pcm import dequantise
@@ -351,7 +352,7 @@ class _Run:
             self.log.path.unlink(missing_ok=True)
             return "prune", 0
         before = json.loads(self._settings.read_text(encoding="utf-8"))
-        differing = differences(before, settings)
+        differing = differences(before, settings, neutral_values(DistillConfig))
         if differing:
             raise UserError(
                 f"{self.folder} holds a run begun with other settings ({'; '.join(differing)}); "

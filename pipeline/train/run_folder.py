@@ -30,8 +30,10 @@ from torch.optim import Optimizer
 
 from models.checkpoint import CheckpointError, read_safetensors, save_safetensors, sha256_of
 from pipeline.errors import StorageFault, UserError
+from pipeline.fingerprint import differences, neutral_values
 from pipeline.storage.atomic import commit_file, sync_folder
-from pipeline.storage.step_log import StepLog, differences
+from pipeline.storage.step_log import StepLog
+from pipeline.train.config import TrainConfig
 
 TRAINING_FILE = "training.safetensors"
 _FACTS_FILE = "checkpoint.json"
@@ -64,7 +66,7 @@ class RunFolder:
         shutil.rmtree(self.folder / ".tmp", ignore_errors=True)
         before = self.settings()
         if before is not None and any((self.folder / "checkpoints").glob("step-*")):
-            differing = differences(before, settings)
+            differing = differences(before, settings, neutral_values(TrainConfig))
             if differing:
                 raise UserError(
                     f"{self.folder} holds a run begun with other settings "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
@@ -34,7 +34,7 @@ class PostConfig:
       the ends are held; then no 0 is left to tell voiced from unvoiced.
     """
 
-    gate: Literal["none", "rms", "a-weighted"] = "none"
+    gate: Literal["none", "rms", "a-weighted"] = field(default="none", metadata={"neutral": "none"})
     gate_db: float = -60.0
     repair_octaves: bool = False
     median_ms: float | None = None

@@ -228,9 +228,9 @@ def test_other_settings_and_another_voice_are_refused_by_name(
     own: Path, tmp_path: Path, convert: Convert
 ) -> None:
     before = hashes(own / "out")
-    with pytest.raises(UserError, match=r"voice\.seed was 0, is 1"):
+    with pytest.raises(UserError, match=r"voice\.seed was 0 and is 1"):
         convert(own / "songs", own / "out", "voice.seed=1")
-    with pytest.raises(UserError, match=r"encoder\.dtype was 'float32', is 'float16'"):
+    with pytest.raises(UserError, match=r"encoder\.dtype was float32 and is float16"):
         convert(own / "songs", own / "out", "encoder.dtype=float16")
     of_no_effect = ("workers.max_workers=1", "pitch.transpose=0.0", "units.protect=0.1")
     assert convert(own / "songs", own / "out", *of_no_effect).work.tasks_run == 0

@@ -108,7 +108,7 @@ def test_other_settings_are_refused_by_key(
     corpus: Path, tmp_path: Path, run_extract: Extract
 ) -> None:
     run_extract(corpus, tmp_path / "d")
-    words = r"slice\.threshold_db was -40\.0, is -50\.0.*--force-new"
+    words = r"slice\.threshold_db was -40\.0 and is -50\.0.*--force-new"
     with pytest.raises(UserError, match=words):
         run_extract(corpus, tmp_path / "d", ["slice.threshold_db=-50"])
     before = shard_hashes(tmp_path / "d")
