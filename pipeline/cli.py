@@ -7,17 +7,22 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 # Each worker process sets its own threads; without this every library would start one per core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.markup import escape
 
 from pipeline.errors import Interrupted, SongBug, StorageFault, UserError
+from pipeline.tools.old_flags import translate_old_flags
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="cantor",
@@ -55,6 +60,69 @@ folder or manifest of songs, and OUTPUT a folder: run the same command again to 
 Settings are section.key=value, e.g. voice.mix=ann=0.7,ben=0.3 pitch.predict=true f0.method=rmvpe;
 --print-config lists them all, as CHECKPOINT has them. Clips are made of INPUT as those were made
 that the voice was trained on."""
+
+
+# Arguments and options that several commands have.
+Dataset = Annotated[str, typer.Argument(help="Dataset folder.", show_default=False)]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings, as section.key=value."),
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of settings.")]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Print all settings with their values and stop.")
+]
+
+_SETTING = re.compile(r"\w+\.[\w.-]+=")
+
+
+class _ToolCommand(typer.core.TyperCommand):
+    """A command that also takes the flags of earlier versions, which are hidden from its help."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, translate_old_flags(self.name or "", args))
+
+
+def _split_words(
+    words: Sequence[str], places: Sequence[str], needed: int | None = None
+) -> tuple[list[str], list[str]]:
+    """Return the words that name `places`, and those that are settings.
+
+    needed: number of places that must be given; None: all of them.
+    Raises: UserError: when a place is missing, or a word is neither a place nor a setting.
+    """
+    settings = [word for word in words if _SETTING.match(word)]
+    paths = [word for word in words if word and word not in settings]
+    missing = places[len(paths) : len(places) if needed is None else needed]
+    if missing:
+        hint = (
+            f" ('{settings[0]}' is a setting; write ./ before a folder's name)" if settings else ""
+        )
+        raise UserError(f"{' and '.join(missing)} must be given{hint}; see --help")
+    for word in paths[len(places) :]:
+        raise UserError(f"'{word}' is not a setting; write section.key=value")
+    return paths, settings
+
+
+def _load(
+    schema: type[T],
+    words: Sequence[str],
+    places: Sequence[str],
+    config: Path | None,
+    print_config: bool,
+) -> tuple[list[Path], T] | None:
+    """Return the paths and the settings of a command line; None when it only prints settings.
+
+    Raises: UserError.
+    """
+    from pipeline.settings import dump_yaml, load_settings
+
+    paths, overrides = _split_words(words, places, 0 if print_config else None)
+    settings = load_settings(schema, config, overrides)
+    if print_config:
+        sys.stdout.write(dump_yaml(dataclasses.asdict(settings)))  # type: ignore[call-overload]
+        return None
+    return [Path(path) for path in paths], settings
 
 
 def _console() -> Console:
@@ -434,92 +502,70 @@ def demo_corpus(
     _console().print(f"demo corpus written to {escape(str(folder))}")
 
 
-@app.command()
+@app.command(cls=_ToolCommand)
 def codebook(
-    dataset: Annotated[Path, typer.Argument(help="Dataset folder.", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="File to write, .safetensors.", show_default=False)],
-    encoder: Annotated[
-        str | None, typer.Option(help="Whose units; can be left out when there is one.")
-    ] = None,
-    clusters: Annotated[
-        int, typer.Option(help="Centres; speech units take 100 to 2000, so-vits-svc 10000 a voice.")
-    ] = 500,
-    split: Annotated[str, typer.Option(help="Split to learn from.")] = "train",
-    speaker: Annotated[str | None, typer.Option(help="Learn from this speaker alone.")] = None,
-    per_speaker: Annotated[
-        bool, typer.Option("--per-speaker", help="One codebook for each speaker, in one file.")
-    ] = False,
-    epochs: Annotated[int, typer.Option(help="Passes of minibatches over the units.")] = 3,
-    seed: Annotated[int, typer.Option(help="Same seed, same centres.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dataset: Dataset = "",
+    out: Annotated[str, typer.Argument(help="File to write, .safetensors.")] = "",
+    settings: Settings = None,
+    config: ConfigFile = None,
+    print_config: PrintConfig = False,
 ) -> None:
-    """Cluster the units of DATASET by k-means, for `encoder.codebook` and cluster models."""
+    """Cluster the units of DATASET by k-means, for `encoder.codebook` and `units.codebook`."""
+    from pipeline.tools.codebook import CodebookSettings, make_codebook, show_fits
 
-    from pipeline.tools.codebook import CodebookOptions, make_codebook, show_fits
-
-    options = CodebookOptions(
-        encoder=encoder,
-        clusters=clusters,
-        split=split,
-        speaker=speaker,
-        per_speaker=per_speaker,
-        epochs=epochs,
-        seed=seed,
-        device=device,
-    )
+    words = (dataset, out, *(settings or []))
+    given = _load(CodebookSettings, words, ("DATASET", "OUT"), config, print_config)
+    if given is None:
+        return
+    (folder, file), resolved = given
     _use_all_threads()
     console = _console()
-    show_fits(console, make_codebook(dataset, out, options, console), out)
+    show_fits(console, make_codebook(folder, file, resolved, console), file)
 
 
-@app.command()
+@app.command(cls=_ToolCommand)
 def index(
-    dataset: Annotated[Path, typer.Argument(help="Dataset folder.", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="Folder to write into.", show_default=False)],
-    encoder: Annotated[
-        str | None, typer.Option(help="Whose units; can be left out when there is one.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split whose clips count.")] = "train",
-    speaker: Annotated[str | None, typer.Option(help="This speaker alone; default: each.")] = None,
-    max_vectors: Annotated[
-        int, typer.Option(help="Frames a speaker; of more, as many are drawn at random.")
-    ] = 1_000_000,
-    nprobe: Annotated[
-        int, typer.Option(help="Lists a search looks into; RVC and so-vits-svc take 1.")
-    ] = 8,
-    seed: Annotated[int, typer.Option(help="Same seed, same draw.")] = 0,
+    dataset: Dataset = "",
+    out: Annotated[str, typer.Argument(help="Folder to write into.")] = "",
+    settings: Settings = None,
+    config: ConfigFile = None,
+    print_config: PrintConfig = False,
 ) -> None:
     """Index the units of each speaker of DATASET for feature retrieval (faiss)."""
-    from pipeline.tools.unit_index import IndexOptions, make_indexes, show_indexes
+    from pipeline.tools.unit_index import IndexSettings, make_indexes, show_indexes
 
-    options = IndexOptions(
-        encoder=encoder,
-        split=split,
-        speaker=speaker,
-        max_vectors=max_vectors,
-        nprobe=nprobe,
-        seed=seed,
-    )
+    words = (dataset, out, *(settings or []))
+    given = _load(IndexSettings, words, ("DATASET", "OUT"), config, print_config)
+    if given is None:
+        return
+    (folder, target), resolved = given
     console = _console()
-    show_indexes(console, make_indexes(dataset, out, options, console), out)
+    show_indexes(console, make_indexes(folder, target, resolved, console), target)
 
 
-@app.command()
+@app.command(cls=_ToolCommand)
 def purity(
-    dataset: Annotated[Path, typer.Argument(help="Dataset folder.", show_default=False)],
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="Folder of an x-vector model, where DATASET holds no x-vectors."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda; with --checkpoint.")] = "auto",
+    dataset: Dataset = "",
+    settings: Settings = None,
+    config: ConfigFile = None,
+    print_config: PrintConfig = False,
 ) -> None:
-    """Write DATASET/purity.parquet: how near each clip is to its speaker's other clips."""
-    from pipeline.tools.speaker_purity import measure_purity, show_purity
+    """Write DATASET/purity.parquet: the similarity of each clip to its speaker's other clips.
 
-    if checkpoint is not None:
+    xvector.checkpoint names a speaker-verification network; the default reads
+    the x-vectors of DATASET.
+    """
+    from pipeline.tools.speaker_purity import PuritySettings, measure_purity, show_purity
+
+    words = (dataset, *(settings or []))
+    given = _load(PuritySettings, words, ("DATASET",), config, print_config)
+    if given is None:
+        return
+    (folder,), resolved = given
+    if resolved.xvector.checkpoint is not None:
         _use_all_threads()
     console = _console()
-    show_purity(console, measure_purity(dataset, console, checkpoint, device), dataset)
+    show_purity(console, measure_purity(folder, resolved, console), folder)
 
 
 @app.command()
@@ -564,85 +610,35 @@ def export(
     show_export(_console(), folder)
 
 
-@app.command()
+@app.command(cls=_ToolCommand)
 def distill(
-    dataset: Annotated[Path, typer.Argument(help="Dataset folder.", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="File to write.", metavar="OUT.safetensors")],
-    teacher: Annotated[str, typer.Option(help="Encoder to follow, by name.", show_default=False)],
-    teacher_checkpoint: Annotated[
-        Path, typer.Option(help="Its weights: file or folder.", show_default=False)
-    ],
-    sparsity: Annotated[float, typer.Option(help="Share of parameters to do without.")] = 0.75,
-    steps: Annotated[int, typer.Option(help="Steps while pruning.")] = 50_000,
-    finetune_steps: Annotated[int, typer.Option(help="Steps of the dense student after.")] = 25_000,
-    batch: Annotated[int, typer.Option(help="Clips in a step.")] = 8,
-    crop_seconds: Annotated[float, typer.Option(help="Longest stretch of a clip.")] = 10.0,
-    learning_rate: Annotated[float, typer.Option(help="Of the weights.")] = 2e-4,
-    finetune_learning_rate: Annotated[float, typer.Option(help="Of the dense student.")] = 1e-4,
-    gate_learning_rate: Annotated[
-        float | None, typer.Option(help="Of the gates; default: 0.02, or 30 / steps if larger.")
-    ] = None,
-    multiplier_learning_rate: Annotated[
-        float | None,
-        typer.Option(help="Of the multipliers; default: 0.02, or 150 / steps if larger."),
-    ] = None,
-    gates: Annotated[
-        str, typer.Option(help="What may be pruned.")
-    ] = "stem,heads,attention,inner,feed_forward",
-    layers: Annotated[
-        str | None, typer.Option(help="Layers to match; default: four of them, 0,4,8,12 of 12.")
-    ] = None,
-    cosine: Annotated[str, typer.Option(help="Cosine loss: raw or log_sigmoid.")] = "raw",
-    dropout: Annotated[float, typer.Option(help="Of the student, in training.")] = 0.0,
-    layer_drop: Annotated[float, typer.Option(help="Whole layers left out, in training.")] = 0.0,
-    quant_noise: Annotated[float, typer.Option(help="Weight blocks left out, in training.")] = 0.0,
-    split: Annotated[str, typer.Option(help="Split of the dataset to train on.")] = "train",
-    save_every: Annotated[int, typer.Option(help="Steps between states on disk.")] = 200,
-    seed: Annotated[int, typer.Option(help="Same seed, same student.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dataset: Dataset = "",
+    out: Annotated[str, typer.Argument(help="File to write, .safetensors.")] = "",
+    settings: Settings = None,
+    config: ConfigFile = None,
+    print_config: PrintConfig = False,
 ) -> None:
-    """Train a smaller encoder that follows a large one on the clips of DATASET.
+    """Train a smaller encoder on the clips of DATASET that gives the units of a large one.
 
-    The student is used as encoder.name=dphubert encoder.checkpoint=OUT.safetensors. Run the same
-    command again to go on after a stop; what it reached is in the folder OUT.safetensors.run.
+    teacher.name and teacher.checkpoint name the large one. Use the student as
+    encoder.name=dphubert encoder.checkpoint=OUT. Run the same command again to resume after a
+    stop; the folder OUT.run has the state and a log.
     """
-
-    from pipeline.tools.distill import DistillOptions, numbers, show_student, training_config
+    from pipeline.tools.distill import DistillSettings, show_student
     from pipeline.tools.distill import distill as run
 
+    words = (dataset, out, *(settings or []))
+    given = _load(DistillSettings, words, ("DATASET", "OUT"), config, print_config)
+    if given is None:
+        return
+    (folder, file), resolved = given
     _use_all_threads()
-    training = training_config(
-        sparsity=sparsity,
-        steps=steps,
-        finetune_steps=finetune_steps,
-        gates=tuple(gates.split(",")),
-        layers=None if layers is None else numbers("--layers", layers),
-        cosine=cosine,
-        learning_rate=learning_rate,
-        gate_learning_rate=gate_learning_rate,
-        multiplier_learning_rate=multiplier_learning_rate,
-        finetune_learning_rate=finetune_learning_rate,
-        dropout=dropout,
-        layer_drop=layer_drop,
-        quant_noise=quant_noise,
-    )
-    options = DistillOptions(
-        teacher=teacher,
-        teacher_checkpoint=teacher_checkpoint,
-        training=training,
-        split=split,
-        batch=batch,
-        crop_s=crop_seconds,
-        save_every=save_every,
-        seed=seed,
-        device=device,
-    )
     console = _console()
     try:
-        outcome = run(dataset, out, options, console)
+        outcome = run(folder, file, resolved, console)
     except KeyboardInterrupt as error:
         raise Interrupted from error
-    show_student(console, outcome, out)
+    show_student(console, outcome, file)
 
 
 @app.command()

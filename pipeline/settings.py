@@ -307,6 +307,10 @@ def _member(kind: Any, value: Any, what: str) -> Any:
             return float(value)
         except ValueError:
             pass
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise UserError(f"{what} has {value!r}{suggest(str(value), get_args(kind))}")
+        return value
     accepted = (int, float) if kind is float else (kind,)
     if type(value) not in accepted:
         raise UserError(f"{what} must hold {_WORDS[kind]}, not {value!r}")

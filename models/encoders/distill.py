@@ -25,6 +25,23 @@ from models.encoders.wav2vec2 import Attention, FeedForward, TransformerLayer, W
 
 Phase = Literal["prune", "finetune"]
 
+_WEIGHTS = ("l1_weight", "cosine_weight")
+_POSITIVE = (
+    "learning_rate",
+    "gate_learning_rate",
+    "multiplier_learning_rate",
+    "finetune_learning_rate",
+    "clip_norm",
+)
+_SHARES = (
+    "warmup",
+    "sparsity_warmup",
+    "finetune_warmup",
+    "dropout",
+    "layer_drop",
+    "quant_noise",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
@@ -69,29 +86,29 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
-            raise ValueError(f"the sparsity is {self.sparsity}; it must lie between 0 and 1")
-        if self.steps < 1 or self.finetune_steps < 0:
-            raise ValueError("there must be 1 step or more, and 0 finetuning steps or more")
+            raise ValueError(f"distill.sparsity is {self.sparsity}; it must lie between 0 and 1")
+        for name, least in (("steps", 1), ("finetune_steps", 0), *((n, 0) for n in _WEIGHTS)):
+            if not getattr(self, name) >= least:
+                raise ValueError(
+                    f"distill.{name} is {getattr(self, name)}; it must be {least} or more"
+                )
         unknown = [kind for kind in self.gates if kind not in GATE_KINDS]
         if unknown or not self.gates:
             raise ValueError(
-                f"the gates are {', '.join(self.gates) or 'none'}; "
-                f"there are {', '.join(GATE_KINDS)}, and one or more of them is needed"
+                f"distill.gates is [{', '.join(self.gates)}]; name one or more of "
+                f"{', '.join(GATE_KINDS)}"
             )
         if self.cosine not in ("raw", "log_sigmoid"):
-            raise ValueError(f"the cosine is {self.cosine!r}; there are raw and log_sigmoid")
-        for name in (
-            "learning_rate",
-            "gate_learning_rate",
-            "multiplier_learning_rate",
-            "finetune_learning_rate",
-        ):
+            raise ValueError(f"distill.cosine is {self.cosine!r}; it must be raw or log_sigmoid")
+        for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; it must be above 0")
-        for name in ("dropout", "layer_drop", "quant_noise"):
+                raise ValueError(f"distill.{name} is {value}; it must be above 0")
+        for name in _SHARES:
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in 0 to below 1")
+                raise ValueError(
+                    f"distill.{name} is {getattr(self, name)}; it must lie in 0 to below 1"
+                )
 
 
 @dataclass(frozen=True)

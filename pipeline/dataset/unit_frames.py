@@ -22,6 +22,18 @@ from stages.units import unpack_units
 Frames = NDArray[np.float32]  # (F, D)
 
 
+@dataclass(frozen=True, kw_only=True)
+class UnitDataConfig:
+    """The units that `codebook` and `index` read. encoder: None: the only one in the dataset.
+
+    speaker: None: all speakers.
+    """
+
+    encoder: str | None = None
+    split: str = "train"
+    speaker: str | None = None
+
+
 @dataclass(frozen=True)
 class RowGroup:
     """A row group of a shard: how many frames each speaker has in it."""

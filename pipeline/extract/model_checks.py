@@ -94,7 +94,7 @@ def load_codebook_of(
     if others:
         raise UserError(
             f"{section}.codebook: {encoder.codebook} has a codebook for each of {1 + len(others)} "
-            "speakers, and ids are to mean the same for all; make one without --per-speaker"
+            "speakers, and ids are to mean the same for all; make one with codebook.per_speaker=false"
         )
     if codebook.encoder != encoder.name:
         raise UserError(

@@ -1,9 +1,10 @@
-"""`codebook`: k-means over the units of a dataset, in as much memory as a few batches take."""
+"""`codebook`: k-means over the units of a dataset, in the memory of a few batches."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,54 +12,61 @@ from rich.console import Console
 
 from models.encoders.codebook import MAX_CLUSTERS, Codebook, save_codebooks
 from models.encoders.kmeans import KMeans, spread_out
+from models.synthesizer.config import require_at_least
 from pipeline.cluster.bar import show_bar
 from pipeline.cluster.device import choose_device
-from pipeline.dataset.unit_frames import UnitFrames, find_units
+from pipeline.dataset.unit_frames import UnitDataConfig, UnitFrames, find_units
 from pipeline.errors import UserError
 from pipeline.extract.from_dataset import read_source
 from pipeline.storage.weight_files import require_safetensors
 from stages.units import EncoderSettings
 
-_BATCH = 8192  # frames; below about 16 a centre, k-means by batches is noisy
-_MOST_SPREAD = 2048  # clusters; k-means++ takes time with their number times the sample
-_SAMPLE = (16384, 65536)  # least and most frames that the first centres are chosen from
+_BATCH = 8192  # frames; with less than about 16 per centre, minibatch k-means is noisy
+_MOST_SPREAD = 2048  # clusters; the time of k-means++ grows with clusters times sample size
+_SAMPLE = (16384, 65536)  # least and most frames that the initial centres are chosen from
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodebookOptions:
-    """What `codebook` can be told.
+class CodebookConfig:
+    """Settings of k-means. epochs: passes of minibatches; one pass of Lloyd's algorithm follows.
 
-    epochs: passes of minibatches; a pass of Lloyd's algorithm follows. device: "auto" is CUDA where
-    there is any.
+    per_speaker: one codebook for each speaker, in one file.
     """
 
-    encoder: str | None = None
     clusters: int = 500
-    split: str = "train"
-    speaker: str | None = None
     per_speaker: bool = False
     epochs: int = 3
     seed: int = 0
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
         if not 1 <= self.clusters <= MAX_CLUSTERS:
-            raise UserError(
-                f"--clusters is {self.clusters}; ids are 16 bits, so 1 to {MAX_CLUSTERS}"
+            raise ValueError(
+                f"codebook.clusters is {self.clusters}; it must lie in 1 to {MAX_CLUSTERS}, "
+                "because ids have 16 bits"
             )
-        if self.epochs < 0:
-            raise UserError(f"--epochs is {self.epochs}; it must be 0 or more")
-        if self.seed < 0:
-            raise UserError(f"--seed is {self.seed}; it must be 0 or more")
-        if self.per_speaker and self.speaker is not None:
-            raise UserError("give --speaker or --per-speaker, not both")
+        require_at_least(0, "codebook.epochs", self.epochs)
+        require_at_least(0, "codebook.seed", self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookSettings:
+    """Every setting of `codebook`."""
+
+    data: UnitDataConfig = field(default_factory=UnitDataConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+
+    def __post_init__(self) -> None:
+        if self.codebook.per_speaker and self.data.speaker is not None:
+            raise ValueError("data.speaker and codebook.per_speaker are both set; give one of them")
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A codebook and how well it fits the frames that it was made of.
+    """A codebook and its fit to the frames that it was made from.
 
-    inertia: mean squared distance of a frame to its centre. variance: that to the mean frame.
+    used: centres with at least one frame. inertia: mean squared distance of a frame to its centre.
+    variance: mean squared distance of a frame to the mean frame.
     """
 
     codebook: Codebook
@@ -69,28 +77,29 @@ class Fit:
 
 
 def make_codebook(
-    dataset: Path, out: Path, options: CodebookOptions, console: Console
+    dataset: Path, out: Path, settings: CodebookSettings, console: Console
 ) -> list[Fit]:
-    """Write the codebook of `dataset` to `out`: one, or with per_speaker one a speaker.
+    """Write the codebook of `dataset` to `out`; with `codebook.per_speaker`, one for each speaker.
 
-    The same seed, dataset and options give the same file on the same kind of machine.
-    Raises: UserError when there is nothing to cluster, or less than `clusters` frames.
+    The same seed, dataset and settings give the same file on the same kind of machine.
+    Raises: UserError: when there is nothing to cluster, or fewer frames than clusters.
     """
-    device = choose_device(options.device)
+    cfg, data = settings.codebook, settings.data
+    device = choose_device(cfg.device, "codebook.device")
     require_safetensors(out)
-    units = find_units(dataset, options.encoder, options.split)
-    if options.per_speaker:
+    units = find_units(dataset, data.encoder, data.split)
+    if cfg.per_speaker:
         parts = [units.of(speaker) for speaker in units.speakers]
     else:
-        parts = [units if options.speaker is None else units.of(options.speaker)]
-    _refuse_few(parts, options)
-    fits = [fit_codebook(part, options, device, console) for part in parts]
+        parts = [units if data.speaker is None else units.of(data.speaker)]
+    _refuse_few(parts, cfg.clusters)
+    fits = [fit_codebook(part, cfg, device, console) for part in parts]
     frames = sum(f.frames for f in fits)
     inertia = sum(f.inertia * f.frames for f in fits) / frames
     notes = {
-        "seed": options.seed,
-        "epochs": options.epochs,
-        "split": options.split,
+        "seed": cfg.seed,
+        "epochs": cfg.epochs,
+        "split": data.split,
         "frames": frames,
         "inertia": float(f"{inertia:.6g}"),
     }
@@ -99,26 +108,26 @@ def make_codebook(
     return fits
 
 
-def fit_codebook(units: UnitFrames, options: CodebookOptions, device: str, console: Console) -> Fit:
-    """k-means of `units`: k-means++ on a sample, minibatches, one pass of Lloyd, one of counting.
+def fit_codebook(units: UnitFrames, cfg: CodebookConfig, device: str, console: Console) -> Fit:
+    """Fit k-means: k-means++ on a sample, minibatches, one pass of Lloyd, one pass of counting.
 
-    Up to 2048 clusters start by k-means++; more start on frames drawn at random.
+    Up to 2048 clusters start from k-means++; more start from frames drawn at random.
     """
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(cfg.seed)
     least, most = _SAMPLE
-    size = max(options.clusters, min(most, max(least, 64 * options.clusters)))
-    sample = torch.from_numpy(units.sample(size, options.seed))
+    size = max(cfg.clusters, min(most, max(least, 64 * cfg.clusters)))
+    sample = torch.from_numpy(units.sample(size, cfg.seed))
     title = f"clusters of {units.speaker or units.encoder.name}"
-    passes = options.epochs + 2
+    passes = cfg.epochs + 2
     with show_bar(console, title, passes * units.total) as advance:
-        if options.clusters <= _MOST_SPREAD:
-            first = spread_out(sample, options.clusters, generator, device)
+        if cfg.clusters <= _MOST_SPREAD:
+            first = spread_out(sample, cfg.clusters, generator, device)
         else:
             order = torch.randperm(len(sample), generator=generator)
-            first = sample[order[: options.clusters]].clone()
+            first = sample[order[: cfg.clusters]].clone()
         kmeans = KMeans(first, device)
-        rng = np.random.default_rng(options.seed)
-        for _ in range(options.epochs):
+        rng = np.random.default_rng(cfg.seed)
+        for _ in range(cfg.epochs):
             kmeans.start_pass()
             for batch in units.batches(rng, _BATCH):
                 kmeans.minibatch(torch.from_numpy(batch))
@@ -148,24 +157,24 @@ def fit_codebook(units: UnitFrames, options: CodebookOptions, device: str, conso
 
 
 def _settings(units: UnitFrames) -> EncoderSettings:
-    """With which the dataset's units were made."""
+    """Return the encoder settings that the dataset's units were made with."""
     encoders = read_source(units.dataset).config.all_encoders.values()
     by_name = {encoder.name: encoder for encoder in encoders}
     return by_name[units.encoder.name]
 
 
-def _refuse_few(parts: list[UnitFrames], options: CodebookOptions) -> None:
+def _refuse_few(parts: list[UnitFrames], clusters: int) -> None:
     for part in parts:
-        if part.total < options.clusters:
+        if part.total < clusters:
             of = f" of speaker '{part.speaker}'" if part.speaker is not None else ""
             raise UserError(
-                f"{part.dataset} has {part.total} frames{of}, too few for {options.clusters} "
-                f"clusters; give --clusters {part.total} or less"
+                f"{part.dataset} has {part.total} frames{of}, too few for {clusters} clusters; "
+                f"set codebook.clusters={part.total} or less"
             )
 
 
 def show_fits(console: Console, fits: list[Fit], out: Path) -> None:
-    """What `codebook` did: frames, ids used, how much of the variance the centres explain."""
+    """Print frames, ids used and the share of the variance that the centres explain."""
     for f in fits:
         of = f"{f.codebook.speaker}: " if f.codebook.speaker is not None else ""
         clusters = len(f.codebook.centroids)

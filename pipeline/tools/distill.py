@@ -1,9 +1,9 @@
-"""`distill`: a smaller student of an encoder, trained on the audio of a dataset.
+"""`distill`: train a smaller student of an encoder on the audio of a dataset.
 
-What the run has reached lies in the folder OUT.run: settings.json (what it was begun with),
-log.jsonl (a line a step), state.safetensors (weights and optimizer, written whole every so many
-steps) and pruned.safetensors (the dense student before the second phase). A step depends on the
-state, the seed and its number alone, so a run that was killed goes on as if it had not been.
+The folder OUT.run holds the state of the run: settings.json (its settings), log.jsonl (one line
+per step), state.safetensors (weights and optimizer, replaced every `run.save_every` steps) and
+pruned.safetensors (the dense student before the second phase). A step depends only on the state,
+the seed and its number, so a run that was killed resumes to the same student.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,7 @@ from models.encoders.encoder_names import NAMES, Family
 from models.encoders.layouts import EncoderFile, read_encoder, read_encoder_file, save_checkpoint
 from models.encoders.layouts.key_layouts import OURS
 from models.encoders.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from models.synthesizer.config import require_at_least
 from pipeline.cluster.bar import show_bar
 from pipeline.cluster.device import choose_device
 from pipeline.dataset.shards import Footer, iter_shards, read_dataset_info, read_footers
@@ -50,45 +51,62 @@ from stages.pcm import dequantise
 from stages.resample import resample
 from stages.types import Array
 
-_RATE = 16000  # of every network of the family
-_MIXED_GROUPS = 8  # row groups whose clips are shuffled together, and which are held in memory
+_RATE = 16000  # Hz, the input of every network of the family
+_MIXED_GROUPS = 8  # row groups that are shuffled together; twice as many stay in memory
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillOptions:
-    """What `distill` can be told.
+class TeacherConfig:
+    """The encoder whose hidden states the student learns. checkpoint: file or folder of weights."""
 
-    teacher: an encoder's name; its units are what the student's shall be like. batch: clips in a
-    step. crop_s: longest stretch of a clip, in seconds; longer clips are cut at random.
-    save_every: steps between states on disk.
-    """
-
-    teacher: str
-    teacher_checkpoint: Path
-    training: DistillConfig
-    split: str = "train"
-    batch: int = 8
-    crop_s: float = 10.0
-    save_every: int = 200
-    seed: int = 0
-    device: str = "auto"
+    name: str | None = None
+    checkpoint: str | None = None
 
     def __post_init__(self) -> None:
-        if self.teacher not in NAMES:
-            raise UserError(
-                f"--teacher is '{self.teacher}'; a student can be made of {', '.join(NAMES)}"
-            )
-        if self.batch < 1 or self.save_every < 1:
-            raise UserError("--batch and --save-every must be 1 or more")
+        if self.name is not None and self.name not in NAMES:
+            raise ValueError(f"teacher.name is '{self.name}'; choose from {', '.join(NAMES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillDataConfig:
+    """Batches of clips. batch_size: clips in a step. crop_s: seconds; longer clips are cropped."""
+
+    split: str = "train"
+    batch_size: int = 8
+    crop_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "data.batch_size", self.batch_size)
         if not 0.1 <= self.crop_s <= 60:
-            raise UserError(f"--crop-seconds is {self.crop_s:g}; it must lie in 0.1 to 60")
-        if self.seed < 0:
-            raise UserError(f"--seed is {self.seed}; it must be 0 or more")
+            raise ValueError(f"data.crop_s is {self.crop_s:g}; it must lie in 0.1 to 60 seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillRunConfig:
+    """Seed, device and saving. save_every: steps between two states on disk."""
+
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    save_every: int = 200
+
+    def __post_init__(self) -> None:
+        require_at_least(0, "run.seed", self.seed)
+        require_at_least(1, "run.save_every", self.save_every)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings:
+    """Every setting of `distill`."""
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    data: DistillDataConfig = field(default_factory=DistillDataConfig)
+    run: DistillRunConfig = field(default_factory=DistillRunConfig)
 
 
 @dataclass(frozen=True)
 class DistillOutcome:
-    """What came of it. Sizes in parameters; losses averaged over the first and last tenth."""
+    """Figures of a finished run. Sizes in parameters; losses: means of the first and last tenth."""
 
     teacher_size: int
     student_size: int
@@ -98,84 +116,85 @@ class DistillOutcome:
     config: Wav2Vec2Config
 
 
-def training_config(**settings: Any) -> DistillConfig:
-    """`DistillConfig` of what a person gave. Raises UserError."""
-    try:
-        return DistillConfig(**settings)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def numbers(option: str, text: str) -> tuple[int, ...]:
-    """ "0,4,8" -> (0, 4, 8). Raises UserError naming the option."""
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError as error:
-        raise UserError(f"{option} is '{text}'; write whole numbers, as in 0,4,8,12") from error
-
-
-def distill(dataset: Path, out: Path, options: DistillOptions, console: Console) -> DistillOutcome:
+def distill(
+    dataset: Path, out: Path, settings: DistillSettings, console: Console
+) -> DistillOutcome:
     """Train a student on the clips of `dataset` and write it to `out`, as an encoder `dphubert`.
 
-    The same seed, dataset and options give the same file on the same kind of machine and number of
-    threads. The same call goes on with a run that was stopped.
+    The same seed, dataset and settings give the same file on the same kind of machine and number
+    of threads. The same call resumes a run that was stopped.
     Raises: UserError.
     """
-    device = choose_device(options.device)
+    device = choose_device(settings.run.device, "run.device")
     require_safetensors(out)
-    with ExitStack() as held:
-        return _distill(dataset, out, options, device, console, held)
+    with ExitStack() as locks:
+        return _distill(dataset, out, settings, device, console, locks)
 
 
 def _distill(
     dataset: Path,
     out: Path,
-    options: DistillOptions,
+    settings: DistillSettings,
     device: str,
     console: Console,
-    held: ExitStack,
+    locks: ExitStack,
 ) -> DistillOutcome:
-    """held: gets the lock of the run's folder, once nothing is wrong with the options."""
+    """locks: takes the lock of the run's folder, after all settings are checked."""
     if out.exists():
-        raise UserError(f"{out} is there already; remove it or name another file")
-    training = options.training
-    try:
-        teacher = _load(*read_encoder(options.teacher, options.teacher_checkpoint)).to(device)
-    except CheckpointError as error:
-        raise UserError(str(error)) from error
-    clips = Clips(dataset, options, teacher.config)
-    with _own_random_numbers(device), _memory_may_end():
-        torch.manual_seed(options.seed)
+        raise UserError(f"{out} exists already; remove it or name another file")
+    teacher = _load(*_read_teacher(settings.teacher)).to(device)
+    clips = Clips(dataset, settings, teacher.config)
+    with _own_random_numbers(device), _out_of_memory_as_user_error():
+        torch.manual_seed(settings.run.seed)
         try:
-            first = Distillation(teacher, gated_student(teacher, training), training, "prune")
+            student = gated_student(teacher, settings.distill)
+            first = Distillation(teacher, student, settings.distill, "prune")
         except ValueError as error:
             raise UserError(str(error)) from error
         run = _Run(Path(f"{out}.run"))
-        held.enter_context(lock(run.folder))
-        phase, reached = run.begin(_settings(dataset, options, clips))
+        locks.enter_context(lock(run.folder))
+        phase, steps_done = run.begin(_fingerprinted(dataset, settings, clips))
         if phase == "prune":
-            if reached:
+            if steps_done:
                 first.load_state(run.state())
-            _train(first, reached, clips, run, options, console)
+            _train(first, steps_done, clips, run, settings, console)
             try:
                 pruned = first.pruned()
             except ValueError as error:
                 raise UserError(f"{error}; remove {run.folder} to start over") from error
             run.save_pruned(pruned)
-            last = Distillation(teacher, pruned, training, "finetune")
+            last = Distillation(teacher, pruned, settings.distill, "finetune")
             last.projections.load_state_dict(first.projections.state_dict())
-            run.save(last, training.steps)
-            reached = training.steps
+            run.save(last, settings.distill.steps)
+            steps_done = settings.distill.steps
         else:
-            last = Distillation(teacher, run.pruned().to(device), training, "finetune")
+            last = Distillation(teacher, run.pruned().to(device), settings.distill, "finetune")
             last.load_state(run.state())
-        _train(last, reached, clips, run, options, console)
+        _train(last, steps_done, clips, run, settings, console)
         student = last.finished().cpu()
     out.parent.mkdir(parents=True, exist_ok=True)
     _save_encoder(student, out)
     outcome = _outcome(teacher, student, run.losses())
     run.end()
     return outcome
+
+
+def _read_teacher(teacher: TeacherConfig) -> tuple[Wav2Vec2Config, dict[str, Tensor]]:
+    for key, value in (("name", teacher.name), ("checkpoint", teacher.checkpoint)):
+        if value is None:
+            raise UserError(
+                f"teacher.{key} is not set; give teacher.name=ENCODER and teacher.checkpoint=FILE"
+            )
+    assert teacher.name is not None
+    try:
+        return read_encoder(teacher.name, _checkpoint_path(teacher))
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+
+
+def _checkpoint_path(teacher: TeacherConfig) -> Path:
+    assert teacher.checkpoint is not None
+    return Path(teacher.checkpoint).expanduser()
 
 
 def show_student(console: Console, outcome: DistillOutcome, out: Path) -> None:
@@ -195,36 +214,36 @@ def show_student(console: Console, outcome: DistillOutcome, out: Path) -> None:
 
 def _train(
     distillation: Distillation,
-    reached: int,
+    steps_done: int,
     clips: Clips,
     run: _Run,
-    options: DistillOptions,
+    settings: DistillSettings,
     console: Console,
 ) -> None:
-    """Do what is left of a phase. reached: steps done, over both phases."""
+    """Run the remaining steps of a phase. steps_done: counted over both phases."""
     cfg, pruning = distillation.cfg, distillation.phase == "prune"
     begin, stop = (0, cfg.steps) if pruning else (cfg.steps, cfg.steps + cfg.finetune_steps)
     device = distillation.multipliers.device
     title = "prune" if pruning else "finetune"
     with (
-        show_bar(console, title, stop - begin, done=reached - begin) as advance,
+        show_bar(console, title, stop - begin, done=steps_done - begin) as advance,
         ThreadPoolExecutor(1) as reader,
-        run.log.open_from(reached) as log,
+        run.log.open_from(steps_done) as log,
     ):
-        ahead = reader.submit(clips.batch, reached)
-        for step in range(reached, stop):
+        ahead = reader.submit(clips.batch, steps_done)
+        for step in range(steps_done, stop):
             wavs, num_samples = ahead.result()
             ahead = reader.submit(clips.batch, step + 1)
-            torch.manual_seed(options.seed * 1_000_003 + step)
+            torch.manual_seed(settings.run.seed * 1_000_003 + step)
             report = distillation.step(step - begin, wavs.to(device), num_samples)
             if not math.isfinite(report.loss):
                 raise UserError(
-                    f"the loss is {report.loss} at step {step}: take lower learning rates, and "
+                    f"the loss is {report.loss} at step {step}; lower distill.learning_rate, and "
                     f"remove {run.folder} to start over"
                 )
             log.write(_line(step, distillation.phase, report))
             advance(1)
-            if (step + 1) % options.save_every == 0 or step + 1 == stop:
+            if (step + 1) % settings.run.save_every == 0 or step + 1 == stop:
                 log.flush()
                 run.save(distillation, step + 1)
 
@@ -237,18 +256,18 @@ def _line(step: int, phase: Phase, report: StepReport) -> str:
 class Clips:
     """Batches of a dataset's clips at 16 kHz, each a function of the seed and its number."""
 
-    def __init__(self, dataset: Path, options: DistillOptions, config: Wav2Vec2Config) -> None:
-        """Reads how long every clip is. Raises UserError when none can be used."""
-        self.options = options
+    def __init__(self, dataset: Path, settings: DistillSettings, config: Wav2Vec2Config) -> None:
+        """Read the length of every clip. Raises: UserError: when no clip is long enough."""
+        self.data, self.seed = settings.data, settings.run.seed
         self.info = read_dataset_info(dataset)
         self.resampling = read_source(dataset).config.resample
         shortest = config.reach - 2 * config.pad
         self.groups: list[tuple[Path, int, Footer]] = []
-        rows: list[NDArray[np.int64]] = []  # of each group: which are long enough
+        rows: list[NDArray[np.int64]] = []  # of each group: rows that are long enough
         for path, footer in read_footers(iter_shards(dataset)):
             if isinstance(footer, UserError):
                 raise footer
-            if not path.name.startswith(f"{options.split}-"):
+            if not path.name.startswith(f"{self.data.split}-"):
                 continue
             for index, lengths in enumerate(_lengths(path)):
                 usable = np.flatnonzero(lengths * _RATE >= shortest * footer.sample_rate)
@@ -259,19 +278,19 @@ class Clips:
         self.starts = np.cumsum([0, *map(len, rows)])
         if len(self) == 0:
             raise UserError(
-                f"{dataset} has no clip in split '{options.split}' that an encoder can take; run "
-                "`extract` first"
+                f"{dataset} has no clip in split '{self.data.split}' that is long enough for the "
+                "encoder; run `cantor extract` first, or choose another data.split"
             )
         self._order = lru_cache(2)(self._shuffled)
-        self._held: OrderedDict[int, list[bytes]] = OrderedDict()
+        self._cache: OrderedDict[int, list[bytes]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def batch(self, step: int) -> tuple[Tensor, list[int]]:
-        """Clips of a step, padded (B, T), and the samples of each."""
-        rng = np.random.default_rng([self.options.seed, step])
-        size = self.options.batch
+        """Return the clips of a step, padded (B, T), and the number of samples of each."""
+        rng = np.random.default_rng([self.seed, step])
+        size = self.data.batch_size
         wavs = []
         for position in range(step * size, (step + 1) * size):
             epoch, place = divmod(position, len(self))
@@ -280,8 +299,8 @@ class Clips:
         return torch.nn.utils.rnn.pad_sequence(wavs, True), [len(wav) for wav in wavs]
 
     def _shuffled(self, epoch: int) -> NDArray[np.int64]:
-        """All clips once: row groups in random order, the clips of a few of them mixed."""
-        rng = np.random.default_rng([self.options.seed, epoch, 1])
+        """Return all clips once: row groups in random order, clips shuffled across a few groups."""
+        rng = np.random.default_rng([self.seed, epoch, 1])
         groups = rng.permutation(len(self.groups))
         parts = []
         for first in range(0, len(groups), _MIXED_GROUPS):
@@ -291,34 +310,34 @@ class Clips:
         return np.concatenate(parts)
 
     def _read(self, clip: int, rng: np.random.Generator) -> Array:
-        """(T,) at 16 kHz, at most `crop_s` of it."""
+        """Return the clip (T,) at 16 kHz, cropped at random to at most `data.crop_s`."""
         group = int(np.searchsorted(self.starts, clip, side="right")) - 1
         path, _, footer = self.groups[group]
         try:
             samples = decode_flac(self._audio(group)[self.rows[clip]], footer.subtype)
         except LibsndfileError as error:
-            raise UserError(f"{path} is damaged: {error}; `verify` finds out more") from error
-        longest = round(self.options.crop_s * footer.sample_rate)
+            raise UserError(f"{path} is damaged: {error}; run `cantor verify`") from error
+        longest = round(self.data.crop_s * footer.sample_rate)
         start = int(rng.integers(0, max(0, len(samples) - longest) + 1))
         wav = dequantise(samples[start : start + longest], footer.subtype)
         return resample(wav, footer.sample_rate, _RATE, self.resampling)
 
     def _audio(self, group: int) -> list[bytes]:
-        if group not in self._held:
+        if group not in self._cache:
             path, index, _ = self.groups[group]
             try:
                 with pq.ParquetFile(path) as file:
                     cells = file.read_row_group(index, columns=["audio"])["audio"].to_pylist()
             except pa.ArrowException as error:
                 raise UserError(f"{path} is damaged: {error}") from error
-            self._held[group] = [cell["bytes"] for cell in cells]
-            if len(self._held) > 2 * _MIXED_GROUPS:
-                self._held.popitem(last=False)
-        return self._held[group]
+            self._cache[group] = [cell["bytes"] for cell in cells]
+            if len(self._cache) > 2 * _MIXED_GROUPS:
+                self._cache.popitem(last=False)
+        return self._cache[group]
 
 
 def _lengths(path: Path) -> Iterator[NDArray[np.int64]]:
-    """Samples of every clip, by row group."""
+    """Yield the number of samples of every clip, by row group."""
     try:
         with pq.ParquetFile(path) as file:
             for index in range(file.num_row_groups):
@@ -329,7 +348,7 @@ def _lengths(path: Path) -> Iterator[NDArray[np.int64]]:
 
 
 class _Run:
-    """The folder of a run; see the module."""
+    """The folder of a run; the module's docstring lists its files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -339,14 +358,16 @@ class _Run:
         self._pruned = folder / "pruned.safetensors"
 
     def begin(self, settings: dict[str, Any]) -> tuple[Phase, int]:
-        """Start, or go on: (phase, steps done over both phases).
+        """Start or resume the run, and return (phase, steps done over both phases).
 
-        Raises UserError where the run was begun with other settings.
+        Raises: UserError: when the run was started with other settings.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise UserError(f"{self.folder} is a file where the run's folder should be") from error
+            raise UserError(
+                f"{self.folder} is a file; the run needs a folder of that name"
+            ) from error
         if not self._state.exists():
             self._settings.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             self.log.path.unlink(missing_ok=True)
@@ -355,8 +376,8 @@ class _Run:
         differing = differences(before, settings, neutral_values(DistillConfig))
         if differing:
             raise UserError(
-                f"{self.folder} holds a run begun with other settings ({'; '.join(differing)}); "
-                "give the same ones to go on, or remove the folder to start over"
+                f"{self.folder} was started with other settings ({'; '.join(differing)}); "
+                "give the same ones to resume, or remove the folder to start over"
             )
         notes = _read(self._state, [])[1]
         return ("prune" if notes["phase"] == "prune" else "finetune"), int(notes["step"])
@@ -365,7 +386,7 @@ class _Run:
         return _read(self._state)[0]
 
     def save(self, distillation: Distillation, step: int) -> None:
-        """Keep the state after `step` steps, those of the first phase counted."""
+        """Save the state after `step` steps, counted over both phases."""
         tensors = {k: t.detach().cpu() for k, t in distillation.state().items()}
         save_safetensors(self._state, tensors, {"step": str(step), "phase": distillation.phase})
 
@@ -379,7 +400,7 @@ class _Run:
         return [float(line["loss"]) for line in self.log.lines()]
 
     def end(self) -> None:
-        """The student is written: only what a person may want to look at stays."""
+        """Delete the training state of a finished run; settings, log and pruned student stay."""
         self._state.unlink()
 
 
@@ -390,25 +411,25 @@ def _read(path: Path, keys: list[str] | None = None) -> tuple[dict[str, Tensor],
         raise UserError(f"{error}; remove the folder {path.parent} to start over") from error
 
 
-def _settings(dataset: Path, options: DistillOptions, clips: Clips) -> dict[str, Any]:
-    """Everything that the student depends on."""
+def _fingerprinted(dataset: Path, settings: DistillSettings, clips: Clips) -> dict[str, Any]:
+    """Return everything that the student depends on, under the keys of settings.json."""
     training = {
         k: list(v) if isinstance(v, tuple) else v
-        for k, v in dataclasses.asdict(options.training).items()
+        for k, v in dataclasses.asdict(settings.distill).items()
     }
     try:
-        teacher_sha256 = sha256_of(options.teacher_checkpoint)
+        teacher_sha256 = sha256_of(_checkpoint_path(settings.teacher))
     except CheckpointError as error:
         raise UserError(str(error)) from error
     return {
         "dataset_fingerprint": clips.info["fingerprint"],
         "clips": len(clips),
-        "teacher": options.teacher,
+        "teacher": settings.teacher.name,
         "teacher_sha256": teacher_sha256,
-        "split": options.split,
-        "batch": options.batch,
-        "crop_s": options.crop_s,
-        "seed": options.seed,
+        "split": settings.data.split,
+        "batch": settings.data.batch_size,
+        "crop_s": settings.data.crop_s,
+        "seed": settings.run.seed,
         **training,
     }
 
@@ -447,16 +468,16 @@ def _outcome(teacher: Wav2Vec2, student: Wav2Vec2, losses: list[float]) -> Disti
 
 @contextmanager
 def _own_random_numbers(device: str) -> Iterator[None]:
-    """Leave the process's generators as they were."""
+    """Restore the process's random generators afterwards."""
     with torch.random.fork_rng([torch.cuda.current_device()] if device == "cuda" else []):
         yield
 
 
 @contextmanager
-def _memory_may_end() -> Iterator[None]:
+def _out_of_memory_as_user_error() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            "a step does not fit into the GPU's memory; take a smaller --batch or --crop-seconds"
+            "a step does not fit into GPU memory; lower data.batch_size or data.crop_s"
         ) from error

@@ -1,4 +1,4 @@
-"""`purity`: how near each clip is to its speaker, by the clips' embeddings (x-vectors)."""
+"""`purity`: similarity of each clip to its speaker, by the clips' embeddings (x-vectors)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pipeline.errors import UserError
 from pipeline.storage.atomic import commit_file
 from stages.flac import decode_flac
 from stages.pcm import dequantise
-from stages.xvector import embed_clips
+from stages.xvector import XvectorConfig, embed_clips
 
 SIDECAR = "purity.parquet"
 _MOST_SPEAKERS = 50
@@ -43,11 +43,18 @@ _SCHEMA = pa.schema(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PuritySettings:
+    """Every setting of `purity`. xvector: the model that embeds; the default reads the shards."""
+
+    xvector: XvectorConfig = field(default_factory=XvectorConfig)
+
+
 @dataclass
 class SpeakerPurity:
-    """The clips of a speaker. strays: those that are nearer to another speaker.
+    """Purity of one speaker. strays: clips that are nearer to another speaker.
 
-    cosines: of the clips to the speaker's other clips; none for a speaker of one clip.
+    cosines: similarity of each clip to the speaker's other clips; empty for a speaker of one clip.
     """
 
     speaker: str
@@ -66,41 +73,40 @@ class SpeakerPurity:
 
 
 class Embed(Protocol):
-    """Vectors (N, E) of the clips of a row group."""
+    """Return the vectors (N, E) of the clips of a row group."""
 
     def __call__(self, rows: pa.Table, footer: Footer) -> NDArray[np.float32]: ...
 
 
 def measure_purity(
-    dataset: Path, console: Console, checkpoint: Path | None = None, device: str = "auto"
+    dataset: Path, settings: PuritySettings, console: Console
 ) -> list[SpeakerPurity]:
-    """Write DATASET/purity.parquet: a row a clip of every split, in the order of the shards.
+    """Write DATASET/purity.parquet: one row for each clip of every split, in shard order.
 
-    A clip's cosine is that to the centroid of its speaker's other clips: the mean of their vectors,
-    each of length 1. It is left out of its own centroid, or the few clips of a rare speaker would
-    all be pure. Of a speaker's only clip, cosine is null and own is true.
+    A clip's cosine is its similarity to the centroid of its speaker's other clips: the mean of
+    their vectors, each of length 1. The clip itself is excluded; otherwise every clip of a speaker
+    with few clips would look pure. For a speaker's only clip, cosine is null and own is true.
 
-    checkpoint: an x-vector model to embed with; None: the vectors that the shards hold.
-    Raises: UserError when there are no vectors, or no clips.
+    Raises: UserError: when there are no vectors, or no clips.
     """
     info = read_dataset_info(dataset)
     footers = _footers(dataset)
     if not footers:
-        raise UserError(f"{dataset} has no shards yet; run `extract` first")
-    if checkpoint is not None:
+        raise UserError(f"{dataset} has no shards yet; run `cantor extract` first")
+    if settings.xvector.checkpoint is not None:
         column = "audio"
-        embed, sha256 = _embedder(dataset, checkpoint, device)
+        embed, sha256 = _embedder(dataset, settings.xvector.checkpoint, settings.xvector.device)
     elif all(footer.xvector is not None for _, footer in footers):
         column, embed = XVECTOR_COLUMN, _stored
         sha256 = footers[0][1].xvector.checkpoint_sha256 if footers[0][1].xvector else ""
     else:
         raise UserError(
-            f"{dataset} holds no x-vectors: extract it with xvector.checkpoint=FOLDER, or give "
-            f"--checkpoint FOLDER here (a speaker model such as microsoft/wavlm-base-plus-sv)"
+            f"{dataset} has no x-vectors; give xvector.checkpoint=FOLDER to this command or to "
+            "`cantor extract` (a speaker model such as microsoft/wavlm-base-plus-sv)"
         )
     clips = sum(pq.read_metadata(path).num_rows for path, _ in footers)
     if clips == 0:
-        raise UserError(f"no shard of {dataset} has a clip in it")
+        raise UserError(f"{dataset} has no clips")
     spool_folder = dataset / ".tmp"
     spool_folder.mkdir(exist_ok=True)
     with (
@@ -111,16 +117,16 @@ def measure_purity(
         spool.seek(0)
         notes = {"fingerprint": info["fingerprint"], "checkpoint_sha256": sha256, "clips": clips}
         schema = _SCHEMA.with_metadata({"cantor": json.dumps(notes)})
-        found = {speaker: SpeakerPurity(speaker) for speaker in sums}
+        speakers = {speaker: SpeakerPurity(speaker) for speaker in sums}
 
         def write(file: BinaryIO) -> None:
             with pq.ParquetWriter(file, schema, compression="ZSTD") as writer:
-                for batch in _judged(spool, sums, counts, found):
+                for batch in _rows(spool, sums, counts, speakers):
                     writer.write_batch(batch)
                     advance(batch.num_rows)
 
         commit_file(dataset, SIDECAR, write)
-    return sorted(found.values(), key=lambda purity: purity.speaker)
+    return sorted(speakers.values(), key=lambda purity: purity.speaker)
 
 
 def _footers(dataset: Path) -> list[tuple[Path, Footer]]:
@@ -138,14 +144,15 @@ def _stored(rows: pa.Table, footer: Footer) -> NDArray[np.float32]:
     return np.asarray(flat, np.float32).reshape(len(rows), footer.xvector.dim)
 
 
-def _embedder(dataset: Path, checkpoint: Path, device: str) -> tuple[Embed, str]:
+def _embedder(dataset: Path, checkpoint: str, device: str) -> tuple[Embed, str]:
     from models.checkpoint import sha256_of
     from models.encoders.xvector import load_xvector
     from pipeline.extract.from_dataset import read_source
 
+    path = Path(checkpoint).expanduser()
     try:
-        model = load_xvector(checkpoint, choose_device(device))
-        sha256 = sha256_of(checkpoint)
+        model = load_xvector(path, choose_device(device, "xvector.device"))
+        sha256 = sha256_of(path)
     except ValueError as error:
         raise UserError(str(error)) from error
     resampling = read_source(dataset).config.resample
@@ -167,7 +174,7 @@ def _spool_vectors(
     spool: BinaryIO,
     advance: Callable[[int], None],
 ) -> tuple[dict[str, NDArray[np.float64]], dict[str, int]]:
-    """Write all vectors, of length 1, to `spool`; -> their sums (E,) and numbers by speaker."""
+    """Write all vectors, scaled to length 1, to `spool`; return sums (E,) and counts by speaker."""
     sums: dict[str, NDArray[np.float64]] = {}
     counts: dict[str, int] = {}
     writer: Any = None
@@ -177,7 +184,7 @@ def _spool_vectors(
                 vectors = embed(rows, footer)
             except (ValueError, LibsndfileError) as error:
                 raise UserError(f"{path} is damaged: {error}") from error
-            units = _of_length_1(vectors, rows, path)
+            units = _normalized(vectors, rows, path)
             speakers = rows["speaker"].to_pylist()
             for speaker, unit in zip(speakers, units, strict=True):
                 sums[speaker] = sums.get(speaker, 0.0) + unit
@@ -205,23 +212,25 @@ def _row_groups(path: Path, columns: list[str]) -> Iterator[pa.Table]:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def _of_length_1(vectors: NDArray[np.float32], rows: pa.Table, path: Path) -> NDArray[np.float64]:
+def _normalized(vectors: NDArray[np.float32], rows: pa.Table, path: Path) -> NDArray[np.float64]:
     wide = vectors.astype(np.float64)
     lengths = np.linalg.norm(wide, axis=1)
     wrong = ~(np.isfinite(lengths) & (lengths > 0))
     if wrong.any():
         clip_id = rows["clip_id"][int(np.argmax(wrong))].as_py()
-        raise UserError(f"{path}: the x-vector of {clip_id} has no direction (zero or not finite)")
+        raise UserError(
+            f"{path}: the x-vector of {clip_id} has no direction (it is zero or not finite)"
+        )
     return np.asarray(wide / lengths[:, None])
 
 
-def _judged(
+def _rows(
     spool: BinaryIO,
     sums: dict[str, NDArray[np.float64]],
     counts: dict[str, int],
-    found: dict[str, SpeakerPurity],
+    speakers: dict[str, SpeakerPurity],
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of the sidecar, a batch of the spool at a time; adds to `found`."""
+    """Yield the rows of the sidecar, one batch of the spool at a time, and update `speakers`."""
     names = sorted(sums)
     place = {name: i for i, name in enumerate(names)}
     totals = np.stack([sums[name] for name in names])  # (S, E)
@@ -237,7 +246,7 @@ def _judged(
         other = to_others.argmax(1)
         is_own = alone | (cosine >= to_others.max(1))
         for i, speaker in enumerate(own):
-            purity = found[names[speaker]]
+            purity = speakers[names[speaker]]
             purity.clips += 1
             purity.strays += int(not is_own[i])
             if not alone[i]:
@@ -256,13 +265,13 @@ def _judged(
 
 
 def _directions(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Rows of length 1; a row that is all but zero points nowhere and stays zero."""
+    """Scale rows to length 1; rows of almost zero become zero."""
     lengths = np.linalg.norm(sums, axis=1, keepdims=True)
     return np.where(lengths > 1e-12, sums / np.maximum(lengths, 1e-12), 0.0)
 
 
-def show_purity(console: Console, found: list[SpeakerPurity], dataset: Path) -> None:
-    """A row a speaker, the least pure first."""
+def show_purity(console: Console, speakers: list[SpeakerPurity], dataset: Path) -> None:
+    """Print one row for each speaker, the least pure first."""
     table = Table(
         "speaker", "clips", "mean cosine", "5th percentile", "nearer to another", box=None
     )
@@ -270,14 +279,14 @@ def show_purity(console: Console, found: list[SpeakerPurity], dataset: Path) -> 
     def shown(value: float | None) -> str:
         return "" if value is None else f"{value:.3f}"
 
-    worst_first = sorted(found, key=lambda p: (p.mean is None, p.mean, p.speaker))
+    worst_first = sorted(speakers, key=lambda p: (p.mean is None, p.mean, p.speaker))
     for p in worst_first[:_MOST_SPEAKERS]:
         table.add_row(escape(p.speaker), str(p.clips), shown(p.mean), shown(p.low), str(p.strays))
     console.print(table, highlight=False)
-    if len(found) > _MOST_SPEAKERS:
-        console.print(f"… and {len(found) - _MOST_SPEAKERS} speakers more")
+    if len(speakers) > _MOST_SPEAKERS:
+        console.print(f"… and {len(speakers) - _MOST_SPEAKERS} more speakers")
     console.print(
-        f"purity of {sum(p.clips for p in found)} clips in {dataset / SIDECAR}",
+        f"purity of {sum(p.clips for p in speakers)} clips in {dataset / SIDECAR}",
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -61,12 +61,12 @@ def dataset(corpus: Path, tmp_path_factory: pytest.TempPathFactory, run_extract:
 @pytest.fixture(scope="session")
 def rated_dataset(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The dataset with x-vectors and purity.parquet; not to be written to."""
-    from pipeline.tools.speaker_purity import measure_purity
+    from pipeline.tools.speaker_purity import PuritySettings, measure_purity
     from tests.helpers.xvectors import put_xvectors
 
     folder = Path(shutil.copytree(dataset, tmp_path_factory.mktemp("rated") / "dataset"))
     put_xvectors(folder)
-    measure_purity(folder, Console(file=io.StringIO()))
+    measure_purity(folder, PuritySettings(), Console(file=io.StringIO()))
     return folder
 
 

@@ -87,13 +87,19 @@ def test_schedules() -> None:
     ("settings", "message"),
     [
         ({"sparsity": 1.0}, "sparsity is 1.0"),
-        ({"steps": 0}, "1 step or more"),
-        ({"gates": ("heads", "hands")}, "the gates are heads, hands; there are stem"),
-        ({"gates": ()}, "the gates are none"),
-        ({"cosine": "log"}, "there are raw and log_sigmoid"),
+        ({"steps": 0}, "distill.steps is 0; it must be 1 or more"),
+        (
+            {"gates": ("heads", "hands")},
+            r"distill.gates is \[heads, hands\]; name one or more of stem",
+        ),
+        ({"gates": ()}, r"distill.gates is \[\]; name one"),
+        ({"cosine": "log"}, "must be raw or log_sigmoid"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"gate_learning_rate": -1.0}, "gate_learning_rate is -1.0"),
         ({"layer_drop": 1.0}, "layer_drop is 1.0"),
+        ({"warmup": 1.0}, "distill.warmup is 1.0; it must lie in 0 to below 1"),
+        ({"l1_weight": -1.0}, "distill.l1_weight is -1.0; it must be 0 or more"),
+        ({"clip_norm": 0.0}, "distill.clip_norm is 0.0; it must be above 0"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, object], message: str) -> None:

@@ -19,7 +19,7 @@ CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 PRESETS = [
     path
     for path in sorted(CONFIGS.glob("*.yaml"))
-    if not re.search(r"^(model|voice):", path.read_text(), re.MULTILINE)  # of train, of convert
+    if not re.search(r"^(model|voice|data):", path.read_text(), re.MULTILINE)  # of other commands
 ]
 
 

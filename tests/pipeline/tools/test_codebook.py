@@ -11,15 +11,20 @@ from rich.console import Console
 from sklearn.cluster import KMeans
 
 from models.encoders.codebook import load_codebook, load_codebooks
-from pipeline.dataset.unit_frames import find_units
+from pipeline.dataset.unit_frames import UnitDataConfig, find_units
 from pipeline.dataset.verify import verify
 from pipeline.errors import UserError
-from pipeline.tools.codebook import CodebookOptions, Fit, make_codebook
+from pipeline.settings import load_settings
+from pipeline.tools.codebook import CodebookConfig, CodebookSettings, Fit, make_codebook
+from tests.helpers.yaml_keys import assert_names_every_key
 from tests.pipeline.test_cli import cantor
 
 
-def make(dataset: Path, out: Path, **options: object) -> list[Fit]:
-    return make_codebook(dataset, out, CodebookOptions(**options), Console(file=io.StringIO()))
+def make(dataset: Path, out: Path, speaker: str | None = None, **options: object) -> list[Fit]:
+    settings = CodebookSettings(
+        data=UnitDataConfig(speaker=speaker), codebook=CodebookConfig(**options)
+    )
+    return make_codebook(dataset, out, settings, Console(file=io.StringIO()))
 
 
 def test_it_fits_about_as_well_as_scikit_learn_on_all_frames(dataset: Path, tmp_path: Path) -> None:
@@ -67,7 +72,9 @@ def test_more_clusters_than_the_careful_start_takes(
 
 def test_what_cannot_be_clustered_is_said(dataset: Path, tmp_path: Path) -> None:
     total = find_units(dataset).total
-    with pytest.raises(UserError, match=f"{total} frames, too few for 32000 .* --clusters {total}"):
+    with pytest.raises(
+        UserError, match=f"{total} frames, too few for 32000 .* codebook.clusters={total}"
+    ):
         make(dataset, tmp_path / "c.safetensors", clusters=32000)
     with pytest.raises(UserError, match=r"frames of speaker '.*', too few"):
         make(dataset, tmp_path / "c.safetensors", clusters=total // 2, per_speaker=True)
@@ -77,24 +84,29 @@ def test_what_cannot_be_clustered_is_said(dataset: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("words", "message"),
     [
-        ({"clusters": 40000}, "16 bits"),
-        ({"epochs": -1}, "--epochs"),
-        ({"seed": -1}, "--seed"),
-        ({"speaker": "ann", "per_speaker": True}, "not both"),
+        (["codebook.clusters=40000"], r"codebook\.clusters is 40000; .* ids have 16 bits"),
+        (["codebook.epochs=-1"], r"codebook\.epochs is -1; it must be 0 or more"),
+        (["codebook.seed=-1"], r"codebook\.seed is -1"),
+        (["codebook.clustres=9"], r"did you mean 'codebook\.clusters'"),
+        (["data.speaker=ann", "codebook.per_speaker=true"], "are both set; give one of them"),
     ],
 )
-def test_options_are_checked(options: dict[str, object], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        CodebookOptions(**options)
+def test_wrong_settings_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_settings(CodebookSettings, None, words)
+
+
+def test_the_yaml_file_names_exactly_the_keys_and_defaults() -> None:
+    assert_names_every_key("codebook", CodebookSettings)
 
 
 def test_the_command(dataset: Path, tmp_path: Path) -> None:
-    output = cantor("codebook", dataset, tmp_path / "c.safetensors", "--clusters", 12)
+    output = cantor("codebook", dataset, tmp_path / "c.safetensors", "codebook.clusters=12")
     assert "12 of 12 ids used" in output and "variance explained" in output
     assert len(load_codebook(tmp_path / "c.safetensors").centroids) == 12
-    words = ("codebook", dataset, "c.safetensors", "--encoder", "x")
+    words = ("codebook", dataset, tmp_path / "d.safetensors", "data.encoder=x")
     assert "no units of 'x'" in cantor(*words, status=2)
 
 

@@ -1,10 +1,11 @@
-"""`distill`: from shards and a teacher to a student that extraction can use."""
+"""`distill`: train a student from shards and a teacher, and use it as an encoder."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -18,12 +19,22 @@ import torch
 from rich.console import Console
 
 from models.checkpoint import read_safetensors
-from models.encoders import load_encoder
+from models.encoders import Encoder, load_encoder
 from models.encoders.distill import DistillConfig
 from pipeline.errors import UserError
+from pipeline.settings import flatten, load_settings
 from pipeline.storage.lock import lock
-from pipeline.tools.distill import Clips, DistillOptions, DistillOutcome, distill
+from pipeline.tools.distill import (
+    Clips,
+    DistillDataConfig,
+    DistillOutcome,
+    DistillRunConfig,
+    DistillSettings,
+    TeacherConfig,
+    distill,
+)
 from tests.conftest import ROOT
+from tests.helpers.yaml_keys import assert_names_every_key
 
 TRAINING = DistillConfig(
     sparsity=0.3,
@@ -44,19 +55,28 @@ main()
 
 
 @pytest.fixture(scope="module")
-def options(golden: Path) -> DistillOptions:
-    return DistillOptions(
-        teacher="contentvec256l9",
-        teacher_checkpoint=golden / "encoders" / "tiny_hubert_base.pt",
-        training=TRAINING,
-        batch=4,
-        crop_s=1.0,
-        save_every=10,
+def settings(golden: Path) -> DistillSettings:
+    return DistillSettings(
+        teacher=TeacherConfig(
+            name="contentvec256l9", checkpoint=str(golden / "encoders" / "tiny_hubert_base.pt")
+        ),
+        distill=TRAINING,
+        data=DistillDataConfig(batch_size=4, crop_s=1.0),
+        run=DistillRunConfig(save_every=10),
     )
 
 
-def run(dataset: Path, out: Path, options: DistillOptions) -> DistillOutcome:
-    return distill(dataset, out, options, Console(file=io.StringIO()))
+def change(settings: DistillSettings, **values: object) -> DistillSettings:
+    """Return the settings with `section__key=value`."""
+    for name, value in values.items():
+        section, _, key = name.partition("__")
+        changed = dataclasses.replace(getattr(settings, section), **{key: value})
+        settings = dataclasses.replace(settings, **{section: changed})
+    return settings
+
+
+def run(dataset: Path, out: Path, settings: DistillSettings) -> DistillOutcome:
+    return distill(dataset, out, settings, Console(file=io.StringIO()))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,10 +90,15 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def student(
-    dataset: Path, options: DistillOptions, tmp_path_factory: pytest.TempPathFactory
+    dataset: Path, settings: DistillSettings, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, DistillOutcome]:
     out = tmp_path_factory.mktemp("student") / "student.safetensors"
-    return out, run(dataset, out, options)
+    return out, run(dataset, out, settings)
+
+
+def load_teacher(settings: DistillSettings) -> Encoder:
+    assert settings.teacher.name is not None
+    return load_encoder(settings.teacher.name, settings.teacher.checkpoint)
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -81,12 +106,12 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_student_is_an_encoder_like_its_teacher(
-    student: tuple[Path, DistillOutcome], options: DistillOptions
+    student: tuple[Path, DistillOutcome], settings: DistillSettings
 ) -> None:
     out, outcome = student
     assert outcome.sparsity == pytest.approx(0.3, abs=0.03)
     assert outcome.last_loss < outcome.first_loss
-    teacher = load_encoder(options.teacher, str(options.teacher_checkpoint))
+    teacher = load_teacher(settings)
     encoder = load_encoder("dphubert", str(out))
     assert (encoder.dim, encoder.hop_length) == (teacher.dim, teacher.hop_length)
     assert outcome.student_size == sum(t.numel() for t in tensors(out).values())
@@ -111,32 +136,18 @@ def test_log_tells_of_every_step(student: tuple[Path, DistillOutcome]) -> None:
 
 
 def test_killed_run_goes_on_to_the_same_student(
-    dataset: Path, options: DistillOptions, student: tuple[Path, DistillOutcome], tmp_path: Path
+    dataset: Path, settings: DistillSettings, student: tuple[Path, DistillOutcome], tmp_path: Path
 ) -> None:
     out = tmp_path / "student.safetensors"
-    training = options.training
     command = [sys.executable, "-c", ON_ONE_CORE, "distill", str(dataset), str(out)]
-    for option, value in {
-        "teacher": options.teacher,
-        "teacher-checkpoint": options.teacher_checkpoint,
-        "sparsity": training.sparsity,
-        "steps": training.steps,
-        "finetune-steps": training.finetune_steps,
-        "gates": ",".join(training.gates),
-        "learning-rate": training.learning_rate,
-        "finetune-learning-rate": training.finetune_learning_rate,
-        "batch": options.batch,
-        "crop-seconds": options.crop_s,
-        "save-every": options.save_every,
-        "device": "cpu",
-    }.items():
-        command += [f"--{option}", str(value)]
+    device = change(settings, run__device="cpu")
+    command += [f"{key}={json.dumps(value)}" for key, value in flatten(device).items()]
     for sign in ("state.safetensors", "pruned.safetensors"):  # once in each phase
         kill_once_there(Path(f"{out}.run") / sign, command)
         assert not out.exists()
     with pytest.raises(UserError, match=r"other settings \(batch was 4 and is 5\)"):
-        run(dataset, out, dataclasses.replace(options, batch=5))
-    run(dataset, out, options)
+        run(dataset, out, change(settings, data__batch_size=5))
+    run(dataset, out, settings)
     expected, found = tensors(student[0]), tensors(out)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
@@ -156,30 +167,31 @@ def kill_once_there(file: Path, command: list[str]) -> None:
         assert child.stderr.read().decode() == ""
 
 
-def test_stopped_between_the_phases(dataset: Path, options: DistillOptions, tmp_path: Path) -> None:
-    short = dataclasses.replace(options.training, steps=4, finetune_steps=2)
-    options = dataclasses.replace(options, training=short)
+def test_stopped_between_the_phases(
+    dataset: Path, settings: DistillSettings, tmp_path: Path
+) -> None:
+    settings = change(settings, distill__steps=4, distill__finetune_steps=2)
     through, stopped = tmp_path / "through.safetensors", tmp_path / "stopped.safetensors"
-    run(dataset, through, options)
+    run(dataset, through, settings)
     in_the_way = Path(f"{stopped}.run") / "pruned.safetensors"
     in_the_way.mkdir(parents=True)
     with pytest.raises(IsADirectoryError):
-        run(dataset, stopped, options)
+        run(dataset, stopped, settings)
     in_the_way.rmdir()
-    run(dataset, stopped, options)
+    run(dataset, stopped, settings)
     for name, tensor in tensors(through).items():
         assert torch.equal(tensor, tensors(stopped)[name]), name
 
 
 def test_clips_come_each_once_an_epoch(
-    dataset: Path, options: DistillOptions, golden: Path
+    dataset: Path, settings: DistillSettings, golden: Path
 ) -> None:
-    teacher = load_encoder(options.teacher, str(options.teacher_checkpoint))
-    clips = Clips(dataset, dataclasses.replace(options, batch=1), teacher.config)
+    teacher = load_teacher(settings)
+    clips = Clips(dataset, change(settings, data__batch_size=1), teacher.config)
     for epoch in (0, 1):
         assert sorted(clips._shuffled(epoch)) == list(range(len(clips)))
     assert clips._shuffled(0).tolist() != clips._shuffled(1).tolist()
-    pair = Clips(dataset, dataclasses.replace(options, batch=3), teacher.config)
+    pair = Clips(dataset, change(settings, data__batch_size=3), teacher.config)
     wavs, lengths = pair.batch(7)
     assert wavs.shape == (3, max(lengths))
     assert max(lengths) <= 16000
@@ -189,32 +201,49 @@ def test_clips_come_each_once_an_epoch(
 
 
 def test_what_cannot_be_is_refused(
-    dataset: Path, options: DistillOptions, golden: Path, tmp_path: Path
+    dataset: Path, settings: DistillSettings, golden: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "student.safetensors"
-    for wrong, message in (
-        ({"teacher": "whisper-ppg"}, "--teacher is 'whisper-ppg'; a student can be made of"),
-        ({"batch": 0}, "--batch and --save-every must be 1 or more"),
-        ({"crop_s": 0.0}, "--crop-seconds is 0"),
+    for changes, message in (
+        ({"distill__sparsity": 0.95}, "0.95 is out of reach"),
+        ({"teacher__checkpoint": str(tmp_path / "none.pt")}, r"none\.pt"),
+        ({"teacher__checkpoint": None}, r"teacher\.checkpoint is not set; give teacher\.name="),
+        ({"teacher__name": None}, r"teacher\.name is not set"),
+        ({"teacher__name": "hubertsoft"}, "its encoder is contentvec"),
+        ({"data__split": "validation"}, "no clip in split 'validation'"),
     ):
         with pytest.raises(UserError, match=message):
-            dataclasses.replace(options, **wrong)
-    training = dataclasses.replace(options.training, sparsity=0.95)
-    for change, message in (
-        ({"training": training}, "0.95 is out of reach"),
-        ({"teacher_checkpoint": tmp_path / "none.pt"}, r"none\.pt"),
-        ({"teacher": "hubertsoft"}, "its encoder is contentvec"),
-        ({"split": "validation"}, "no clip in split 'validation'"),
-    ):
-        with pytest.raises(UserError, match=message):
-            run(dataset, out, dataclasses.replace(options, **change))
+            run(dataset, out, change(settings, **changes))
     with pytest.raises(UserError, match=r"must end in \.safetensors"):
-        run(dataset, tmp_path / "student.pt", options)
+        run(dataset, tmp_path / "student.pt", settings)
     with pytest.raises(UserError, match="is not a dataset"):
-        run(tmp_path, out, options)
+        run(tmp_path, out, settings)
     assert list(tmp_path.iterdir()) == []
     with lock(Path(f"{out}.run")), pytest.raises(UserError, match="is in use by process"):
-        run(dataset, out, options)
+        run(dataset, out, settings)
     out.touch()
-    with pytest.raises(UserError, match="is there already"):
-        run(dataset, out, options)
+    with pytest.raises(UserError, match="exists already"):
+        run(dataset, out, settings)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("teacher.name=whisper-ppg", "teacher.name is 'whisper-ppg'; choose from contentvec"),
+        ("data.batch_size=0", "data.batch_size is 0; it must be 1 or more"),
+        ("data.crop_s=0", "data.crop_s is 0; it must lie in 0.1 to 60 seconds"),
+        ("run.seed=-1", "run.seed is -1"),
+        ("run.save_every=0", "run.save_every is 0"),
+        ("run.device=tpu", "run.device"),
+        ("distill.gates=[heads,hands]", "distill.gates has 'hands'"),
+        ("distill.layers=[0,x]", "distill.layers must hold whole numbers, not 'x'"),
+        ("distill.stepps=9", "did you mean 'distill.steps'"),
+    ],
+)
+def test_wrong_settings_are_refused(word: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_settings(DistillSettings, None, [word])
+
+
+def test_the_yaml_file_names_exactly_the_keys_and_defaults() -> None:
+    assert_names_every_key("distill", DistillSettings)

@@ -18,15 +18,17 @@ from rich.console import Console
 from models.torchaudio_compat import import_torchaudio
 from pipeline.dataset.shards import iter_shards, read_footer, write_shard
 from pipeline.errors import UserError
-from pipeline.tools.speaker_purity import SpeakerPurity, measure_purity
+from pipeline.tools.speaker_purity import PuritySettings, SpeakerPurity, measure_purity
 from stages.resample import ResampleConfig
+from stages.xvector import XvectorConfig
 from tests.helpers.xvectors import direction, near_the_speaker, put_xvectors
 from tests.pipeline.test_cli import cantor
 
 
 def measure(dataset: Path, **options: object) -> dict[str, SpeakerPurity]:
-    found = measure_purity(dataset, Console(file=io.StringIO()), **options)
-    return {purity.speaker: purity for purity in found}
+    settings = PuritySettings(xvector=XvectorConfig(**options))
+    speakers = measure_purity(dataset, settings, Console(file=io.StringIO()))
+    return {purity.speaker: purity for purity in speakers}
 
 
 @pytest.fixture
@@ -126,12 +128,14 @@ def test_a_vector_without_direction_is_damage(copy: Path, value: float) -> None:
 
 
 def test_without_vectors_both_ways_to_them_are_offered(dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"xvector\.checkpoint=FOLDER, or give --checkpoint"):
+    with pytest.raises(
+        UserError, match=r"has no x-vectors; give xvector\.checkpoint=FOLDER to this"
+    ):
         measure(dataset)
     with pytest.raises(UserError, match="is not a dataset"):
         measure(tmp_path)
     with pytest.raises(UserError, match="nowhere"):
-        measure(dataset, checkpoint=tmp_path / "nowhere")
+        measure(dataset, checkpoint=str(tmp_path / "nowhere"))
 
 
 def test_vectors_of_a_checkpoint(copy: Path, tmp_path: Path) -> None:
@@ -153,7 +157,7 @@ def test_vectors_of_a_checkpoint(copy: Path, tmp_path: Path) -> None:
     folder = tmp_path / "xvector"
     transformers.WavLMForXVector(config).save_pretrained(folder)
     transformers.Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(folder)
-    found = measure(copy, checkpoint=folder, device="cpu")
+    found = measure(copy, checkpoint=str(folder), device="cpu")
     table = pd.read_parquet(copy / "purity.parquet")
     assert table["clip_id"].tolist() == clips_of(copy)["clip_id"].tolist()
     assert sum(p.clips for p in found.values()) == len(table)
@@ -171,7 +175,7 @@ def test_vectors_of_a_checkpoint(copy: Path, tmp_path: Path) -> None:
 
 
 def test_the_command(copy: Path) -> None:
-    assert "holds no x-vectors" in cantor("purity", copy, status=2)
+    assert "has no x-vectors" in cantor("purity", copy, status=2)
     put_xvectors(copy)
     output = cantor("purity", copy)
     assert "nearer to another" in output and "purity.parquet" in output

@@ -12,17 +12,22 @@ import pytest
 from rich.console import Console
 
 from pipeline.dataset.shards import read_dataset_info
-from pipeline.dataset.unit_frames import find_units
+from pipeline.dataset.unit_frames import UnitDataConfig, find_units
 from pipeline.errors import UserError
-from pipeline.tools.unit_index import IndexOptions, index_kind, make_indexes
+from pipeline.settings import load_settings
+from pipeline.tools.unit_index import IndexConfig, IndexSettings, index_kind, make_indexes
 from stages.retrieval import IndexNote, load_index
+from tests.helpers.yaml_keys import assert_names_every_key
 from tests.pipeline.test_cli import cantor
 
 pytest.importorskip("faiss")
 
 
-def make(dataset: Path, out: Path, **options: object) -> list[IndexNote]:
-    return make_indexes(dataset, out, IndexOptions(**options), Console(file=io.StringIO()))
+def make(
+    dataset: Path, out: Path, speaker: str | None = None, **options: object
+) -> list[IndexNote]:
+    settings = IndexSettings(data=UnitDataConfig(speaker=speaker), index=IndexConfig(**options))
+    return make_indexes(dataset, out, settings, Console(file=io.StringIO()))
 
 
 def test_each_speaker_gets_their_frames(dataset: Path, tmp_path: Path) -> None:
@@ -92,17 +97,21 @@ def test_what_cannot_be_indexed_is_said(
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file; name the folder"):
         make(dataset, tmp_path / "file")
-    with pytest.raises(UserError, match="--max-vectors must be 1 or more"):
-        IndexOptions(max_vectors=0)
+    with pytest.raises(UserError, match=r"index\.max_vectors is 0; it must be 1 or more"):
+        load_settings(IndexSettings, None, ["index.max_vectors=0"])
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(UserError, match=r"pip install 'cantor\[retrieval\]'"):
         make(dataset, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
+def test_the_yaml_file_names_exactly_the_keys_and_defaults() -> None:
+    assert_names_every_key("index", IndexSettings)
+
+
 def test_the_command(dataset: Path, tmp_path: Path) -> None:
     speaker = find_units(dataset).speakers[0]
-    output = cantor("index", dataset, tmp_path, "--speaker", speaker, "--max-vectors", 50)
+    output = cantor("index", dataset, tmp_path, f"data.speaker={speaker}", "index.max_vectors=50")
     assert f"{speaker}: 50 frames of mfcc (drawn from " in output
     (note,) = tmp_path.glob("*.json")
     assert json.loads(note.read_text())["vectors"] == 50
