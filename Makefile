@@ -7,12 +7,14 @@ KILLS ?= 20
 MINUTES ?= 10
 TEST_PROCESSES ?= 2
 
-.PHONY: setup demo test soak lint bench bench-encode bench-f0 bench-train bench-convert clean
+.PHONY: setup demo test soak wheels lint bench bench-encode bench-f0 bench-train bench-convert clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
@@ -30,6 +32,11 @@ test: setup
 
 soak: setup
 	CANTOR_SOAK_KILLS=$(KILLS) $(BIN)/python -m pytest -m soak -s
+
+wheels: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --only-binary=:all: \
+		--constraint constraints.txt '.[dev]'
+	@echo "Every dependency has a wheel for $$($(BIN)/python --version)."
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,7 +10,6 @@ import importlib
 import multiprocessing
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
@@ -259,7 +258,6 @@ def _best(costs: Sequence[Cost]) -> Cost:
 
 
 def _measure(method: str, ours: bool, clips: Clips, weights: str | None, quick: bool) -> Cost:
-    warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
     start = time.process_time()
     work = (_ours(method) if ours else PAIRS[method].build)(weights)
     if "torch" in sys.modules:

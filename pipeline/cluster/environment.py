@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.cluster.workload import Job, WorkersConfig
 
 _PACKAGE_OF = {"crepe": "torchcrepe", "crepe-tiny": "torchcrepe", "fcpe": "torchfcpe"}
+_DISTRIBUTION_OF = {"pyworld": "pyworld-prebuilt"}  # datasets record the module's name
 
 
 @functools.cache
@@ -19,7 +20,10 @@ def environment(threads: int) -> dict[str, str]:
     """What may change last bits of the output without changing its meaning."""
     libraries = ("numpy", "scipy", "torch", "librosa", "soxr", "soundfile", "pyloudnorm")
     estimators = ("praat-parselmouth", "pyworld", "pyarrow")
-    versions = {name: importlib.metadata.version(name) for name in (*libraries, *estimators)}
+    versions = {
+        name: importlib.metadata.version(_DISTRIBUTION_OF.get(name, name))
+        for name in (*libraries, *estimators)
+    }
     import torch
 
     return versions | {

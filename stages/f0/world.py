@@ -6,7 +6,6 @@ Interspeech 2017.
 
 from __future__ import annotations
 
-import warnings
 from typing import Literal
 
 import numpy as np
@@ -45,9 +44,7 @@ def world_track(
     at another level there, by up to 0.1 % of the frames of a clip with hard gates); everywhere else
     ours are within 0.01 cents of them.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
-        import pyworld
+    import pyworld
 
     samples = wav.astype(np.float64)
     if estimator == "dio":

@@ -175,7 +175,6 @@ def test_the_whole_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         bench.main([*arguments, "--resume"])
 
 
-@pytest.mark.filterwarnings("ignore:pkg_resources is deprecated")
 def test_the_calls_to_compare_with_find_the_same_pitch() -> None:
     """Theirs on their own clocks; the median pitch tells that it is the same work."""
     song = sing(ALTO, 3.0, speed.SAMPLE_RATE, 0)

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 from stages.f0.dio import dio_track
 
-pytestmark = pytest.mark.filterwarnings("ignore:pkg_resources is deprecated:UserWarning")
-
 TOLERANCE_CENTS = 0.01
 
 
