@@ -93,8 +93,9 @@ def load_codebook_of(
         codebook, *others = load_codebooks(encoder.codebook)
     if others:
         raise UserError(
-            f"{section}.codebook: {encoder.codebook} has a codebook for each of {1 + len(others)} "
-            "speakers, and ids are to mean the same for all; make one with codebook.per_speaker=false"
+            f"{section}.codebook: {encoder.codebook} has one codebook for each of "
+            f"{1 + len(others)} speakers, but ids must mean the same for all; make one with "
+            "codebook.per_speaker=false"
         )
     if codebook.encoder != encoder.name:
         raise UserError(

@@ -230,7 +230,7 @@ def test_codebooks_of_single_speakers_are_refused(
 ) -> None:
     each = [Codebook("mfcc", None, torch.zeros(3, 39), speaker) for speaker in ("ann", "bob")]
     save_codebooks(tmp_path / "each", each)
-    with pytest.raises(UserError, match=r"^encoder\.codebook: .*make one with codebook.per_speaker=false"):
+    with pytest.raises(UserError, match=r"^encoder\.codebook: .*codebook\.per_speaker=false"):
         run_extract(small_corpus, tmp_path / "d", [f"encoder.codebook={tmp_path / 'each'}"])
 
 
