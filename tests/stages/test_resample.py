@@ -45,24 +45,26 @@ def in_blocks(wav: Array, lengths: list[int], rates: tuple[int, int], cfg: Resam
 
 
 @pytest.mark.parametrize(
-    ("name", "cfg", "atol"),
+    ("name", "cfg", "tolerance"),
     [
-        ("librosa_soxr_hq", ResampleConfig(quality="HQ"), 1e-7),
+        ("librosa_soxr_hq", ResampleConfig(quality="HQ"), 8e-7),
         (
             "torchaudio_Resample_lpw128",
             ResampleConfig(backend="torchaudio", lowpass_filter_width=128),
-            1e-7,
+            8e-7,
         ),
         # torchaudio's function computes its filter in float32, its class, which we use, in float64.
-        ("torchaudio_functional_default", ResampleConfig(backend="torchaudio"), 5e-7),
+        ("torchaudio_functional_default", ResampleConfig(backend="torchaudio"), 4e-6),
     ],
 )
-def test_44100_to_16000_is_the_peers(name: str, cfg: ResampleConfig, atol: float) -> None:
+def test_44100_to_16000_is_the_peers(name: str, cfg: ResampleConfig, tolerance: float) -> None:
+    """tolerance: relative to the peak, which is 0.12 here."""
     with np.load(GOLDEN) as arrays:
         wav = arrays["to16k/in_i16"].astype(np.float32) / 32768
         expected = arrays[f"to16k/{name}"]
     resampled = resample(wav, 44100, 16000, cfg)
     assert resampled.dtype == np.float32
+    atol = tolerance * np.abs(expected).max()
     np.testing.assert_allclose(resampled, expected, rtol=0, atol=atol)
 
 

@@ -10,10 +10,11 @@ from models.synthesizer.config import MelConfig
 from models.synthesizer.mel import mel_of, spectrogram
 from tests.models.synthesizer.conftest import Reference
 
-# Ten times what the peer's float32 is from float64: 1.2e-5 of magnitudes up to 117, and 1.5e-5 of
-# the logarithms.
-MAGNITUDES = 1.2e-4
-LOGARITHMS = 1.5e-4
+# Magnitudes are up to 117. On the reference's own kernels (AVX-512) ours are equal to it; kernels
+# that add up in another order reach 2.3e-5 and 1.5e-5, as does the reference from float64.
+SAME_KERNELS = torch.backends.cpu.get_cpu_capability() == "AVX512"
+MAGNITUDES = 1e-5 if SAME_KERNELS else 1.2e-4
+LOGARITHMS = 1e-5 if SAME_KERNELS else 1e-4
 
 SMALL = MelConfig(n_fft=256, win_length=256, n_mels=20)
 

@@ -14,6 +14,9 @@ from torch import Tensor
 from models.synthesizer.batch import Batch
 from models.synthesizer.blocks.discriminators import MultiPeriodDiscriminator
 from models.synthesizer.blocks.noise import KeyedNoise, Noise, NoNoise
+from models.synthesizer.blocks.segments import slice_segments
+from models.synthesizer.losses import discriminator_loss, generator_loss
+from models.synthesizer.mel import mel_of, spectrogram
 from models.synthesizer.sovits.networks import Synthesizer
 from models.synthesizer.step import GanStep, LossWeights, Totals
 from tests.models.synthesizer.conftest import Filled, Reference
@@ -98,6 +101,35 @@ def test_gradients_of_the_peer(variant: str, reference: Reference, step_of: Step
                 assert name not in of, f"{name} has a gradient"
             else:
                 assert of.get(name, 0.0) == pytest.approx(expected, rel=GRADIENT, abs=1e-5), name
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "oddrates"])
+def test_each_discriminators_losses_and_the_mels_of_the_peer(
+    variant: str, reference: Reference, filled: Filled, discriminator: MultiPeriodDiscriminator
+) -> None:
+    arrays = reference(f"svc_tiny_{variant}")
+    batch, spec = batch_of(arrays), torch.from_numpy(arrays["in/spec"])
+    network = filled(Synthesizer(config_of(arrays)))
+    hop, rate = network.config.hop_length, network.config.sample_rate
+    with torch.no_grad():
+        out = network(batch, spec, NoNoise(float(arrays["train/rand"])), WEIGHTS.segment_frames)
+        wav = slice_segments(batch.wav.unsqueeze(1), out.starts * hop, out.wav.shape[-1])
+        real, fake = (discriminator(each)[0] for each in (wav, out.wav))
+
+    zeros, ones = torch.zeros(1, 1), torch.ones(1, 1)
+    found = {
+        "losses_disc_r": [discriminator_loss([score], [zeros]) for score in real],
+        "losses_disc_g": [discriminator_loss([ones], [score]) for score in fake],
+        "losses_gen": [generator_loss([score]) for score in fake],
+    }
+    for name, values in found.items():
+        np.testing.assert_allclose(torch.stack(values), arrays[f"train/{name}"], rtol=1e-5)
+
+    mel = mel_of(spec, MEL, rate)
+    of_segment = mel_of(slice_segments(spec, out.starts, WEIGHTS.segment_frames), MEL, rate)
+    of_made = mel_of(spectrogram(out.wav.squeeze(1), MEL, hop), MEL, rate)
+    for name, value in {"mel": mel, "y_mel": of_segment, "y_hat_mel": of_made}.items():
+        np.testing.assert_allclose(value, arrays[f"train/{name}"], rtol=0, atol=1e-5, err_msg=name)
 
 
 def keep_norms(network: torch.nn.Module, norms: dict[str, float]) -> None:

@@ -10,7 +10,9 @@ from models.synthesizer.config import MelConfig
 from models.synthesizer.vocoder_mel import vocoder_mel
 from tests.models.synthesizer.conftest import Reference
 
-PEER = 2.3e-4  # ten times what the peer's float32 is from float64
+# Logarithms. On the reference's own kernels (AVX-512) ours are 4.8e-7 from it; kernels that add up
+# in another order reach 2.6e-5, and the reference itself is 2.3e-5 from float64.
+PEER = 1e-5 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1e-4
 
 COMMUNITY = MelConfig(n_mels=128, f_min=40, f_max=16000)
 SMALL = MelConfig(n_fft=256, win_length=256, n_mels=16, f_min=40)

@@ -30,6 +30,8 @@ def test_masks(functions: dict[str, np.ndarray]) -> None:
     for mask, name in ((sequence_mask(lengths, 8), "max8"), (sequence_mask(lengths), "none")):
         assert mask.dtype == torch.bool
         np.testing.assert_array_equal(mask.numpy(), functions[f"sequence_mask/{name}"])
+    fractions = sequence_mask(torch.tensor([2.5, 4.0]), 5)
+    np.testing.assert_array_equal(fractions.numpy(), functions["sequence_mask/float_lengths"])
 
 
 def test_segments_from_given_starts(functions: dict[str, np.ndarray]) -> None:

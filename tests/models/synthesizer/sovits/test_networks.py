@@ -19,6 +19,7 @@ from tests.models.synthesizer.tiny import VARIANTS, batch_of, config_of
 MODULES = 4e-5
 INFER = {"snake": 8e-5}
 INFER_PREDICTED = {"snake": 1e-3}
+PREDICTED_HZ = 6e-3  # the reference's contour is 6.3e-4 Hz from float64
 
 
 def close(found: Tensor, expected: np.ndarray, tolerance: float) -> None:
@@ -51,7 +52,7 @@ def require_infer(network: Any, arrays: dict[str, np.ndarray], variant: str) -> 
     if network.config.predict_f0:
         wav, f0 = infer(batch.speaker, predict_f0=True)
         close(wav, arrays["infer_predf0/audio"][:, 0], INFER_PREDICTED.get(variant, 2e-4))
-        np.testing.assert_allclose(f0.numpy(), arrays["infer_predf0/f0"], rtol=1e-5)
+        close(f0, arrays["infer_predf0/f0"], PREDICTED_HZ)
     if "in/spk_mix" in arrays:
         wav, _ = infer(torch.from_numpy(arrays["in/spk_mix"])[None].float())
         close(wav, arrays["infer_mix/audio"][:, 0], 1e-5)

@@ -26,17 +26,17 @@ from tests.models.synthesizer.conftest import Filled, Reference
 
 TINY = ["base", "resflow", "refenc", "resblock2"]
 
-# Ten times what the peer's float32 is from the same network in float64. The text encoder of
-# "resblock2" lies in a steep place: 8e-5 there, and what follows from it.
+# Absolute, but relative for losses and gradient norms (README of the references).
 MODULES = 4e-5
-TEXT = {"resblock2": 8e-4}
 WAV = 1e-5
-INFER = {"resblock2": 1.8e-4, "resflow": 1.6e-5}
-LOSSES = {"loss_dur": 8.8e-3, "loss_kl": 1.5e-2, "loss_total_no_mel": 1.5e-2}
-OTHER_LOSSES = 5.1e-5
-GRADIENTS = {"resblock2": 2.9e-2}
-OTHER_GRADIENTS = 2.2e-3
-NO_GRADIENT = 1.8e-4  # of what cancels out, as the keys' biases
+LOSSES = 2e-5
+GRADIENTS = 2.2e-3
+NO_GRADIENT = 5e-5  # norms that are rounding alone, such as those of the keys' biases
+
+# The first attention of "resblock2" magnifies rounding: the reference is 8e-5 from float64 there,
+# and only kernels that add up in its order come nearer.
+SAME_KERNELS = torch.backends.cpu.get_cpu_capability() == "AVX512"
+STEEP = {} if SAME_KERNELS else {"resblock2": 5.0}
 
 
 def config_of(peer: dict[str, Any]) -> TextSynthesizerConfig:
@@ -70,7 +70,7 @@ class Case:
     """A tiny network of the references with its inputs."""
 
     def __init__(self, variant: str, reference: Reference, filled: Filled) -> None:
-        self.variant = variant
+        self.steep = STEEP.get(variant, 1.0)
         self.arrays = arrays = reference(f"bv2_tiny_{variant}")
         self.config = config_of(json.loads(str(arrays["config_json"])))
         network = filled(TextSynthesizer(self.config))
@@ -116,7 +116,7 @@ def test_the_peers_modules(case: Case) -> None:
     case.equal(network._voice(case.speaker, case.spec), "g")
     text_mask, mask = case.tensor("enc_p/mask"), case.tensor("enc_q/mask")
     for found, name in zip(network.enc_p(case.text, text_mask, g), ("x", "m", "logs"), strict=True):
-        case.equal(found, f"enc_p/{name}", TEXT.get(case.variant, MODULES))
+        case.equal(found, f"enc_p/{name}", MODULES * case.steep)
     for found, name in zip(
         network.enc_q(case.spec, mask, g, NoNoise()), ("z", "m", "logs"), strict=True
     ):
@@ -130,6 +130,7 @@ def test_the_peers_modules(case: Case) -> None:
 @every_variant
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 1.0])
 def test_infers_as_the_peer(ratio: float, case: Case) -> None:
+    kept = kept_of(case.network)
     sung = case.network.infer(
         case.text,
         case.speaker,
@@ -143,7 +144,25 @@ def test_infers_as_the_peer(ratio: float, case: Case) -> None:
     name = f"infer_sdp{ratio}"
     case.equal(sung.path.unsqueeze(1), f"{name}/attn", atol=0)
     assert sung.frames.tolist() == case.arrays[f"{name}/y_mask"].sum((1, 2)).tolist()
-    case.equal(sung.wav.unsqueeze(1), f"{name}/audio", INFER.get(case.variant, WAV))
+    case.equal(sung.wav.unsqueeze(1), f"{name}/audio", WAV * case.steep)
+    _, mean, log_std = kept["enc_p"]
+    path = sung.path.transpose(1, 2)
+    case.equal(mean @ path, f"{name}/m_p", MODULES * case.steep)
+    case.equal(log_std @ path, f"{name}/logs_p", MODULES * case.steep)
+    case.equal(kept["flow's z_p"], f"{name}/z_p", MODULES * case.steep)
+    case.equal(kept["flow"], f"{name}/z", MODULES * case.steep)
+
+
+def kept_of(network: TextSynthesizer) -> dict[str, Any]:
+    """Outputs of the text encoder and of the flow, and the flow's input, from the next call on."""
+    kept: dict[str, Any] = {}
+
+    def keep_flow(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        kept["flow's z_p"], kept["flow"] = inputs[0], output
+
+    network.enc_p.register_forward_hook(lambda *call: kept.update(enc_p=call[2]))
+    network.flow.register_forward_hook(keep_flow)
+    return kept
 
 
 @every_variant
@@ -153,7 +172,7 @@ def test_trains_on_what_the_peer_trains_on(case: Case) -> None:
     case.equal(out.path.unsqueeze(1), "train/attn", atol=0)
     for name in ("z_p", "m_q", "logs_q"):
         case.equal(getattr(out, name), f"train/{name}")
-    of_text = TEXT.get(case.variant, MODULES)
+    of_text = MODULES * case.steep
     case.equal(out.m_p, "train/m_p", of_text)
     case.equal(out.logs_p, "train/logs_p", of_text)
     case.equal(out.hidden, "train/hidden_x", of_text)
@@ -171,7 +190,8 @@ def judge(filled: Filled) -> nn.Module:
 def test_the_peers_losses_and_gradients(case: Case, judge: nn.Module, filled: Filled) -> None:
     found = losses_of(case, judge, filled)
     for name, loss in found.items():
-        case.equal(loss, f"train/{name}", atol=LOSSES.get(name, OTHER_LOSSES))
+        case.equal(loss, f"train/{name}", atol=0, rtol=LOSSES * case.steep)
+    case.equal(found["loss_dur"].unsqueeze(0), "train/l_length", atol=0, rtol=LOSSES * case.steep)
     total = found["loss_total_no_mel"]
     total.backward()
 
@@ -182,8 +202,18 @@ def test_the_peers_losses_and_gradients(case: Case, judge: nn.Module, filled: Fi
         -1.0 if (grad := parameters[name].grad) is None else float(grad.norm()) for name in names
     ]
     expected = case.arrays["train/g_grad_norm"]
-    rtol = GRADIENTS.get(case.variant, OTHER_GRADIENTS)
+    rtol = GRADIENTS * case.steep
     np.testing.assert_allclose(norms, expected, rtol=rtol, atol=NO_GRADIENT)
+
+
+@every_variant
+def test_the_peers_scores_of_durations(case: Case, filled: Filled) -> None:
+    """Predicted durations come first: the peer takes them for the originals."""
+    durations = filled(DurationDiscriminator(16, 16, 3, 0.1, gin_channels=12), "dur.")
+    out = case.train()
+    pair = (out.log_durations_hat, out.log_durations)
+    for score, name in zip(durations(out.hidden, out.text_mask, pair), "rg", strict=True):
+        case.equal(score, f"train/dur_prob_{name}", MODULES * case.steep)
 
 
 def loss_of(out: TextOutputs, total_symbols: float | None = None) -> Tensor:
