@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline.convert.command import convert_file, read_request
 from pipeline.convert.metrics import (
+    compare_f0,
     envelope_distance,
-    follow_f0,
     long_term_envelope,
     measure_f0,
 )
@@ -73,15 +73,15 @@ def main() -> None:
                 done = convert_file(request, song, output, Console(file=io.StringIO()))
                 wav = sound(output, rate)
                 found = measure_f0(wav, rate, done.hop_length, len(done.f0_asked))
-                follows = follow_f0(done.f0_asked, found)
+                agreement = compare_f0(done.f0_asked, found)
                 right = compare_pitch(done.f0_asked, found)["pitch_accuracy"]
                 envelope = long_term_envelope(wav, rate)
                 voiced = (done.f0 > 0) & (done.f0_asked > 0)
                 moved = 12 * np.log2(np.median(done.f0_asked[voiced] / done.f0[voiced]))
                 print(
                     f"| {source}/{song.name} | {target} | {moved:+.0f} "
-                    f"| {100 * right:.1f} % | {100 * follows['near']:.1f} % "
-                    f"| {follows['median_cents']:.1f} "
+                    f"| {100 * right:.1f} % | {100 * agreement.near:.1f} % "
+                    f"| {agreement.median_cents:.1f} "
                     f"| {envelope_distance(envelope, envelopes[target]):.1f} dB "
                     f"| {envelope_distance(envelope, envelopes[source]):.1f} dB |",
                     flush=True,

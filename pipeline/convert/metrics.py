@@ -1,8 +1,9 @@
-"""How well a converted song follows the melody that was asked for, and whose timbre it has."""
+"""Metrics of a converted song: agreement with the target f0, and timbre."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,38 +16,46 @@ from stages.f0.pitch import f0_to_pitch
 from stages.frames import num_frames
 from stages.types import Array, Samples
 
-_BLOCK_S = 30.0  # of a song that is looked at together
-_MARGIN_S = 0.5  # around it, so that its ends are heard as in the song
+_BLOCK_S = 30.0  # length of a song that is analysed at once
+_MARGIN_S = 0.5  # context on both sides of a block
 
 _ENVELOPE_HOP = 512
 _ENVELOPE_MEL = MelConfig(f_max=8000.0)
 _DB_PER_NEPER = 20 / math.log(10)
 
 
-def follow_f0(asked: Array, found: Array, cents: float = 50.0) -> dict[str, float]:
-    """Two contours (F,) in Hz, 0 where unvoiced.
+@dataclass(frozen=True)
+class F0Agreement:
+    """Agreement of two f0 contours; each number is NaN where it has no frame to count.
 
-    near: share within `cents` of the frames that are voiced in both.
+    near: share of the frames voiced in both whose distance is within the limit.
     median_cents: median distance over those frames.
     voicing_agreement: share of all frames that are voiced in both or in neither.
-    Each is NaN where there is no such frame.
     """
-    apart = 100 * np.abs(f0_to_pitch(found) - f0_to_pitch(asked))  # NaN where one is unvoiced
-    off = apart[np.isfinite(apart)]
-    same = (asked > 0) == (found > 0)
-    return {
-        "near": float(np.mean(off <= cents)) if len(off) else math.nan,
-        "median_cents": float(np.median(off)) if len(off) else math.nan,
-        "voicing_agreement": float(np.mean(same)) if len(same) else math.nan,
-    }
+
+    near: float
+    median_cents: float
+    voicing_agreement: float
+
+
+def compare_f0(target: Array, measured: Array, cents: float = 50.0) -> F0Agreement:
+    """Compare two contours (F,) in Hz, 0 where unvoiced. cents: limit of `near`."""
+    distance = 100 * np.abs(f0_to_pitch(measured) - f0_to_pitch(target))  # NaN where unvoiced
+    distance = distance[np.isfinite(distance)]
+    same = (target > 0) == (measured > 0)
+    return F0Agreement(
+        near=float(np.mean(distance <= cents)) if len(distance) else math.nan,
+        median_cents=float(np.median(distance)) if len(distance) else math.nan,
+        voicing_agreement=float(np.mean(same)) if len(same) else math.nan,
+    )
 
 
 def measure_f0(
     wav: Samples, sample_rate: int, hop_length: int, n_frames: int, highest_hz: float = 0.0
 ) -> Array:
-    """(F,) Hz of wav (T,) by Praat, 0 where unvoiced; block by block, however long the song is.
+    """Return f0 (F,) in Hz of wav (T,) by Praat, 0 where unvoiced, analysed in blocks.
 
-    highest_hz: the range that is searched, up to 1100 Hz at least, reaches a little above it.
+    highest_hz: highest expected f0. The search range ends 20 % above it, at 1100 Hz or higher.
     """
     cfg = F0Config(
         method="praat",
@@ -60,22 +69,24 @@ def measure_f0(
         last = min(first + block, n_frames)
         begin = max(0, first - margin)
         piece = wav[begin * hop_length : (last + margin) * hop_length]
-        found = estimate_f0(piece, sample_rate, cfg, n_frames=last - begin)
-        f0[first:last] = found[first - begin :]
+        f0[first:last] = estimate_f0(piece, sample_rate, cfg, n_frames=last - begin)[
+            first - begin :
+        ]
     return f0
 
 
 def long_term_envelope(wav: Samples, sample_rate: int) -> NDArray[np.float64]:
-    """Mean log mel (80,) in dB over the voiced frames of wav (T,), less its own mean: what is left
-    is the colour of the voice, and of its words and notes where it sings few.
+    """Return the mean log mel (80,) in dB over the voiced frames of wav (T,), less its own mean.
 
-    Bands reach up to 8 kHz. Compare wavs of one sample rate. NaN where nothing is voiced.
-    Raises: ValueError for a sample rate below 16000 Hz.
+    It describes the timbre of the voice; over few words and notes it depends on them too. Bands
+    reach up to 8 kHz. Compare wavs of one sample rate. NaN where nothing is voiced.
+
+    Raises: ValueError: when the sample rate is below 16000 Hz.
     """
     if sample_rate < 2 * 8000:
         raise ValueError(
-            f"a long-term envelope reaches up to 8000 Hz and needs a sample rate of 16000 Hz or "
-            f"more, not {sample_rate}"
+            f"sample rate {sample_rate} Hz is too low for a long-term envelope up to 8000 Hz; "
+            "use 16000 Hz or more"
         )
     n_frames = num_frames(len(wav), _ENVELOPE_HOP)
     voiced = measure_f0(wav, sample_rate, _ENVELOPE_HOP, n_frames) > 0
@@ -95,12 +106,12 @@ def long_term_envelope(wav: Samples, sample_rate: int) -> NDArray[np.float64]:
 
 
 def envelope_distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Root mean square over the bands of two `long_term_envelope`s, in dB."""
+    """Return the root mean square difference of two `long_term_envelope`s over the bands, in dB."""
     return float(np.sqrt(np.mean((a - b) ** 2)))
 
 
 def _log_mel(wav: Array, sample_rate: int) -> NDArray[np.float64]:
-    """(80, T // hop) dB. A block's end that is too short for a spectrogram goes on as silence."""
+    """Return (80, T // hop) in dB; a block too short for a spectrogram is padded with silence."""
     short = max(0, _ENVELOPE_MEL.n_fft - len(wav))
     spec = spectrogram(
         torch.from_numpy(np.pad(wav, (0, short)))[None], _ENVELOPE_MEL, _ENVELOPE_HOP

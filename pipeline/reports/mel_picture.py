@@ -1,4 +1,7 @@
-"""Mel spectrograms as reports draw them: 160 bands of the HTK scale from 50 Hz to 8 kHz."""
+"""Pictures of mel spectrograms: 160 bands of the HTK scale from 50 Hz to 8 kHz.
+
+tests/pipeline/reports/test_dataset_page.py looks at them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
 
-TOP_DB = 80.0  # below the loudest point; what is softer looks like silence
+TOP_DB = 80.0  # range below the loudest point; softer points look like silence
 
 _N_FFT, _N_MELS = 2048, 160
 _F_MIN, _F_MAX = 50.0, 8000.0
@@ -21,7 +24,7 @@ _TICKS_HZ = (200, 400, 800, 1600, 3200, 6400)
 
 
 def mel_power(wav: Array, sample_rate: int, hop_length: int) -> Array:
-    """(M, F) power of wav (T,); frame i is centred on sample i * hop_length."""
+    """Return the power (M, F) of wav (T,); frame i is centred on sample i * hop_length."""
     import librosa
 
     with np.errstate(divide="ignore"):
@@ -33,7 +36,7 @@ def mel_power(wav: Array, sample_rate: int, hop_length: int) -> Array:
 
 
 def power_db(power: Array, reference: float) -> Array:
-    """Decibels below `reference`, not more than `TOP_DB`."""
+    """Return decibels relative to `reference`, at least -`TOP_DB`."""
     floor = reference * 10 ** (-TOP_DB / 10)
     if floor <= 0:  # digital silence
         return np.full_like(power, -TOP_DB)
@@ -43,7 +46,7 @@ def power_db(power: Array, reference: float) -> Array:
 def draw_mel(
     axes: Axes, mel_db: Array, sample_rate: int, frame_s: float, first_s: float = 0.0
 ) -> AxesImage:
-    """`power_db` (M, F) over seconds and Hz; frame i is centred on first_s + i * frame_s."""
+    """Draw mel_db (M, F) over seconds and Hz; frame i is centred on first_s + i * frame_s."""
     low, high = mel_height(np.array([_F_MIN, _highest_hz(sample_rate)]))
     start = first_s - frame_s / 2
     image = axes.imshow(
@@ -59,7 +62,7 @@ def draw_mel(
 
 
 def mel_height(hz: NDArray[Any]) -> NDArray[np.float64]:
-    """Where a frequency lies in such a picture: mel of HTK."""
+    """Return the height of frequencies in the picture, in mel of HTK."""
     return np.asarray(2595 * np.log10(1 + hz / 700), dtype=np.float64)
 
 
