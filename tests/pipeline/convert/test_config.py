@@ -1,4 +1,4 @@
-"""Settings of a conversion: what the voice knows, then what is asked."""
+"""Settings of a conversion: those of the voice, then those of the user."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
 
 from models.synthesizer.config import MelConfig, SynthesizerConfig
 from models.synthesizer.voice import Voice, VoiceEncoder
-from pipeline.convert.config import ConvertConfig, convert_config
+from pipeline.convert.config import ConvertConfig, OutputConfig, convert_config
 from pipeline.errors import UserError
 from pipeline.extract.config import load_config
 from pipeline.settings import dump_yaml, flatten
@@ -44,12 +44,41 @@ def extraction(*overrides: str) -> dict[str, Any]:
     return {section: settings[section] for section in CLIP_SECTIONS}
 
 
-def test_convert_yaml_names_exactly_the_keys_and_defaults() -> None:
-    written = yaml.safe_load((CONFIGS / "convert.yaml").read_text())
-    assert {f"{s}.{k}": v for s, keys in written.items() for k, v in keys.items()} == flatten(
-        ConvertConfig()
-    )
-    assert list(written) == [field.name for field in dataclasses.fields(ConvertConfig)]
+def keys_and_values(name: str) -> dict[str, object]:
+    sections = yaml.safe_load((CONFIGS / name).read_text())
+    return {f"{s}.{k}": v for s, keys in sections.items() for k, v in keys.items()}
+
+
+def test_default_and_convert_yaml_share_out_the_keys_and_defaults() -> None:
+    own, shared = keys_and_values("convert.yaml"), keys_and_values("default.yaml")
+    assert own.keys() & shared.keys() == set()
+    every = flatten(ConvertConfig())
+    assert own.keys() <= every.keys()
+    assert {key: (shared | own)[key] for key in every} == every
+    sections = list(yaml.safe_load((CONFIGS / "convert.yaml").read_text()))
+    every_section = [field.name for field in dataclasses.fields(ConvertConfig)]
+    assert sections == [name for name in every_section if name in sections]
+
+
+def test_convert_yaml_names_the_sections_that_it_shares() -> None:
+    text = " ".join((CONFIGS / "convert.yaml").read_text().replace("#", "").split())
+    shared = [key for key in flatten(ConvertConfig()) if key in keys_and_values("default.yaml")]
+    *most, last = dict.fromkeys(key.partition(".")[0] for key in shared)
+    assert f"has the sections {', '.join(most)} and {last} of default.yaml" in text
+
+
+def test_convert_yaml_is_a_config_file() -> None:
+    voice = make_voice()
+    assert convert_config(voice, CONFIGS / "convert.yaml") == convert_config(voice)
+
+
+def test_the_comment_of_output_format_names_every_format() -> None:
+    (line,) = [x for x in (CONFIGS / "convert.yaml").read_text().splitlines() if "format:" in x]
+    assert [
+        name
+        for name in get_args(get_type_hints(OutputConfig)["format"])
+        if name not in line.partition("#")[2]
+    ] == []
 
 
 def test_every_line_of_convert_yaml_that_sets_a_key_has_a_comment() -> None:
