@@ -21,17 +21,13 @@ from models.synthesizer.batch import Batch
 from models.synthesizer.blocks.segments import expand_units, volume_of
 from models.synthesizer.config import require_at_least
 from pipeline.dataset.clip_index import Identity
+from pipeline.dataset.row_groups import DamagedClip, unpack_clip_units
 from stages.f0.sovits_compat import fill_unvoiced
 from stages.flac import decode_flac
 from stages.frames import num_frames
 from stages.pcm import dequantise
 from stages.resample import ResampleConfig, resample
 from stages.types import Array
-from stages.units import unpack_units
-
-
-class DamagedClip(Exception):
-    """The columns of a clip do not fit together, or do not decode."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +116,8 @@ def make_example(
         wav, f0, voiced = _shifted(wav, f0, voiced, chance.rate, identity)
     if chance.louder is not None:
         wav = wav * _gain(wav, chance.louder)
-    units = expand_units(_unpacked(cell, identity), len(f0), data.expand)  # (F, D)
+    packed = unpack_clip_units(cell.units, cell.unit_frames, identity.encoder)
+    units = expand_units(packed, len(f0), data.expand)  # (F, D)
     cut = slice(chance.start, chance.start + chance.frames)
     return Example(
         clip_id=cell.clip_id,
@@ -143,15 +140,6 @@ def _decoded(cell: Cell, identity: Identity) -> Array:
     if len(cell.f0) != frames:
         raise DamagedClip(f"its f0 has {len(cell.f0)} frames, and its audio {frames}")
     return wav
-
-
-def _unpacked(cell: Cell, identity: Identity) -> Array:
-    if len(cell.units) != 2 * identity.encoder.dim * cell.unit_frames or not cell.unit_frames:
-        raise DamagedClip(
-            f"its units are {len(cell.units)} bytes, which are no {cell.unit_frames} frames of "
-            f"width {identity.encoder.dim}"
-        )
-    return unpack_units(cell.units, identity.encoder.dim)
 
 
 def _shifted(

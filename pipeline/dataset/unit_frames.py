@@ -1,25 +1,33 @@
-"""The units of a dataset as frames, a row group at a time, whatever the dataset's size."""
+"""The units of a dataset as frames, one row group at a time, for datasets of any size."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.dataset.batch_order import Indices, epoch_bits, mix_groups
+from pipeline.dataset.folder import open_folder
+from pipeline.dataset.prefetch import read_ahead
+from pipeline.dataset.row_groups import (
+    DamagedClip,
+    RowGroups,
+    choose_encoder,
+    damaged_clip,
+    read_row_groups,
+    unpack_clip_units,
+)
 from pipeline.dataset.schema import EncoderIdentity
-from pipeline.dataset.shards import iter_shards, read_dataset_info, read_footers
 from pipeline.errors import UserError
-from stages.units import unpack_units
 
 Frames = NDArray[np.float32]  # (F, D)
+
+_SHUFFLE_GROUPS = 4  # row groups whose frames are mixed, since one has clips of few songs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,120 +43,134 @@ class UnitDataConfig:
 
 
 @dataclass(frozen=True)
-class RowGroup:
-    """A row group of a shard: how many frames each speaker has in it."""
-
-    shard: Path
-    index: int
-    frames_of: dict[str, int]
-
-
-@dataclass(frozen=True)
 class UnitFrames:
-    """The frames that one encoder made of the clips of a split; of one speaker if one is set."""
+    """The frames that one encoder made from the clips of a split, or from those of one speaker.
+
+    clips: (N, 3) int32: the row group of each clip in ascending order, its row there, its frames.
+    singers: (N,) dictionary array, the speaker of each clip.
+    Groups below are those that have such a clip, numbered from 0.
+    """
 
     dataset: Path
     encoder: EncoderIdentity
-    groups: Sequence[RowGroup]
+    row_groups: RowGroups
+    clips: NDArray[np.int32]
+    singers: pa.DictionaryArray
     speaker: str | None = None
 
     @cached_property
     def speakers(self) -> list[str]:
-        return sorted({name for group in self.groups for name in group.frames_of})
+        return sorted(self.singers.dictionary.to_pylist())
 
     def of(self, speaker: str) -> UnitFrames:
-        """Those of `speaker` alone. Raises UserError where there is no such speaker."""
+        """Return the frames of `speaker` alone. Raises: UserError: when there is no such speaker."""
         if speaker not in self.speakers:
             known = ", ".join(self.speakers[:10])
             raise UserError(f"{self.dataset} has no clips of speaker '{speaker}' (it has {known})")
-        groups = [group for group in self.groups if speaker in group.frames_of]
-        return replace(self, groups=groups, speaker=speaker)
+        number = self.singers.dictionary.index(speaker).as_py()
+        chosen = np.flatnonzero(self.singers.indices.to_numpy() == number)
+        return replace(
+            self,
+            clips=self.clips[chosen],
+            singers=pa.array([speaker] * len(chosen)).dictionary_encode(),
+            speaker=speaker,
+        )
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        """(G + 1,) The first clip of each group, and the number of clips."""
+        first = np.unique(self.clips[:, 0], return_index=True)[1]
+        return np.append(first, len(self.clips))
 
     @cached_property
     def counts(self) -> list[int]:
-        """Frames in each group."""
-        if self.speaker is not None:
-            return [group.frames_of[self.speaker] for group in self.groups]
-        return [sum(group.frames_of.values()) for group in self.groups]
+        """The frames of each group."""
+        frames = self.clips[:, 2].astype(np.int64)
+        return list(np.add.reduceat(frames, self._starts[:-1]).tolist())
 
     @cached_property
     def total(self) -> int:
         return sum(self.counts)
 
     def read(self, index: int) -> Frames:
-        """The frames of group `index`, in the order of the clips.
+        """Return the frames of group `index` in the order of the clips.
 
-        Raises: UserError when the shard is not what its columns say.
+        Raises: UserError: when the shard is damaged.
         """
-        group = self.groups[index]
-        columns = [self.encoder.column, "speaker"]
-        try:
-            with pq.ParquetFile(group.shard) as file:
-                table = file.read_row_group(group.index, columns=columns, use_threads=False)
-            if self.speaker is not None:
-                table = table.filter(pc.field("speaker") == self.speaker)
-            cells = [unpack_units(cell, self.encoder.dim) for cell in _cells(table, columns[0])]
-        except (pa.ArrowException, ValueError) as error:
-            raise UserError(f"{group.shard} is damaged: {error}") from error
-        frames = np.concatenate(cells)
-        if len(frames) != self.counts[index]:
-            raise UserError(
-                f"{group.shard} is damaged: row group {group.index} has {len(frames)} frames of "
-                f"{self.encoder.name} where its columns state {self.counts[index]}"
-            )
-        return frames
+        clips = self.clips[self._starts[index] : self._starts[index + 1]]
+        group = int(clips[0, 0])
+        table = self.row_groups.read(group, ["clip_id", self.encoder.column])
+        cells = []
+        for _, row, frames in clips.tolist():
+            packed = table[self.encoder.column][row].as_py()
+            try:
+                cells.append(unpack_clip_units(packed, frames, self.encoder))
+            except DamagedClip as error:
+                clip_id = table["clip_id"][row].as_py()
+                raise damaged_clip(self.row_groups.where(group), clip_id, error) from error
+        return np.concatenate(cells)
 
-    def blocks(self, order: Sequence[int] | None = None) -> Iterator[Frames]:
-        """Frames of one group after the other; order: which groups, by index."""
-        for index in order if order is not None else range(len(self.groups)):
-            yield self.read(index)
+    def blocks(self) -> Iterator[Frames]:
+        """Yield the frames of each group in order."""
+        return read_ahead(self.read, range(len(self.counts)))
 
-    def batches(self, rng: np.random.Generator, size: int, mixed: int = 32768) -> Iterator[Frames]:
-        """All frames once in an order that `rng` mixes: `size` at a time, the last batch smaller.
+    def batches(self, size: int, seed: int, epoch: int) -> Iterator[Frames]:
+        """Yield all frames once in a random order: `size` at a time, the last batch smaller.
 
-        Groups come in random order, and the frames of as many as make `mixed` are shuffled
-        together, since those of one group are of few songs.
+        Seed and epoch decide the order. The frames of a few row groups are in memory.
         """
-        held: list[Frames] = []
-        for index in rng.permutation(len(self.groups)):
-            held.append(self.read(int(index)))
-            if sum(map(len, held)) >= mixed:
-                yield from _shuffled(held, rng, size)
-                held = []
-        if held:
-            yield from _shuffled(held, rng, size)
+
+        def mixes() -> Iterator[tuple[Indices, Indices]]:
+            bits = epoch_bits(seed, epoch)
+            return mix_groups(np.array(self.counts), size, _SHUFFLE_GROUPS, bits)
+
+        blocks = read_ahead(self.read, (int(group) for groups, _ in mixes() for group in groups))
+        rest = np.empty((0, self.encoder.dim), np.float32)
+        for groups, order in mixes():
+            frames = np.empty((len(order), self.encoder.dim), np.float32)
+            stop = len(rest)
+            frames[:stop] = rest
+            for _ in groups:
+                block = next(blocks)
+                frames[stop : stop + len(block)] = block
+                stop += len(block)
+            whole = len(order) // size * size
+            for start in range(0, whole, size):
+                yield frames[order[start : start + size]]
+            rest = frames[order[whole:]]
+            del frames  # before the next ones take as much memory
+        if len(rest):
+            yield rest
 
     def sample(self, size: int, seed: int) -> Frames:
-        """`size` different frames, each set of them equally likely; all frames if there are fewer.
+        """Return `size` different frames drawn at random; all frames if there are fewer.
 
-        Reads only groups that have a drawn one. The memory is that of the sample.
+        Each set of frames is equally likely. Reads only groups that have a drawn one; the memory
+        is that of the sample.
         """
-        bar = self._key_of_rank(size, seed)
-        parts = [
-            self.read(i)[keys <= bar]
-            for i in range(len(self.groups))
-            if ((keys := self._keys(i, seed)) <= bar).any()
-        ]
+        parts = list(self.sampled_blocks(size, seed))
         return np.concatenate(parts) if parts else np.empty((0, self.encoder.dim), np.float32)
 
     def sampled_blocks(self, size: int, seed: int) -> Iterator[Frames]:
-        """The frames of `sample`, a group at a time."""
+        """Yield the frames of `sample`, one group at a time."""
         bar = self._key_of_rank(size, seed)
-        for i in range(len(self.groups)):
-            drawn = self._keys(i, seed) <= bar
-            if drawn.any():
-                yield self.read(i)[drawn]
+
+        def read(index: int) -> Frames:
+            return self.read(index)[self._keys(index, seed) <= bar]
+
+        drawn = (i for i in range(len(self.counts)) if (self._keys(i, seed) <= bar).any())
+        return read_ahead(read, drawn)
 
     def _keys(self, index: int, seed: int) -> NDArray[np.float64]:
-        """A random number for each frame of a group: those with the lowest are drawn."""
+        """Return a random number for each frame of a group: those with the lowest are drawn."""
         return np.random.default_rng([seed, index]).random(self.counts[index])
 
     def _key_of_rank(self, size: int, seed: int) -> float:
-        """The key of the `size`-th lowest of all frames; infinite if there are fewer."""
+        """Return the key of the `size`-th lowest of all frames; infinite if there are fewer."""
         if size >= self.total:
             return float("inf")
         lowest = np.empty(0)
-        for i in range(len(self.groups)):
+        for i in range(len(self.counts)):
             lowest = np.concatenate([lowest, self._keys(i, seed)])
             if len(lowest) > 2 * size + 65536:
                 lowest = np.partition(lowest, size)[:size]
@@ -156,79 +178,21 @@ class UnitFrames:
 
 
 def find_units(dataset: Path, encoder: str | None = None, split: str | None = None) -> UnitFrames:
-    """The units of `dataset` by `encoder`, of `split`; None is the only encoder, and every split.
+    """Return the units of `dataset` by `encoder` in `split`; None: the only encoder, every split.
 
-    Reads footers and the narrow columns, not the units.
-    Raises: UserError for what is no dataset, for an encoder or split that it does not have, and
-    for units that are ids of a codebook already.
+    Reads footers and narrow columns, not the units.
+    Raises: UserError: when this is not a dataset, has no such encoder or split or no clips, or its
+    units are ids of a codebook.
     """
-    read_dataset_info(dataset)
-    shards = [path for path in iter_shards(dataset) if split in (None, split_of(path))]
-    if not shards:
-        if split is not None and iter_shards(dataset):
-            have = ", ".join(sorted({split_of(path) for path in iter_shards(dataset)}))
-            raise UserError(f"{dataset} has no split '{split}' (it has {have})")
-        raise UserError(f"{dataset} has no shards yet; run `extract` first")
-    identity = _identity(dataset, shards, encoder)
-    groups = [group for path in shards for group in _groups(path, identity)]
-    if not groups:
+    folder = open_folder(dataset)
+    row_groups, rows = read_row_groups(
+        folder,
+        split,
+        lambda footer: ("speaker", choose_encoder(footer, folder, encoder).frames_column),
+    )
+    if not len(rows):
         raise UserError(f"no shard of {dataset} has a clip in it")
-    return UnitFrames(dataset, identity, groups)
-
-
-def split_of(shard: Path) -> str:
-    """The split in a shard's name, `train-00007.parquet`."""
-    return shard.stem.rpartition("-")[0]
-
-
-def _identity(dataset: Path, shards: list[Path], name: str | None) -> EncoderIdentity:
-    """What all shards say of the encoder `name`."""
-    found: EncoderIdentity | None = None
-    for path, footer in read_footers(shards):
-        if isinstance(footer, UserError):
-            raise footer
-        by_name = {encoder.name: encoder for encoder in footer.encoders}
-        if name is None and len(by_name) != 1:
-            raise UserError(f"{dataset} has units of {', '.join(by_name)}; name one with --encoder")
-        wanted = name or next(iter(by_name))
-        if wanted not in by_name:
-            raise UserError(
-                f"{path} has no units of '{wanted}'; --encoder can be {', '.join(by_name)}"
-            )
-        if found is not None and by_name[wanted] != found:
-            raise UserError(f"{path} has other units of '{wanted}' than the shards before it")
-        found = by_name[wanted]
-    assert found is not None
-    if found.dtype != "float16":
-        raise UserError(
-            f"the units of '{found.name}' in {dataset} are ids of a codebook ({found.dtype}); "
-            f"this needs a dataset that was extracted without one"
-        )
-    return found
-
-
-def _groups(shard: Path, encoder: EncoderIdentity) -> Iterator[RowGroup]:
-    columns = ["speaker", encoder.frames_column]
-    try:
-        with pq.ParquetFile(shard) as file:
-            for index in range(file.num_row_groups):
-                table = file.read_row_group(index, columns=columns, use_threads=False)
-                rows = zip(*(_cells(table, name) for name in columns), strict=True)
-                frames_of: dict[str, int] = {}
-                for speaker, frames in rows:
-                    frames_of[speaker] = frames_of.get(speaker, 0) + frames
-                yield RowGroup(shard, index, frames_of)
-    except pa.ArrowException as error:
-        raise UserError(f"{shard} is damaged: {error}") from error
-
-
-def _cells(table: pa.Table, column: str) -> list[Any]:
-    return list(table[column].to_pylist())
-
-
-def _shuffled(held: list[Frames], rng: np.random.Generator, size: int) -> Iterator[Frames]:
-    frames = np.concatenate(held)
-    held.clear()
-    order = rng.permutation(len(frames))
-    for start in range(0, len(frames), size):
-        yield frames[order[start : start + size]]
+    identity = choose_encoder(row_groups.footer, folder, encoder)
+    clips = [rows[name].to_numpy() for name in ("group", "row", identity.frames_column)]
+    singers = rows["speaker"].combine_chunks().dictionary_encode()
+    return UnitFrames(dataset, identity, row_groups, np.stack(clips, axis=1), singers)

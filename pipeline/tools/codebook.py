@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -126,10 +125,9 @@ def fit_codebook(units: UnitFrames, cfg: CodebookConfig, device: str, console: C
             order = torch.randperm(len(sample), generator=generator)
             first = sample[order[: cfg.clusters]].clone()
         kmeans = KMeans(first, device)
-        rng = np.random.default_rng(cfg.seed)
-        for _ in range(cfg.epochs):
+        for epoch in range(cfg.epochs):
             kmeans.start_pass()
-            for batch in units.batches(rng, _BATCH):
+            for batch in units.batches(_BATCH, cfg.seed, epoch):
                 kmeans.minibatch(torch.from_numpy(batch))
                 advance(len(batch))
             kmeans.reseed((kmeans.counts == 0).nonzero().squeeze(1), sample, generator)

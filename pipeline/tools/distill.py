@@ -11,23 +11,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections import OrderedDict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from soundfile import LibsndfileError
 from torch import Tensor
 
 from models.checkpoint import CheckpointError, read_safetensors, save_safetensors, sha256_of
@@ -39,20 +32,16 @@ from models.encoders.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from models.synthesizer.config import require_at_least
 from pipeline.cluster.bar import show_bar
 from pipeline.cluster.device import choose_device
-from pipeline.dataset.shards import Footer, iter_shards, read_dataset_info, read_footers
+from pipeline.dataset.audio_batches import AudioBatches, AudioDataConfig
+from pipeline.dataset.shards import read_dataset_info
 from pipeline.errors import UserError
 from pipeline.extract.from_dataset import read_source
 from pipeline.fingerprint import differences, neutral_values
 from pipeline.storage.lock import lock
 from pipeline.storage.step_log import StepLog
 from pipeline.storage.weight_files import require_safetensors
-from stages.flac import decode_flac
-from stages.pcm import dequantise
-from stages.resample import resample
-from stages.types import Array
 
 _RATE = 16000  # Hz, the input of every network of the family
-_MIXED_GROUPS = 8  # row groups that are shuffled together; twice as many stay in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,20 +54,6 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if self.name is not None and self.name not in NAMES:
             raise ValueError(f"teacher.name is '{self.name}'; choose from {', '.join(NAMES)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillDataConfig:
-    """Batches of clips. batch_size: clips in a step. crop_s: seconds; longer clips are cropped."""
-
-    split: str = "train"
-    batch_size: int = 8
-    crop_s: float = 10.0
-
-    def __post_init__(self) -> None:
-        require_at_least(1, "data.batch_size", self.batch_size)
-        if not 0.1 <= self.crop_s <= 60:
-            raise ValueError(f"data.crop_s is {self.crop_s:g}; it must lie in 0.1 to 60 seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +75,7 @@ class DistillSettings:
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
-    data: DistillDataConfig = field(default_factory=DistillDataConfig)
+    data: AudioDataConfig = field(default_factory=AudioDataConfig)
     run: DistillRunConfig = field(default_factory=DistillRunConfig)
 
 
@@ -143,7 +118,14 @@ def _distill(
     if out.exists():
         raise UserError(f"{out} exists already; remove it or name another file")
     teacher = _load(*_read_teacher(settings.teacher)).to(device)
-    clips = Clips(dataset, settings, teacher.config)
+    clips = AudioBatches(
+        dataset,
+        settings.data,
+        sample_rate=_RATE,
+        shortest=teacher.config.reach - 2 * teacher.config.pad,
+        seed=settings.run.seed,
+        resampling=read_source(dataset).config.resample,
+    )
     with _own_random_numbers(device), _out_of_memory_as_user_error():
         torch.manual_seed(settings.run.seed)
         try:
@@ -215,7 +197,7 @@ def show_student(console: Console, outcome: DistillOutcome, out: Path) -> None:
 def _train(
     distillation: Distillation,
     steps_done: int,
-    clips: Clips,
+    clips: AudioBatches,
     run: _Run,
     settings: DistillSettings,
     console: Console,
@@ -227,13 +209,11 @@ def _train(
     title = "prune" if pruning else "finetune"
     with (
         show_bar(console, title, stop - begin, done=steps_done - begin) as advance,
-        ThreadPoolExecutor(1) as reader,
+        closing(clips.stream(steps_done)) as batches,
         run.log.open_from(steps_done) as log,
     ):
-        ahead = reader.submit(clips.batch, steps_done)
         for step in range(steps_done, stop):
-            wavs, num_samples = ahead.result()
-            ahead = reader.submit(clips.batch, step + 1)
+            wavs, num_samples = next(batches)
             torch.manual_seed(settings.run.seed * 1_000_003 + step)
             report = distillation.step(step - begin, wavs.to(device), num_samples)
             if not math.isfinite(report.loss):
@@ -251,100 +231,6 @@ def _train(
 def _line(step: int, phase: Phase, report: StepReport) -> str:
     values = {k: float(f"{v:.6g}") for k, v in dataclasses.asdict(report).items()}
     return json.dumps({"step": step, "phase": phase, **values}) + "\n"
-
-
-class Clips:
-    """Batches of a dataset's clips at 16 kHz, each a function of the seed and its number."""
-
-    def __init__(self, dataset: Path, settings: DistillSettings, config: Wav2Vec2Config) -> None:
-        """Read the length of every clip. Raises: UserError: when no clip is long enough."""
-        self.data, self.seed = settings.data, settings.run.seed
-        self.info = read_dataset_info(dataset)
-        self.resampling = read_source(dataset).config.resample
-        shortest = config.reach - 2 * config.pad
-        self.groups: list[tuple[Path, int, Footer]] = []
-        rows: list[NDArray[np.int64]] = []  # of each group: rows that are long enough
-        for path, footer in read_footers(iter_shards(dataset)):
-            if isinstance(footer, UserError):
-                raise footer
-            if not path.name.startswith(f"{self.data.split}-"):
-                continue
-            for index, lengths in enumerate(_lengths(path)):
-                usable = np.flatnonzero(lengths * _RATE >= shortest * footer.sample_rate)
-                if len(usable):
-                    self.groups.append((path, index, footer))
-                    rows.append(usable)
-        self.rows = np.concatenate([*rows, np.zeros(0, np.int64)])
-        self.starts = np.cumsum([0, *map(len, rows)])
-        if len(self) == 0:
-            raise UserError(
-                f"{dataset} has no clip in split '{self.data.split}' that is long enough for the "
-                "encoder; run `cantor extract` first, or choose another data.split"
-            )
-        self._order = lru_cache(2)(self._shuffled)
-        self._cache: OrderedDict[int, list[bytes]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def batch(self, step: int) -> tuple[Tensor, list[int]]:
-        """Return the clips of a step, padded (B, T), and the number of samples of each."""
-        rng = np.random.default_rng([self.seed, step])
-        size = self.data.batch_size
-        wavs = []
-        for position in range(step * size, (step + 1) * size):
-            epoch, place = divmod(position, len(self))
-            clip = int(self._order(epoch)[place])
-            wavs.append(torch.from_numpy(self._read(clip, rng)))
-        return torch.nn.utils.rnn.pad_sequence(wavs, True), [len(wav) for wav in wavs]
-
-    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
-        """Return all clips once: row groups in random order, clips shuffled across a few groups."""
-        rng = np.random.default_rng([self.seed, epoch, 1])
-        groups = rng.permutation(len(self.groups))
-        parts = []
-        for first in range(0, len(groups), _MIXED_GROUPS):
-            few = groups[first : first + _MIXED_GROUPS]
-            clips = [np.arange(self.starts[g], self.starts[g + 1]) for g in few]
-            parts.append(rng.permutation(np.concatenate(clips)))
-        return np.concatenate(parts)
-
-    def _read(self, clip: int, rng: np.random.Generator) -> Array:
-        """Return the clip (T,) at 16 kHz, cropped at random to at most `data.crop_s`."""
-        group = int(np.searchsorted(self.starts, clip, side="right")) - 1
-        path, _, footer = self.groups[group]
-        try:
-            samples = decode_flac(self._audio(group)[self.rows[clip]], footer.subtype)
-        except LibsndfileError as error:
-            raise UserError(f"{path} is damaged: {error}; run `cantor verify`") from error
-        longest = round(self.data.crop_s * footer.sample_rate)
-        start = int(rng.integers(0, max(0, len(samples) - longest) + 1))
-        wav = dequantise(samples[start : start + longest], footer.subtype)
-        return resample(wav, footer.sample_rate, _RATE, self.resampling)
-
-    def _audio(self, group: int) -> list[bytes]:
-        if group not in self._cache:
-            path, index, _ = self.groups[group]
-            try:
-                with pq.ParquetFile(path) as file:
-                    cells = file.read_row_group(index, columns=["audio"])["audio"].to_pylist()
-            except pa.ArrowException as error:
-                raise UserError(f"{path} is damaged: {error}") from error
-            self._cache[group] = [cell["bytes"] for cell in cells]
-            if len(self._cache) > 2 * _MIXED_GROUPS:
-                self._cache.popitem(last=False)
-        return self._cache[group]
-
-
-def _lengths(path: Path) -> Iterator[NDArray[np.int64]]:
-    """Yield the number of samples of every clip, by row group."""
-    try:
-        with pq.ParquetFile(path) as file:
-            for index in range(file.num_row_groups):
-                column = file.read_row_group(index, columns=["num_samples"])["num_samples"]
-                yield column.to_numpy()
-    except pa.ArrowException as error:
-        raise UserError(f"{path} is damaged: {error}") from error
 
 
 class _Run:
@@ -411,7 +297,7 @@ def _read(path: Path, keys: list[str] | None = None) -> tuple[dict[str, Tensor],
         raise UserError(f"{error}; remove the folder {path.parent} to start over") from error
 
 
-def _fingerprinted(dataset: Path, settings: DistillSettings, clips: Clips) -> dict[str, Any]:
+def _fingerprinted(dataset: Path, settings: DistillSettings, clips: AudioBatches) -> dict[str, Any]:
     """Return everything that the student depends on, under the keys of settings.json."""
     training = {
         k: list(v) if isinstance(v, tuple) else v
@@ -422,7 +308,7 @@ def _fingerprinted(dataset: Path, settings: DistillSettings, clips: Clips) -> di
     except CheckpointError as error:
         raise UserError(str(error)) from error
     return {
-        "dataset_fingerprint": clips.info["fingerprint"],
+        "dataset_fingerprint": read_dataset_info(dataset)["fingerprint"],
         "clips": len(clips),
         "teacher": settings.teacher.name,
         "teacher_sha256": teacher_sha256,

@@ -346,7 +346,7 @@ class _Trainer:
         )
 
     def _validation_clips(self) -> list[Batch]:
-        folder = self.data.index.folder
+        folder = self.data.folder
         held_back = ShardDataset(
             folder.root,
             data=self.config.data,

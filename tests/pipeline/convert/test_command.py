@@ -25,7 +25,8 @@ from pipeline.cli import app
 from pipeline.convert.command import Request, convert_file, load_models, read_request
 from pipeline.convert.result import Conversion
 from pipeline.convert.song import Converter
-from pipeline.dataset.clip_index import extraction_of, open_folder
+from pipeline.dataset.clip_index import extraction_of
+from pipeline.dataset.folder import open_folder
 from pipeline.dataset.shard_dataset import ShardDataset
 from pipeline.errors import UserError
 from pipeline.tools.formant_singer import VOICES, sing
@@ -119,7 +120,7 @@ def test_the_network_is_given_what_training_gave_it(tmp_path: Path, run_extract:
     data = ShardDataset(tmp_path / "dataset")
     assert len(data) == 1 and len(data[0]) == 280
 
-    extraction = extraction_of(open_folder(tmp_path / "dataset", None), "mfcc")
+    extraction = extraction_of(open_folder(tmp_path / "dataset"), "mfcc")
     named = small_voice(volume_embedding=True)
     save_voice(tmp_path / "voice", dataclasses.replace(named, extraction=extraction))
     settings = ["voice.speaker=ann", "join.pad_ms=0", "join.crossfade_ms=0"]

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.dataset.batch_order import epoch_order, held_back
+from pipeline.dataset.batch_order import epoch_order, held_out_songs
 
 _GROUPS = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 _SEEDS = st.integers(-(2**63), 2**63)
@@ -102,17 +102,17 @@ def test_songs_are_held_back_and_no_speaker_loses_the_last_one(
 ) -> None:
     songs = [f"song{i}" for i in range(len(singers))]
     speakers = [f"speaker{singer}" for singer in singers]
-    held = held_back(songs, speakers, share, seed)
+    held = held_out_songs(songs, speakers, share, seed)
     left = {who for song, who in zip(songs, speakers, strict=True) if song not in held}
     assert left == set(speakers)
     spare = len(songs) - len(left)
     wanted = max(1, round(share * len(songs))) if share else 0
     assert len(held) == min(wanted, spare)
-    assert held == held_back(songs[::-1], speakers[::-1], share, seed)
+    assert held == held_out_songs(songs[::-1], speakers[::-1], share, seed)
 
 
 def test_held_back_songs_hang_on_the_seed_and_more_of_them_hold_the_fewer() -> None:
     songs, speakers = [f"song{i}" for i in range(100)], ["ann"] * 100
-    few, many = (held_back(songs, speakers, share, 0) for share in (0.05, 0.2))
+    few, many = (held_out_songs(songs, speakers, share, 0) for share in (0.05, 0.2))
     assert (len(few), len(many)) == (5, 20) and few < many
-    assert few != held_back(songs, speakers, 0.05, 1)
+    assert few != held_out_songs(songs, speakers, 0.05, 1)

@@ -21,12 +21,11 @@ from rich.console import Console
 from models.checkpoint import read_safetensors
 from models.encoders import Encoder, load_encoder
 from models.encoders.distill import DistillConfig
+from pipeline.dataset.audio_batches import AudioDataConfig
 from pipeline.errors import UserError
 from pipeline.settings import flatten, load_settings
 from pipeline.storage.lock import lock
 from pipeline.tools.distill import (
-    Clips,
-    DistillDataConfig,
     DistillOutcome,
     DistillRunConfig,
     DistillSettings,
@@ -61,7 +60,7 @@ def settings(golden: Path) -> DistillSettings:
             name="contentvec256l9", checkpoint=str(golden / "encoders" / "tiny_hubert_base.pt")
         ),
         distill=TRAINING,
-        data=DistillDataConfig(batch_size=4, crop_s=1.0),
+        data=AudioDataConfig(batch_size=4, crop_s=1.0),
         run=DistillRunConfig(save_every=10),
     )
 
@@ -183,23 +182,6 @@ def test_stopped_between_the_phases(
         assert torch.equal(tensor, tensors(stopped)[name]), name
 
 
-def test_clips_come_each_once_an_epoch(
-    dataset: Path, settings: DistillSettings, golden: Path
-) -> None:
-    teacher = load_teacher(settings)
-    clips = Clips(dataset, change(settings, data__batch_size=1), teacher.config)
-    for epoch in (0, 1):
-        assert sorted(clips._shuffled(epoch)) == list(range(len(clips)))
-    assert clips._shuffled(0).tolist() != clips._shuffled(1).tolist()
-    pair = Clips(dataset, change(settings, data__batch_size=3), teacher.config)
-    wavs, lengths = pair.batch(7)
-    assert wavs.shape == (3, max(lengths))
-    assert max(lengths) <= 16000
-    other, _ = pair.batch(7)
-    assert torch.equal(wavs, other)
-    assert not torch.equal(wavs, pair.batch(8)[0])
-
-
 def test_what_cannot_be_is_refused(
     dataset: Path, settings: DistillSettings, golden: Path, tmp_path: Path
 ) -> None:
@@ -210,7 +192,7 @@ def test_what_cannot_be_is_refused(
         ({"teacher__checkpoint": None}, r"teacher\.checkpoint is not set; give teacher\.name="),
         ({"teacher__name": None}, r"teacher\.name is not set"),
         ({"teacher__name": "hubertsoft"}, "its encoder is contentvec"),
-        ({"data__split": "validation"}, "no clip in split 'validation'"),
+        ({"data__split": "validation"}, "no split 'validation'; data.split can be train"),
     ):
         with pytest.raises(UserError, match=message):
             run(dataset, out, change(settings, **changes))
