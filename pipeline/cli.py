@@ -482,10 +482,10 @@ def report(
     dataset: Annotated[Path, typer.Argument(help="Dataset folder.", show_default=False)],
 ) -> None:
     """Write DATASET/report.html: one page with figures, pictures and clips to hear."""
-    from pipeline.extract.config import ExtractConfig, fingerprinted
+    from pipeline.extract.config import ExtractConfig
     from pipeline.reports.dataset_page import write_report
 
-    page = write_report(dataset, fingerprinted(ExtractConfig()))
+    page = write_report(dataset, ExtractConfig())
     _console().print(f"report written to {escape(str(page))}")
 
 

@@ -86,6 +86,21 @@ def _neutral_value(field: dataclasses.Field[Any]) -> Any:
     return default if default is None or default is False else _ABSENT
 
 
+def with_settings_off(recorded: Mapping[str, Any], config: object) -> dict[str, Any]:
+    """Return the recorded settings, and those of `config` that are off at their neutral values.
+
+    They are in the order of `config`; recorded settings that it does not have come last.
+    """
+    neutral = neutral_values(type(config))
+    settings = {}
+    for key in flatten(config):
+        if key in recorded:
+            settings[key] = recorded[key]
+        elif changes_output(key) and neutral.get(key, _ABSENT) is not _ABSENT:
+            settings[key] = neutral[key]
+    return settings | dict(recorded)
+
+
 def differences(
     recorded: Mapping[str, Any], settings: Mapping[str, Any], neutral: Mapping[str, Any]
 ) -> list[str]:

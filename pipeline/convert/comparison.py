@@ -96,7 +96,7 @@ def compare_song(
 ) -> ComparedSong:
     """Read and measure a song and its conversion.
 
-    Raises: BadInput: when a file cannot be decoded; sf.LibsndfileError: when the output is gone.
+    Raises: BadInput: when a file cannot be decoded; LibsndfileError: when the output is gone.
     """
     rate, hop = conversion.sample_rate, conversion.hop_length
     target = conversion.f0_asked

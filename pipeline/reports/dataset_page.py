@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.dataset.account import Account
 from pipeline.dataset.shards import has_xvectors, units_in_words
+from pipeline.fingerprint import with_settings_off
 from pipeline.reports.dataset_statistics import (
     PITCH_BINS,
     DatasetStatistics,
@@ -30,6 +31,7 @@ from pipeline.reports.dataset_statistics import (
 from pipeline.reports.figures import Picture, Theme, draw_picture
 from pipeline.reports.html import Setting, list_settings, render_page
 from pipeline.reports.mel_picture import draw_mel, mel_height, mel_power, power_db
+from pipeline.settings import flatten
 from pipeline.songs.balance import FILTERED, KEPT, QUARANTINED
 from pipeline.storage.atomic import commit_file
 
@@ -44,16 +46,16 @@ _MOST_ENVIRONMENTS = 5
 _MOST_COLUMNS = 1200  # of a waveform
 
 
-def write_report(dataset: Path, defaults: Mapping[str, Any] | None = None) -> Path:
+def write_report(dataset: Path, defaults: object | None = None) -> Path:
     """Write `dataset/report.html` and return its path; the same dataset gives the same page.
 
-    defaults: default settings by section.key; the page points out settings that differ from them.
+    defaults: the default settings, a dataclass; the page points out settings that differ from them.
 
     Raises: UserError: when `dataset` is not a dataset or has a schema that is not supported.
     """
     statistics = read_statistics(dataset)
     clips = read_played_clips(dataset, statistics)
-    page = _page(dataset.absolute().name, statistics, clips, defaults or {})
+    page = _page(dataset.absolute().name, statistics, clips, defaults)
     parts = render_page("dataset.html", page)
     return commit_file(
         dataset, "report.html", lambda file: file.writelines(part.encode() for part in parts)
@@ -179,11 +181,10 @@ def _page(
     name: str,
     statistics: DatasetStatistics,
     clips: Sequence[PlayedClip],
-    defaults: Mapping[str, Any],
+    defaults: object | None,
 ) -> _Page:
     info, account = statistics.info, statistics.account
     songs = _songs_without_clips(account)
-    settings = {key: value for key, value in info["settings"].items() if "." in key}
     return _Page(
         name=name,
         sample_rate=info["sample_rate"],
@@ -201,10 +202,18 @@ def _page(
         songs=songs[:_MOST_SONGS],
         more_songs=max(0, len(songs) - _MOST_SONGS),
         duplicates=account.duplicates()[:_MOST_SONGS],
-        settings=list_settings(settings, defaults),
+        settings=_settings(info["settings"], defaults),
         environments=statistics.environments[:_MOST_ENVIRONMENTS],
         fingerprint=info["fingerprint"],
     )
+
+
+def _settings(recorded: Mapping[str, Any], defaults: object | None) -> tuple[Setting, ...]:
+    """Return the settings of a dataset; those that are off are not recorded."""
+    recorded = {key: value for key, value in recorded.items() if "." in key}
+    if defaults is None:
+        return list_settings(recorded, {})
+    return list_settings(with_settings_off(recorded, defaults), flatten(defaults))
 
 
 def _headline(statistics: DatasetStatistics) -> _Headline:

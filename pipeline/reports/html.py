@@ -67,7 +67,10 @@ def _environment() -> Environment:
 
 def _printable(value: object) -> object:
     """Replace what no page may hold; markup comes from a template, where that was done."""
-    return value if isinstance(value, Markup) else _NO_CHARACTER.sub("\ufffd", str(value))
+    if isinstance(value, Markup):
+        return value
+    text = str(value)
+    return text if text.isprintable() else _NO_CHARACTER.sub("\ufffd", text)
 
 
 def data_uri(data: bytes, kind: str) -> str:

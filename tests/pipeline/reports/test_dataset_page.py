@@ -23,8 +23,9 @@ from pipeline.dataset.shards import Footer, iter_shards, write_dataset_info, wri
 from pipeline.errors import UserError
 from pipeline.extract.command import ExtractOptions, extract
 from pipeline.extract.config import ExtractConfig, fingerprinted, load_config
-from pipeline.fingerprint import fingerprint
+from pipeline.fingerprint import changes_output, fingerprint
 from pipeline.reports.dataset_page import write_report
+from pipeline.settings import flatten
 from pipeline.songs.plan import PlannedSong, Task, append_plan
 from pipeline.tools.demo_corpus import make_demo_corpus
 from stages.errors import Dropped, Reason
@@ -127,7 +128,7 @@ def rows_of(song: Song) -> list[dict]:
 
 def page_of(dataset: Path) -> ElementTree.Element:
     """Write the page and parse it; it must be well-formed XML."""
-    text = write_report(dataset, SETTINGS).read_text(encoding="utf-8")
+    text = write_report(dataset, ExtractConfig()).read_text(encoding="utf-8")
     assert text.startswith("<!DOCTYPE html>\n<html lang=")
     return ElementTree.fromstring(text)
 
@@ -240,7 +241,7 @@ def test_f0_is_drawn_where_it_is(small: Path) -> None:
 def test_the_page_stands_alone_and_is_the_same_each_time(small: Path) -> None:
     page = page_of(small)
     first = (small / "report.html").read_bytes()
-    assert write_report(small, SETTINGS).read_bytes() == first
+    assert write_report(small, ExtractConfig()).read_bytes() == first
     tags = {element.tag for element in page.iter()}
     assert not tags & {"script", "link", "iframe", "object", "base", "form"}
     for element in page.iter():
@@ -354,17 +355,25 @@ def test_one_speaker_gives_three_clips_and_many_are_summed_up(tmp_path: Path) ->
 
 
 def test_settings_that_differ_from_the_defaults_stand_out(tmp_path: Path) -> None:
-    settings = fingerprinted(load_config(None, ["slice.threshold_db=-35", "quality.min_snr_db=9"]))
-    page = page_of(write_dataset(tmp_path / "set", SMALL, settings))
-    rows = table(page, "settings")
-    assert rows["slice.threshold_db"] == ["-35.0", "-40.0"]
-    assert rows["quality.min_snr_db"] == ["9.0", "none"]
-    assert rows["loudness.target_lufs"] == ["-18.0"]
-    assert len(rows) == len([key for key in settings if "." in key])
-    folded = [text_of(row.find("th")) for row in page.findall(".//details//tbody/tr")]
-    assert set(rows) - set(folded) == {"slice.threshold_db", "quality.min_snr_db"}
+    config = load_config(
+        None, ["slice.threshold_db=-35", "quality.min_snr_db=9", "loudness.mode=none"]
+    )
+    page = page_of(write_dataset(tmp_path / "set", SMALL, fingerprinted(config)))
+    changed, others = (
+        {text_of(row.find("th")): [text_of(cell) for cell in row.findall("td")] for row in rows}
+        for rows in (t.findall("tbody/tr") for t in page.findall(".//table[@class='settings']"))
+    )
+    assert changed == {
+        "slice.threshold_db": ["-35.0", "-40.0"],
+        "quality.min_snr_db": ["9.0", "none"],
+        "loudness.mode": ["none", "lufs"],
+    }
+    assert others["loudness.target_lufs"] == ["-18.0"]
+    assert others["quality.min_voiced_ratio"] == ["none"], "it is off, so it is not recorded"
+    counting = {key for key in flatten(config) if changes_output(key)}
+    assert changed.keys() | others.keys() == counting and not changed.keys() & others.keys()
     bold = {text_of(element) for element in page.findall(".//table[@class='settings']//b")}
-    assert bold == {"-35.0", "9.0"}
+    assert bold == {"-35.0", "9.0", "none"}
 
 
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
