@@ -63,7 +63,7 @@ class UnitFrames:
         return sorted(self.singers.dictionary.to_pylist())
 
     def of(self, speaker: str) -> UnitFrames:
-        """Return the frames of `speaker` alone. Raises: UserError: when there is no such speaker."""
+        """Return the frames of one speaker. Raises: UserError: when there is no such speaker."""
         if speaker not in self.speakers:
             known = ", ".join(self.speakers[:10])
             raise UserError(f"{self.dataset} has no clips of speaker '{speaker}' (it has {known})")
