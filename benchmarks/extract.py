@@ -343,8 +343,8 @@ class CpuClock(StageClock):
 def measure_stages(corpus: Path, config: ExtractConfig, dataset: Path) -> Measured:
     """What workers do, task by task in this process, without Ray: the same shards, in `dataset`."""
     from pipeline.extract.clip_sources import ClipsOfSongs
-    from pipeline.extract.halves import CpuHalf, UnitsHalf
     from pipeline.extract.job import ExtractJob
+    from pipeline.extract.task import ClipMaker, ShardMaker
 
     tiny = make_tiny_corpus(dataset / "warm-up" / "corpus", 1)
     for root, folder in ((tiny, dataset / "warm-up"), (corpus, dataset)):
@@ -356,34 +356,35 @@ def measure_stages(corpus: Path, config: ExtractConfig, dataset: Path) -> Measur
             read_s.append(seconds)
 
     job = ExtractJob(dataset / "warm-up", tiny, config, "benchmark", {})
-    cpu, units = CpuHalf(job, heartbeat), UnitsHalf(job)
-    assert isinstance(cpu.clips, ClipsOfSongs)
+    clip_maker, shard_maker = ClipMaker(job, heartbeat), ShardMaker(job)
+    source = clip_maker.source
+    assert isinstance(source, ClipsOfSongs)
 
     def child_cpu_s() -> float:
-        pid = cpu.clips.decoder.child_pid
+        pid = source.decoder.child_pid
         return 0.0 if pid is None else sum(psutil.Process(pid).cpu_times()[:2])
 
     def run(costs: Costs) -> int:
         prepare = CpuClock(costs, child_cpu_s, {"write": "clip table"})
         finish = CpuClock(costs, child_cpu_s, {"write": "shard"})
         clips = 0
-        for index in units.tasks:
-            table, ledger = cpu.prepare(index, (), prepare)
-            units.finish(index, table, ledger, finish)
-            clips += table.num_rows
+        for index in shard_maker.tasks:
+            made = clip_maker.make(index, (), prepare)
+            shard_maker.make(index, made, finish)
+            clips += made.table.num_rows
         return clips
 
     run(Costs())
     read_s.clear()
     # The warm libraries and decode child stay, the plan does not.
-    cpu.clips.job = units.job = ExtractJob(dataset, corpus, config, "benchmark", {})
-    cpu.clips.tasks = units.tasks = load_plan(dataset)
+    source.job = shard_maker.job = ExtractJob(dataset, corpus, config, "benchmark", {})
+    clip_maker.tasks = shard_maker.tasks = load_plan(dataset)
     costs = Costs()
     before = time.process_time() + child_cpu_s(), time.perf_counter()
     clips = run(costs)
     spent = time.process_time() + child_cpu_s() - before[0]
     total = Cost(spent, time.perf_counter() - before[1], 1)
-    cpu.close()
+    clip_maker.close()
     rest = total.cpu_s - sum(cost.cpu_s for cost in costs.costs.values())
     others = total.wall_s - sum(cost.wall_s for cost in costs.costs.values())
     costs.costs["hash, ledger, plan"] = Cost(rest, others, 1)

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import torch
 
+from models.device import resolve_device
 from models.encoders.encoder import DType, Encoder, checked
 from models.encoders.encoder_names import NAMES
 from models.encoders.int8 import require_int8
@@ -65,7 +66,7 @@ ENCODERS: dict[str, Callable[..., Encoder]] = {
 def load_encoder(
     name: str, checkpoint: str | None = None, device: str = "cpu", **options: Any
 ) -> Encoder:
-    """The encoder `name`, ready on `device` ("cpu", "cuda", "cuda:1").
+    """The encoder `name`, ready on `device` ("cpu", "cuda", "cuda:1", "auto").
 
     options: what its builder takes beyond that. Networks: dtype="float32", "float16" or
     "bfloat16". Those of the wav2vec 2.0 family: int8=True (CPU) and normalize_wav (None: as trained
@@ -75,7 +76,7 @@ def load_encoder(
     this encoder's.
     """
     _require_options(name, options)
-    _require_device(device)
+    device = resolve_device(device)
     if torch.device(device).type == "cuda":
         # Convolutions would otherwise round to 10 bits, unasked; matrix products do not.
         torch.backends.cudnn.allow_tf32 = False
@@ -105,15 +106,6 @@ def _require_options(name: str, options: dict[str, Any]) -> None:
             raise ValueError(f"encoder.{option} is set, but {name} has no such option")
     if (dtype := options.get("dtype", "float32")) not in get_args(DType):
         raise ValueError(f"encoder.dtype is {dtype!r}; there are {', '.join(get_args(DType))}")
-
-
-def _require_device(device: str) -> None:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r} is unknown; write cpu, cuda or cuda:1") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device}, but torch finds no CUDA device on this machine")
 
 
 def _refuse_checkpoint(name: str, checkpoint: str | None) -> None:

@@ -1,4 +1,4 @@
-"""A bar for work of known length: on a terminal it moves, in a log it is a line now and then."""
+"""A progress bar on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LOG_EVERY_S = 30.0
 
 
 class Advance(Protocol):
-    """Is told how many steps were done since the last call, and what to say beside the title."""
+    """Moves the bar by the steps done since the last call. note: shown beside the title."""
 
     def __call__(self, steps: int, note: str = "") -> None: ...
 
@@ -30,7 +30,7 @@ class Advance(Protocol):
 def show_bar(
     console: Console, title: str, total: int | None, done: int = 0, in_bytes: bool = False
 ) -> Iterator[Advance]:
-    """total: steps, None where nobody knows. done: those before the start."""
+    """Show a bar. total: steps; None: unknown. done: steps before the start."""
     if not console.is_terminal:
         yield _lines(console, title, total, done)
         return

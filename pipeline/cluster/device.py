@@ -1,17 +1,22 @@
-"""What every command that writes one file, or computes on a device, asks for alike."""
+"""The device of a command: auto, cpu or cuda."""
 
 from __future__ import annotations
 
 from pipeline.errors import UserError
 
 
-def choose_device(choice: str, option: str = "--device") -> str:
-    """ "cpu" or "cuda" for `option` auto, cpu or cuda. Raises UserError."""
-    import torch
+def choose_device(device: str, setting: str = "--device") -> str:
+    """Return "cpu" or "cuda" for auto, cpu or cuda; auto is cuda where torch has one.
 
-    if choice not in ("auto", "cpu", "cuda"):
-        raise UserError(f"{option} is '{choice}'; it is auto, cpu or cuda")
-    there = torch.cuda.is_available()
-    if choice == "cuda" and not there:
-        raise UserError(f"{option} is cuda, but torch finds no CUDA device; use auto or cpu")
-    return "cuda" if there and choice != "cpu" else "cpu"
+    setting: the key or option that set it, for messages.
+
+    Raises: UserError: when it is none of the three, or cuda on a machine that has none.
+    """
+    from models.device import resolve_device  # torch takes seconds to import
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"{setting} is '{device}'; set it to auto, cpu or cuda")
+    try:
+        return resolve_device(device, setting)
+    except ValueError as error:
+        raise UserError(str(error)) from error

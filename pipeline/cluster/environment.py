@@ -1,4 +1,4 @@
-"""The conditions under which something was made: libraries, machine, threads."""
+"""The environment in which data was made: libraries, machine, threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DISTRIBUTION_OF = {"pyworld": "pyworld-prebuilt"}  # datasets record the module
 
 @functools.cache
 def environment(threads: int) -> dict[str, str]:
-    """What may change last bits of the output without changing its meaning."""
+    """Return everything that may change last bits of the output without changing its meaning."""
     libraries = ("numpy", "scipy", "torch", "librosa", "soxr", "soundfile", "pyloudnorm")
     estimators = ("praat-parselmouth", "pyworld", "pyarrow")
     versions = {
@@ -35,7 +35,10 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def environment_of_networks(f0_networks: Collection[str], onnx: bool) -> dict[str, str]:
-    """What `environment` has besides where such networks ran. onnx: some in onnxruntime."""
+    """Return further entries of the environment for networks.
+
+    onnx: some network ran in onnxruntime.
+    """
     packages = {_PACKAGE_OF[name] for name in f0_networks if name in _PACKAGE_OF}
     versions = {name: importlib.metadata.version(name) for name in sorted(packages)}
     if onnx:
@@ -46,14 +49,17 @@ def environment_of_networks(f0_networks: Collection[str], onnx: bool) -> dict[st
 
 
 def threads_before(environments: Iterable[Mapping[str, str]], workers: WorkersConfig) -> int | None:
-    """Threads of the workers that made what is there, where the settings leave them open."""
+    """Return the threads of the workers that made the committed part.
+
+    None: they differ, or the settings fix them.
+    """
     threads = {environment.get("threads") for environment in environments}
     before = threads.pop() if len(threads) == 1 else None
     return None if before is None or workers.cpus_per_worker else int(before)
 
 
 def mixed(what: str, environments: Collection[Mapping[str, str]]) -> list[str]:
-    """A word of warning when other libraries, machines or numerics made parts of one whole.
+    """Return a warning when parts were made with different libraries, machines or numerics.
 
     what: the parts and the whole, such as "shards of one dataset".
     """
@@ -66,7 +72,7 @@ def mixed(what: str, environments: Collection[Mapping[str, str]]) -> list[str]:
     words = "; ".join(f"{key} {' and '.join(v)}" for key, v in values.items() if len(v) > 1)
     if not words:
         return []
-    return [f"{what} made under different conditions may differ in bits: {words}"]
+    return [f"{what} made in different environments may differ in last bits: {words}"]
 
 
 def _cpu_model() -> str:
@@ -79,12 +85,12 @@ def _cpu_model() -> str:
 
 
 def threads_of(job: Job[Any]) -> int:
-    """Threads of a worker: as many as it has CPUs, so that N workers do not fight."""
+    """Return the threads of a worker: one for each of its CPUs, so that workers do not compete."""
     return job.threads or max(1, int(job.config.workers.cpus_per_worker or 1))
 
 
 def limit_threads(job: Job[Any]) -> None:
-    """Of this process, for torch."""
+    """Limit torch in this process to the threads of a worker."""
     import torch
 
     torch.set_num_threads(threads_of(job))

@@ -1,4 +1,4 @@
-"""What a run shows while it works: a bar on a terminal, a line now and then in a log."""
+"""Progress of a run: a bar on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_UNANSWERED = 2  # readings in a row, of 5 s each
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is done so far in this run. songs: whole ones. Audio by the headers' durations."""
+    """Progress so far. songs: finished ones. audio_s: by the headers' durations."""
 
     songs: int = 0
     audio_s: float = 0.0
@@ -29,29 +29,29 @@ class Snapshot:
 
 
 class Board:
-    """Counts songs. Told of a song twice (a retried task), it counts it once."""
+    """A count of songs. A song that is reported again (by a retried task) counts once."""
 
     def __init__(self) -> None:
         self._songs: dict[str, tuple[float, str | None]] = {}
         self._last = ""
 
-    def hear(self, song_id: str, seconds: float, status: str | None) -> None:
-        """So many seconds of a song are done; all of it, once it has a status."""
+    def record(self, song_id: str, seconds: float, status: str | None) -> None:
+        """Note that so many seconds of a song are done. status: None until all of it is."""
         self._songs[song_id] = (seconds, status)
         if status is not None:
             self._last = song_id
 
     def snapshot(self) -> Snapshot:
-        told = list(self._songs.values())
-        whole = [status for _, status in told if status is not None]
-        seconds = sum(seconds for seconds, _ in told)
-        return Snapshot(len(whole), seconds, whole.count(QUARANTINED), self._last)
+        songs = list(self._songs.values())
+        finished = [status for _, status in songs if status is not None]
+        seconds = sum(seconds for seconds, _ in songs)
+        return Snapshot(len(finished), seconds, finished.count(QUARANTINED), self._last)
 
 
 class ProgressDisplay:
-    """Context manager that shows `read()` once a second until it is left.
+    """Context manager that shows `read()` once a second until it exits.
 
-    read: gives the current Snapshot; may return None when it cannot be had just now.
+    read: returns the current Snapshot, or None when it is not available just now.
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class ProgressDisplay:
             unanswered = 0 if answer is not None else unanswered + 1
             if unanswered == _MOST_UNANSWERED:
                 self.console.print(
-                    "Ray does not answer. If it was killed, this program ends within a minute; "
-                    "what was committed is whole, and the same command goes on from there."
+                    "Ray does not answer. If it was killed, this program ends within a minute. "
+                    "Committed work is safe; run the same command to go on."
                 )
             snapshot = answer or latest
             if snapshot != latest:
@@ -114,9 +114,9 @@ class ProgressDisplay:
             elif not warned and time.monotonic() - changed > _QUIET_S:
                 warned = True
                 self.console.print(
-                    f"no song finished for {_QUIET_S / 60:.0f} minutes (the last was "
-                    f"{latest.last_song or 'none'}); long songs take long, and so do networks "
-                    "without a GPU, so this may be well"
+                    f"No song finished for {_QUIET_S / 60:.0f} minutes (the last was "
+                    f"{latest.last_song or 'none'}). This can be normal for long songs, or when "
+                    "networks run on a CPU."
                 )
             yield latest
 
@@ -126,7 +126,7 @@ class ProgressDisplay:
         left = (self.total_s - snapshot.audio_s) / rate if rate > 0 else 0.0
         eta = f"ETA {_clock(left)}" if rate > 0 else "ETA ?"
         if 0 < self.total_s <= snapshot.audio_s + 1e-3:  # networks, and writing, come after songs
-            eta = "the last clips are under way"
+            eta = "finishing the last clips"
         return (
             f"{snapshot.audio_s / 3600:.2f} of {self.total_s / 3600:.2f} h  "
             f"{rate:.1f}x real time  {eta}  {snapshot.songs} songs  "

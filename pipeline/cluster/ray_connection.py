@@ -1,4 +1,4 @@
-"""A connection to Ray: to a cluster, or to one of this machine that ends with the command."""
+"""A connection to Ray: to a cluster, or to one on this machine that ends with the command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 # Before Ray starts.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Ray writes to our terminal what is no trouble of ours (restartable actors, lost workers).
+# Ray reports restarted actors and lost workers on our terminal; we handle those.
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 import ray
@@ -34,12 +34,12 @@ KEEP_FREED_MEMORY = {
 def connected(
     address: str | None, threads: int = 1, object_store_gb: float | None = None
 ) -> Iterator[None]:
-    """A Ray connection: to `address`, or to a cluster of this machine that ends with the run.
+    """Connect to the cluster at `address`, or to a new one on this machine that ends with the run.
 
-    threads: of a worker's libraries. object_store_gb: of this machine's cluster; None: a tenth of
-    the memory, at most 4.
+    threads: threads of a worker's libraries. object_store_gb: for a cluster on this machine; None:
+    a tenth of the memory, at most 4.
 
-    Raises: UserError where no cluster answers; StorageFault for what fails of it in the block.
+    Raises: UserError: when no cluster answers; StorageFault: when Ray fails inside the block.
     """
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
     environment: dict[str, str] = dict.fromkeys(names, str(threads)) | KEEP_FREED_MEMORY
@@ -64,7 +64,7 @@ def connected(
         try:
             _init(address, runtime_env=runtime_env, **quiet)
         except ConnectionError as error:
-            raise UserError(f"no Ray cluster is found by {address}: {error}") from error
+            raise UserError(f"no Ray cluster answers at {address}: {error}") from error
     try:
         yield
     except ray.exceptions.RayError as error:
@@ -75,7 +75,7 @@ def connected(
 
 
 def _require_answer(address: str) -> None:
-    """Ray itself tries an address for five minutes before it says that nobody is there."""
+    """Refuse an address where nothing listens. Ray itself tries for five minutes."""
     host, _, port = address.rpartition(":")
     if address == "auto":
         return
@@ -88,7 +88,7 @@ def _require_answer(address: str) -> None:
 
 
 def _init(address: str, **options: Any) -> None:
-    """`ray.init`, without the line by which it announces its log level on our stderr."""
+    """Call `ray.init` without the line about its log level that it writes to stderr."""
     stderr = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)

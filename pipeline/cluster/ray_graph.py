@@ -1,6 +1,6 @@
-"""The Ray Data graph: a row is a task, one actor-pool operator, two where the cluster has GPUs.
+"""The Ray Data graph: a row is a task; one operator with a pool of actors, or two with GPUs.
 
-Ray schedules, retries and restarts; what is written once is decided by the plan and the commit.
+Ray schedules, retries and restarts. The plan and the commit decide what is written once.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from pipeline.storage.weight_files import WeightFile, size_and_mtime
 
 @dataclass(frozen=True)
 class Pools:
-    """How many workers of each kind a run uses. Where either is 0, one operator does it all.
+    """Number and size of the workers of a run. Where `cpu` or `gpu` is 0, there is one operator.
 
-    cpus: of each worker. memory, gpu_memory: bytes asked of Ray for each.
+    cpus: CPUs of each worker. memory: bytes of a worker on CPUs. gpu_memory: bytes of one on GPUs.
     """
 
     cpu: int
@@ -41,8 +41,8 @@ class Pools:
     gpu_memory: int
 
     @property
-    def most_memory(self) -> int:
-        """Of a worker that runs networks."""
+    def memory_of_networks(self) -> int:
+        """Bytes of a worker that runs networks."""
         return self.gpu_memory or self.memory
 
     @property
@@ -51,18 +51,22 @@ class Pools:
 
 
 def _believable_minutes(task: Task) -> float:
-    """Of audio. A header may lie; no file of music holds more than a second in a kilobyte."""
+    """Return the minutes of audio in a task, at most what its files can hold.
+
+    A header may lie; no music file holds more than a second in a kilobyte.
+    """
     return sum(min(song.duration_s, 60.0 + song.size / 1000) for song in task.songs) / 60
 
 
 def plan_pools(
     nodes: list[dict[str, float]], tasks: Mapping[int, Task], workload: Workload
 ) -> Pools:
-    """Pool sizes for the resources of the living nodes ({"CPU", "GPU", "memory" in bytes}).
+    """Return pool sizes for the resources of the living nodes ({"CPU", "GPU", "memory" in bytes}).
 
-    The job's threads, that what is there was made with, are kept where the settings leave them
-    open, so that the rest has the same bits, unless no such worker fits.
-    Raises: UserError with the numbers when not even one worker fits.
+    A resumed run keeps the threads of its first part where the settings leave them open, so that
+    the rest has the same bits, unless no such worker fits.
+
+    Raises: UserError: when not even one worker fits; the message has the numbers.
     """
     needs, workers = workload.needs, workload.job.config.workers
     longest = max(tasks.values(), key=_believable_minutes)
@@ -72,7 +76,7 @@ def plan_pools(
     most = min(len(tasks), workers.max_workers or len(tasks))
     gpus_wanted = _wants_gpus(needs, workers, nodes)
     cpus = workers.cpus_per_worker or 1.0
-    if gpus_wanted and workload.halves:
+    if gpus_wanted and workload.split:
         cpu, gpu = _share_gpus(nodes, cpus, workers.gpus_per_worker, memory, whole_memory, most)
         if cpu and gpu:
             return Pools(min(most, cpu), gpu, cpus, memory, whole_memory)
@@ -92,38 +96,38 @@ def plan_pools(
     models = f", its models take {needs.models_gb:.1f} GB" if needs.models_gb else ""
     raise UserError(
         f"no worker fits: each needs {cpus:g} CPUs{with_gpus} and {whole_memory / 2**30:.1f} GB "
-        f"(task {longest.index} holds {minutes:.0f} minutes of audio{models})"
-        f", and the nodes offer {have or 'nothing'}; {needs.remedy}, or use a larger machine"
+        f"(task {longest.index} holds {minutes:.0f} minutes of audio{models}), but the nodes "
+        f"offer {have or 'nothing'}; {needs.remedy}, or use a larger machine"
     )
 
 
 def _wants_gpus(needs: Needs, workers: WorkersConfig, nodes: list[dict[str, float]]) -> bool:
-    """The cluster has GPUs, and a model may use them.
+    """Return True when the cluster has GPUs and some network may use one.
 
-    Raises: UserError when it has none and one must.
+    Raises: UserError: when a network must have a GPU and the cluster has none.
     """
     if any(node.get("GPU", 0) >= workers.gpus_per_worker for node in nodes):
         return any(device != "cpu" for device in needs.devices.values())
     for key, device in needs.devices.items():
         if device == "cuda":
             raise UserError(
-                f"{key} is cuda, and no node of the cluster offers a GPU; set {key} to auto or cpu"
+                f"{key} is cuda, but no node of the cluster has a GPU; set {key} to auto or cpu"
             )
     return False
 
 
 def _slots(nodes: list[dict[str, float]], cpus: float, memory: int) -> int:
-    """Workers of `cpus` CPUs and `memory` bytes that the nodes hold."""
+    """Return how many workers of `cpus` CPUs and `memory` bytes fit on the nodes."""
     return sum(
         int(min(node.get("CPU", 0) // cpus, node.get("memory", 0) // memory)) for node in nodes
     )
 
 
 def _cpus_that_fit(nodes: list[dict[str, float]], memory: int, threads: int | None) -> float:
-    """CPUs of a worker: 1, 2, 4, ..., the fewest of those that leave no more of them idle.
+    """Return the CPUs of a worker: of 1, 2, 4, ... the fewest that keep the most CPUs busy.
 
-    Where every CPU's own worker fits into memory this is 1. It does not depend on how much is left
-    to do, so that a resumed run has the same threads.
+    This is 1 where memory has room for a worker on every CPU. It does not depend on how much is
+    left to do, so that a resumed run has the same threads.
     """
     if threads is not None and _slots(nodes, threads, memory):
         return float(threads)
@@ -140,7 +144,7 @@ def _share_gpus(
     gpu_memory: int,
     most: int,
 ) -> tuple[int, int]:
-    """Workers on CPUs and workers on GPUs; each of the latter takes `cpus` CPUs as well."""
+    """Return the workers on CPUs and on GPUs; each of the latter takes `cpus` CPUs as well."""
     placed = _placed_on_gpus(nodes, cpus, gpus, gpu_memory)
     while True:
         rest = [
@@ -159,7 +163,7 @@ def _share_gpus(
 def _placed_on_gpus(
     nodes: list[dict[str, float]], cpus: float, gpus: float, memory: int
 ) -> list[int]:
-    """Workers of so many CPUs, GPUs and bytes that each node holds."""
+    """Return how many workers of so many CPUs, GPUs and bytes fit on each node."""
     return [
         int(
             min(
@@ -173,23 +177,24 @@ def _placed_on_gpus(
 
 
 def living_nodes() -> list[dict[str, Any]]:
+    """Return the nodes of the cluster that are alive."""
     return [node for node in ray.nodes() if node["Alive"]]
 
 
 def check_nodes(dataset: Path, corpus: Path, weights: Collection[WeightFile] = ()) -> None:
-    """Every node reads a token from DATASET, opens CORPUS and finds the same files of weights.
+    """Have every node read a token from DATASET, open CORPUS and compare the files of weights.
 
-    Raises: UserError naming the node that cannot.
+    Raises: UserError: when a node cannot; the message names it.
     """
     token = secrets.token_hex(8)
     path = dataset / ".tmp" / f"token-{token}"
     path.parent.mkdir(exist_ok=True)
     path.write_text(token)
 
-    def look() -> str:
+    def inspect() -> str:
         try:
             if path.read_text() != token:
-                return f"it finds another file at {path}"
+                return f"it has another file at {path}"
             with os.scandir(corpus):
                 pass
             for file in weights:
@@ -203,18 +208,18 @@ def check_nodes(dataset: Path, corpus: Path, weights: Collection[WeightFile] = (
     try:
         answers = {
             node["NodeManagerHostname"] + " " + node["NodeManagerAddress"]: ray.remote(num_cpus=0)(
-                look
+                inspect
             )
             .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
             .remote()
             for node in living_nodes()
         }
         for name, answer in answers.items():
-            trouble = ray.get(answer)
-            if trouble:
+            problem = ray.get(answer)
+            if problem:
                 raise UserError(
-                    f"node {name} does not share the storage: {trouble}; DATASET, CORPUS and "
-                    "checkpoints must be on a file system that every node mounts at the same path"
+                    f"node {name} does not share the storage: {problem}; put DATASET, CORPUS and "
+                    "checkpoints on a file system that every node mounts at the same path"
                 )
     finally:
         path.unlink(missing_ok=True)
@@ -227,18 +232,18 @@ def run_graph(
     pools: Pools,
     board: Any,
 ) -> Iterator[TaskResult]:
-    """Results of the tasks as they end. A task whose worker died too often gives none."""
+    """Yield the results of tasks as they end. A task whose worker died too often gives none."""
     job = workload.job
     workers = job.config.workers
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
-    context.max_errored_blocks = -1  # a task whose worker keeps dying is dropped, and we notice
+    context.max_errored_blocks = -1  # drop a task whose worker keeps dying; run_rounds notices
     context.max_consecutive_actor_init_deaths = 16
-    context.execution_no_progress_timeout_s = -1  # it sees only whole tasks; long ones are well
+    context.execution_no_progress_timeout_s = -1  # it sees whole tasks only, which may be long
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    # max_task_retries has no named parameter yet; without it a poisonous task is retried for ever.
+    # max_task_retries has no named parameter yet; without it Ray retries such a task for ever.
     warnings.filterwarnings("ignore", category=ray.util.annotations.RayDeprecationWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\.data")
     options = {
@@ -249,55 +254,59 @@ def run_graph(
     }
     rows = [task_row(index, crashed.get(index, ())) for index in tasks]
     data = ray.data.from_items(rows, override_num_blocks=len(rows))
-    of_cpu = {"num_cpus": pools.cpus, "memory": pools.memory, **options}
-    of_gpu = {
+    on_cpu = {"num_cpus": pools.cpus, "memory": pools.memory, **options}
+    on_gpu = {
         "num_cpus": pools.cpus,
         "num_gpus": workers.gpus_per_worker,
         "memory": pools.gpu_memory,
         **options,
     }
-    told = (job, _Remote(board))
-    if pools.cpu and pools.gpu and workload.halves:
-        first, second = workload.halves
-        data = _mapped(data, first, told, pools.cpu, of_cpu)
-        data = _mapped(data, second, (job,), pools.gpu, of_gpu)
+    heartbeat = _RemoteHeartbeat(board)
+    if pools.cpu and pools.gpu and workload.split:
+        prepare, finish = workload.split
+        data = _through_pool(data, prepare, (job, heartbeat), pools.cpu, on_cpu)
+        data = _through_pool(data, finish, (job,), pools.gpu, on_gpu)
     elif pools.gpu:
-        data = _mapped(data, workload.whole, told, pools.gpu, of_gpu)
+        data = _through_pool(data, workload.whole, (job, heartbeat), pools.gpu, on_gpu)
     else:
-        data = _mapped(data, workload.whole, told, pools.cpu, of_cpu)
+        data = _through_pool(data, workload.whole, (job, heartbeat), pools.cpu, on_cpu)
     for batch in data.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
         yield read_result(batch)
 
 
-def _mapped(
-    data: ray.data.Dataset, operator: Any, told: tuple[Any, ...], size: int, options: dict[str, Any]
+def _through_pool(
+    data: ray.data.Dataset,
+    operator: Any,
+    arguments: tuple[Any, ...],
+    size: int,
+    options: dict[str, Any],
 ) -> ray.data.Dataset:
-    """`data` through a pool of `size` actors."""
+    """Return `data` mapped by a pool of `size` actors. arguments: of the operator's constructor."""
     pool = ray.data.ActorPoolStrategy(min_size=1, max_size=size, initial_size=size)
-    return data.map_batches(operator, fn_constructor_args=told, compute=pool, **options)
+    return data.map_batches(operator, fn_constructor_args=arguments, compute=pool, **options)
 
 
-class _Remote:
-    """A heartbeat that a worker sends to the driver's board and does not wait for."""
+class _RemoteHeartbeat:
+    """A heartbeat that a worker sends to the driver's board without waiting for an answer."""
 
     def __init__(self, board: Any) -> None:
         self.board = board
 
     def __call__(self, song_id: str, seconds: float, status: str | None) -> None:
-        self.board.hear.remote(song_id, seconds, status)
+        self.board.record.remote(song_id, seconds, status)
 
 
 def start_board() -> Any:
-    """The actor that counts finished songs, beside the driver."""
+    """Start the actor that counts finished songs, on the driver's node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board)
     return actor.options(scheduling_strategy=here).remote()
 
 
 def require_loadable(workload: Workload, pools: Pools) -> None:
-    """Load the models once in a worker of their own, before songs are blamed for its death.
+    """Load the models once in a worker of their own, before any song is blamed for its death.
 
-    Raises: UserError when the worker dies of it, or cannot load them.
+    Raises: UserError: when the worker dies while loading, or cannot load them.
     """
     if workload.load is None:
         return
@@ -307,15 +316,16 @@ def require_loadable(workload: Workload, pools: Pools) -> None:
         files = ", ".join(sorted({file.path for file in job.weights.values()}))
         files = files or "the networks of f0"
         raise UserError(
-            f"a worker process dies while it loads {files}; is there enough memory? "
-            f"{pools.most_memory / 2**30:.1f} GB were set aside for it"
+            f"a worker process dies while it loads {files}. It has "
+            f"{pools.memory_of_networks / 2**30:.1f} GB; if that is too little, lower "
+            "workers.max_workers"
         )
 
 
 def find_killers(workload: Workload, task: Task, pools: Pools) -> set[str]:
-    """The songs of a task on which a fresh process dies twice, found one by one.
+    """Return the songs of a task on which a fresh process dies twice, each tried alone.
 
-    Raises: UserError when it dies without any song.
+    Raises: UserError: when a process dies before it reads a song.
     """
     require_loadable(workload, pools)
     probe = _in_a_worker_of_its_own(workload.probe, workload.job, pools)
@@ -327,16 +337,16 @@ def find_killers(workload: Workload, task: Task, pools: Pools) -> set[str]:
 
 
 def _in_a_worker_of_its_own(function: Any, job: Job[Any], pools: Pools) -> Any:
-    """The function in a fresh process, with what a worker has that runs the networks."""
+    """Return `function` as a remote in a fresh process, with a network worker's resources."""
     gpus = job.config.workers.gpus_per_worker if pools.gpu else 0
-    options = {"num_cpus": pools.cpus, "num_gpus": gpus, "memory": pools.most_memory}
+    options = {"num_cpus": pools.cpus, "num_gpus": gpus, "memory": pools.memory_of_networks}
     return ray.remote(max_retries=0, max_calls=1, **options)(function)
 
 
-def _dies(remote: Any, job: Job[Any], *words: Any) -> bool:
-    """Whether a process dies of this. Its other faults are raised as what they are."""
+def _dies(remote: Any, job: Job[Any], *arguments: Any) -> bool:
+    """Return True when the process dies of this call. Other errors are raised as they are."""
     try:
-        ray.get(remote.remote(job, *words))
+        ray.get(remote.remote(job, *arguments))
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
         return True
     except ray.exceptions.RayTaskError as error:
@@ -344,5 +354,5 @@ def _dies(remote: Any, job: Job[Any], *words: Any) -> bool:
             raise error.cause from error
         if isinstance(error.cause, OSError):
             raise storage_fault(error.cause) from error
-        raise SongBug(": ".join([*map(str, words[1:]), str(error)])) from error
+        raise SongBug(": ".join([*map(str, arguments[1:]), str(error)])) from error
     return False

@@ -1,7 +1,8 @@
 """Running tasks until all are committed, on Ray or in this process.
 
-A round is one pass over the tasks that are left. A task that the storage failed is tried again; one
-whose worker kept dying is looked at song by song, and what kills its worker alone is quarantined.
+A round is one pass over the tasks that are left. A task that failed on a storage fault is tried
+again. When workers keep dying on a task, its songs are tried one by one, and those that kill a
+worker alone are quarantined.
 """
 
 from __future__ import annotations
@@ -26,29 +27,28 @@ from pipeline.cluster.task_rows import (
     task_row,
 )
 from pipeline.cluster.workload import Workload
-from pipeline.errors import SongBug, StorageFault, UserError, some
+from pipeline.errors import SongBug, StorageFault, UserError, first_names
 from pipeline.songs.plan import Task
-from stages.device import resolve_device
 
-_STORAGE_WAITS_S = (1.0, 5.0, 25.0)  # before each further try of a task that the storage failed
+_STORAGE_WAITS_S = (1.0, 5.0, 25.0)  # before each further try after a storage fault
 _ROUNDS_OF_DEATH = 3
 
 
 @dataclass
 class Work:
-    """What a run did."""
+    """Work that a run did. audio_s: length of its songs by their headers."""
 
     tasks_run: int = 0
     wall_s: float = 0.0
     start_up_s: float = 0.0
-    audio_s: float = 0.0  # of the songs worked on, by their headers
+    audio_s: float = 0.0
     stage_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     notices: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Session:
-    """Somewhere to run tasks. on_gpu: networks may use GPUs there."""
+    """A place to run tasks: this process or a cluster. on_gpu: networks may use GPUs there."""
 
     run_round: Callable[[dict[int, Task], dict[int, set[str]]], Iterator[TaskResult]]
     snapshot: Callable[[], Snapshot | None]
@@ -63,10 +63,10 @@ def run_tasks(
     local: bool,
     console: Console,
 ) -> Work:
-    """Commit every task of `missing`.
+    """Commit every task of `missing`. Committed tasks stay, whatever happens to the rest.
 
-    Raises: StorageFault, SongBug, UserError (no worker fits, weights that do not load). What was
-    committed stays.
+    Raises: StorageFault: when the disk or the cluster fails; SongBug: when our code fails on a
+    song; UserError: when no worker fits, or weights do not load.
     """
     work = Work(audio_s=sum(task.duration_s for task in missing.values()))
     started = time.monotonic()
@@ -83,7 +83,7 @@ def run_tasks(
 
 
 def run_rounds(session: Session, missing: dict[int, Task], work: Work) -> None:
-    """Rounds until nothing of `missing` is left."""
+    """Run rounds until every task of `missing` is committed."""
     waiting = dict(missing)
     crashed: dict[int, set[str]] = defaultdict(set)
     failures: Counter[int] = Counter()
@@ -110,25 +110,27 @@ def run_rounds(session: Session, missing: dict[int, Task], work: Work) -> None:
                 continue  # a lost node takes tasks with it; the next round has new workers
             if deaths[index] > _ROUNDS_OF_DEATH:
                 raise StorageFault(
-                    f"the workers of task {index} die each time, though every song of it alone "
-                    "passes; too little memory for that many workers? Lower workers.max_workers"
+                    f"Workers keep dying on task {index}, although each of its songs succeeds "
+                    "alone. Probably too little memory: lower workers.max_workers."
                 )
             work.notices.append(f"task {index}: workers died on it; its songs were tried alone")
             killers = session.find_killers(waiting[index])
             crashed[index] |= killers
             if killers:
-                work.notices.append(f"workers died on {some(sorted(killers))}: quarantined")
+                work.notices.append(f"workers died on {first_names(sorted(killers))}: quarantined")
         if waiting and failures:
             time.sleep(_STORAGE_WAITS_S[max(failures.values()) - 1])
 
 
 @contextmanager
 def local_session(workload: Workload, missing: dict[int, Task]) -> Iterator[Session]:
-    """This process, one task after the other."""
+    """Open this process as a place to run tasks, one after the other."""
     import pyarrow as pa
 
+    from models.device import resolve_device
+
     board = Board()
-    worker = workload.whole(workload.job, board.hear)
+    worker = workload.whole(workload.job, board.record)
 
     def run_round(tasks: dict[int, Task], crashed: dict[int, set[str]]) -> Iterator[TaskResult]:
         for index in tasks:
@@ -146,7 +148,7 @@ def local_session(workload: Workload, missing: dict[int, Task]) -> Iterator[Sess
 def ray_session(
     address: str | None, workload: Workload, missing: dict[int, Task]
 ) -> Iterator[Session]:
-    """The cluster at `address`, or one on this machine for the time of the run."""
+    """Open the cluster at `address`, or one on this machine that ends with the run."""
     import ray
 
     from pipeline.cluster import ray_graph
@@ -158,9 +160,9 @@ def ray_session(
     with connected(address, threads, workers.object_store_gb):
         nodes = [node["Resources"] for node in ray_graph.living_nodes()]
         pools = ray_graph.plan_pools(nodes, missing, workload)
-        settled = replace(workload, job=replace(job, threads=pools.threads))
+        workload = replace(workload, job=replace(job, threads=pools.threads))
         ray_graph.check_nodes(job.folder, job.corpus, job.weights.values())
-        ray_graph.require_loadable(settled, pools)
+        ray_graph.require_loadable(workload, pools)
         board = ray_graph.start_board()
 
         def snapshot() -> Snapshot | None:
@@ -170,8 +172,8 @@ def ray_session(
                 return None
 
         yield Session(
-            lambda tasks, crashed: ray_graph.run_graph(settled, tasks, crashed, pools, board),
+            lambda tasks, crashed: ray_graph.run_graph(workload, tasks, crashed, pools, board),
             snapshot,
-            lambda task: ray_graph.find_killers(settled, task, pools),
+            lambda task: ray_graph.find_killers(workload, task, pools),
             pools.gpu > 0,
         )

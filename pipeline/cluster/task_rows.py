@@ -1,4 +1,4 @@
-"""Rows of the graph: a task on its way in, its result on its way out."""
+"""Rows of the graph: a task goes in, its result comes out."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from pipeline.errors import UserError
 from pipeline.storage.atomic import is_disk_full, storage_fault
 from stages.chain import StageClock
 
+CRASHED = "a worker process died on this song each time it was tried"  # detail in the ledger
 COMMITTED, BUG, STORAGE, REFUSED = "committed", "bug", "storage", "refused"
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a worker reports of a task; `detail` says why it was not committed."""
+    """Result of a task. detail: why it was not committed."""
 
     task: int
     status: str
@@ -29,28 +30,30 @@ class TaskResult:
 
 
 def task_row(task: int, crashed: Collection[str] = ()) -> dict[str, Any]:
-    """The row that stands for a task at the start of the graph."""
+    """Return the row of a task at the start of the graph. crashed: songs that killed a worker."""
     return {"task": task, "crashed": json.dumps(sorted(crashed))}
 
 
 def read_row(row: pa.Table) -> tuple[int, list[str]]:
-    """The task, and the songs of it on which workers died."""
+    """Return the task, and its songs on which workers died."""
     return row["task"][0].as_py(), json.loads(row["crashed"][0].as_py())
 
 
 def result_row(result: TaskResult, clips: bytes | None = None) -> pa.Table:
+    """Return the row of a result. clips: for the next operator; None: the task is committed."""
     data = pa.array([clips], pa.large_binary())
     return pa.table({"result": [json.dumps(asdict(result))], "clips": data})
 
 
 def read_result(row: pa.Table) -> TaskResult:
+    """Read what `result_row` wrote, without the clips."""
     return TaskResult(**json.loads(row["result"][0].as_py()))
 
 
 def guarded(task: int, run: Callable[[StageClock], bytes | None]) -> pa.Table:
-    """The row a task gives. Its faults become a row too: the driver decides, Ray does not retry.
+    """Run a task and return its row. Errors become a row too: the driver decides, not Ray.
 
-    run: gives the clips that the next operator is to finish, or None when the task is committed.
+    run: returns the clips for the next operator, or None when the task is committed.
     """
     clock = StageClock()
     try:
@@ -59,15 +62,12 @@ def guarded(task: int, run: Callable[[StageClock], bytes | None]) -> pa.Table:
     except UserError as error:
         return result_row(TaskResult(task, REFUSED, str(error)))
     except OSError as error:
-        words = f"{storage_fault(error)}{_notes(error)}"
-        return result_row(TaskResult(task, STORAGE, words, is_disk_full(error)))
+        detail = f"{storage_fault(error)}{_notes(error)}"
+        return result_row(TaskResult(task, STORAGE, detail, is_disk_full(error)))
     except Exception as error:  # noqa: BLE001  the driver names the song and stops the run
-        words = "".join(traceback.format_exception(error))
-        return result_row(TaskResult(task, BUG, words))
+        detail = "".join(traceback.format_exception(error))
+        return result_row(TaskResult(task, BUG, detail))
 
 
 def _notes(error: BaseException) -> str:
     return "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-
-
-CRASHED = "a worker process died on this song each time it was tried"

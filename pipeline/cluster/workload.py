@@ -1,4 +1,4 @@
-"""What every worker of a run is told, and how the tasks of a run are done."""
+"""The tasks of a run as a cluster sees them: the workers' job, operators, memory, devices."""
 
 from __future__ import annotations
 
@@ -9,88 +9,22 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from pipeline.storage.weight_files import WeightFile
 
+# Memory that each checkpoint adds where networks run: its weights, at 1.1 times the file's size.
+GB_PER_CHECKPOINT_GB = 1.1
+# Memory of an f0 network at work whose weights come with a package. Measured: 0.3.
+GB_PER_F0_NETWORK = 0.5
+
 # Called with (song_id, seconds of it that are done, status); the status is None until its end.
 Heartbeat = Callable[[str, float, str | None], None]
 
 
-class HasWorkers(Protocol):
-    """Settings of a run on many workers."""
-
-    @property
-    def workers(self) -> WorkersConfig: ...
-
-
-C = TypeVar("C", bound=HasWorkers)
-
-
-@dataclass(frozen=True)
-class Job(Generic[C]):
-    """What every worker of a run is told. Tasks are named by their index in the plan.
-
-    threads: of a worker; None until it is known what fits.
-    """
-
-    folder: Path  # that is filled; it holds the plan
-    corpus: Path  # where the songs are
-    config: C
-    fingerprint: str
-    weights: Mapping[str, WeightFile]  # of what has to be loaded, by the key that names it
-    gone: frozenset[str] = frozenset()  # songs of the plan that were not there when the run began
-    threads: int | None = None
-
-
-class Worker(Protocol):
-    """An operator's code: one-row Arrow tables in and out, see `pipeline.extract.operators`."""
-
-    def __call__(self, row: Any) -> Any: ...
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What workers take of a cluster.
-
-    base_gb: memory for libraries and the buffers of one song. gb_per_minute: what each minute of
-    a task adds. models_gb: of networks at work, where they run.
-    devices: "auto", "cpu" or "cuda" of each network, by the key that sets it.
-    remedy: what to do about a task that is too large for every worker.
-    """
-
-    base_gb: float
-    gb_per_minute: float
-    models_gb: float
-    devices: Mapping[str, str]
-    remedy: str
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The tasks of a run: what they are, who does one, and what that takes.
-
-    whole: the operator of a whole task. halves: where there are GPUs, the operator on CPUs, and
-    that on GPUs for what the first one leaves to it; None: there `whole` has a GPU.
-    load: loads everything that a worker loads; None: there is nothing to load.
-    probe: does one song of a task, given its index, and commits nothing.
-    notice: words before the run begins, told whether networks have a GPU.
-    """
-
-    job: Job[Any]
-    needs: Needs
-    whole: Callable[[Any, Heartbeat], Worker]
-    halves: tuple[type[Any], type[Any]] | None
-    load: Callable[[Any], None] | None
-    probe: Callable[[Any, int, str], None]
-    notice: Callable[[bool], str | None]
-
-
 @dataclass(frozen=True, kw_only=True)
 class WorkersConfig:
-    """What a run may use of the machine or cluster. Never changes the output."""
+    """Resources that a run may use of the machine or cluster. Never changes the output."""
 
     max_workers: int | None = None  # None: as many as the CPUs allow
     cpus_per_worker: float | None = None  # None: 1, or as many as it takes to fit into memory
-    gpus_per_worker: float = 1.0  # for the units operator, when the cluster has GPUs
+    gpus_per_worker: float = 1.0  # for workers that run networks, when the cluster has GPUs
     object_store_gb: float | None = None  # None: a tenth of the memory, at most 4; local runs only
     scratch: str | None = None  # folder for decoded PCM; None: the system's temporary folder
     max_task_retries: int = 3  # deaths of a worker on one task before it is redone song by song
@@ -103,8 +37,76 @@ class WorkersConfig:
             raise ValueError("workers.cpus_per_worker and workers.gpus_per_worker must be > 0")
 
 
-# What each checkpoint adds where units are made: its weights, and what a batch of clips fills.
-GB_PER_CHECKPOINT_GB = 1.1
+class HasWorkers(Protocol):
+    """Settings with a section `workers`."""
+
+    @property
+    def workers(self) -> WorkersConfig: ...
 
 
-BUNDLED_GB = 0.5  # a network of f0 whose weights come with a package, at work; measured: 0.3
+C = TypeVar("C", bound=HasWorkers)
+
+
+@dataclass(frozen=True)
+class Job(Generic[C]):
+    """Everything about a run that each of its workers gets. Tasks are indices of the plan.
+
+    folder: the folder that the run fills; it holds the plan. corpus: the folder of the songs.
+    weights: files that have to be loaded, by the key that names them.
+    gone: planned songs that were missing when the run began.
+    threads: threads of a worker; None until the pools are planned.
+    """
+
+    folder: Path
+    corpus: Path
+    config: C
+    fingerprint: str
+    weights: Mapping[str, WeightFile]
+    gone: frozenset[str] = frozenset()
+    threads: int | None = None
+
+
+class Worker(Protocol):
+    """An operator: one-row Arrow tables in and out, as in `pipeline.extract.task`."""
+
+    def __call__(self, row: Any) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Resources that the workers of a run need.
+
+    base_gb: memory for libraries and the buffers of one song. gb_per_minute: memory that each
+    minute of a task adds. models_gb: memory of the networks, where they run.
+    devices: "auto", "cpu" or "cuda" for each network, by the key that sets it.
+    remedy: advice for a task that is too large for every worker.
+    """
+
+    base_gb: float
+    gb_per_minute: float
+    models_gb: float
+    devices: Mapping[str, str]
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The tasks of a run, how to do one, and the resources that this takes.
+
+    whole: the operator that does a whole task.
+    split: a pair of operators for clusters with GPUs: the first prepares a task on a CPU, the
+    second finishes it on a GPU. None: there `whole` gets a GPU.
+    load: loads everything that a worker loads; None: there is nothing to load.
+    probe: does one song of a task, given its index, and commits nothing.
+    notice: a note to print before the run, given whether networks have a GPU.
+    """
+
+    job: Job[Any]
+    needs: Needs
+    whole: Callable[[Any, Heartbeat], Worker]
+    split: tuple[type[Any], type[Any]] | None
+    load: Callable[[Any], None] | None
+    probe: Callable[[Any, int, str], None]
+    notice: Callable[[bool], str | None]

@@ -33,7 +33,7 @@ from pipeline.convert.ledger import (
 from pipeline.convert.operators import ConvertJob, conversion
 from pipeline.convert.output_file import check_output
 from pipeline.convert.speaker_mix import is_mix_file
-from pipeline.errors import UserError, some
+from pipeline.errors import UserError, first_names
 from pipeline.fingerprint import counted, differences, fingerprint, neutral_values
 from pipeline.songs.balance import QUARANTINED
 from pipeline.songs.corpus import Corpus, ListedSong, left_alone, list_corpus
@@ -124,7 +124,7 @@ def convert_folder(
         outcome.notices += left_alone(corpus)
         if job.gone:
             outcome.notices.append(
-                f"{len(job.gone)} planned songs are not there now ({some(sorted(job.gone))})"
+                f"{len(job.gone)} planned songs are not there now ({first_names(sorted(job.gone))})"
             )
         missing = _missing(job, tasks, records, options.retry_quarantined, outcome)
         if missing:
@@ -327,8 +327,8 @@ def _missing(
             missing[index] = task
     if lost:
         outcome.notices.append(
-            f"{len(lost)} converted songs were not there as they were written ({some(lost)}): "
-            "made again"
+            f"{len(lost)} converted songs are missing or damaged ({first_names(lost)}); they are "
+            "converted again"
         )
     return missing
 

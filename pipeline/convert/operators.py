@@ -19,8 +19,8 @@ from pipeline.cluster.environment import (
 )
 from pipeline.cluster.task_rows import CRASHED, guarded, read_row
 from pipeline.cluster.workload import (
-    BUNDLED_GB,
     GB_PER_CHECKPOINT_GB,
+    GB_PER_F0_NETWORK,
     Heartbeat,
     Job,
     Needs,
@@ -203,10 +203,11 @@ def conversion(job: ConvertJob) -> Workload:
     if "voice.checkpoint" in job.weights:
         sizes.append(job.weights["voice.checkpoint"].size)  # a second time
     networks = len(set(config.f0.networks) - {"rmvpe"})
+    models_gb = GB_PER_CHECKPOINT_GB * sum(sizes) / 2**30 + networks * GB_PER_F0_NETWORK
     needs = Needs(
         base_gb=_WORKER_BASE_GB,
         gb_per_minute=_WORKER_GB_PER_MINUTE,
-        models_gb=GB_PER_CHECKPOINT_GB * sum(sizes) / 2**30 + networks * BUNDLED_GB + _PIECE_GB,
+        models_gb=models_gb + _PIECE_GB,
         devices=_devices(config),
         remedy="lower workers.cpus_per_worker",
     )
@@ -220,7 +221,7 @@ def conversion(job: ConvertJob) -> Workload:
         job=job,
         needs=needs,
         whole=ConvertTask,
-        halves=None,
+        split=None,
         load=load_everything,
         probe=probe_conversion,
         notice=notice,

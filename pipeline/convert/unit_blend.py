@@ -17,8 +17,8 @@ from models.encoders.codebook import (
     nearest,
 )
 from models.synthesizer.voice import Voice
-from pipeline.errors import UserError
-from pipeline.extract.model_checks import name_setting_in_errors, require_meaning
+from pipeline.errors import UserError, first_names
+from pipeline.extract.model_checks import name_setting_in_errors, require_same_units
 from stages.retrieval import SpeakerIndex, load_index
 from stages.types import Array
 from stages.units import EncoderConfig
@@ -120,7 +120,7 @@ def _codebook_of(path: Path, voice: Voice, speaker: str | None) -> Codebook:
     if found.encoder is not None:
         _require_encoder(where, "codebook", voice, found.encoder, found.checkpoint_sha256)
         made_by = (voice.extraction or {}).get("encoder", {})
-        require_meaning(found, EncoderConfig(**made_by), where)
+        require_same_units(found, EncoderConfig(**made_by), where)
     _require_width(where, voice, found.dim)
     return found
 
@@ -156,6 +156,5 @@ def _that_of(speakers: Sequence[str]) -> str:
 
 
 def names_of(speakers: Sequence[str]) -> str:
-    """Of as many as one likes to read."""
-    more = f" and {len(speakers) - 10} more" if len(speakers) > 10 else ""
-    return ", ".join(speakers[:10]) + more
+    """Return the names of the first ten speakers, and how many more there are."""
+    return first_names(speakers, 10)

@@ -1,16 +1,11 @@
-"""What became of every song: one entry each, in the footer of the shard that its task wrote.
-
-`settle` is where a song's own faults (`BadInput`) end.
-"""
+"""The ledger: one entry for every song, in the footer of the shard that its task wrote."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.songs.balance import FILTERED, KEPT, QUARANTINED
-from pipeline.songs.source_file import check_unchanged
 from stages.errors import BadInput, Dropped, Reason
 
 if TYPE_CHECKING:
@@ -44,23 +39,15 @@ class SongEntry:
         return SongEntry(**{**values, "dropped": dropped})
 
 
-def settle(
-    planned: PlannedSong, path: bytes, prepare: Callable[[bytes], PreparedSong]
-) -> tuple[PreparedSong | None, SongEntry]:
-    """Run `prepare` on a song and write its entry; the song is None when nothing was kept.
+def prepared_entry(planned: PlannedSong, song: PreparedSong, sha256: str | None) -> SongEntry:
+    """Return the entry of a song that was read: kept, or filtered when it has no clips.
 
-    Raises: whatever is not the song's own fault.
+    sha256: hash of its file.
     """
-    sha256 = None
-    try:
-        sha256 = check_unchanged(planned, path)
-        song = prepare(path)
-    except BadInput as fault:
-        return None, quarantine(planned, fault, sha256)
     reason, detail = (None, song.note or None) if song.clips else song.why_empty()
     kept_samples = sum(clip.span.stop - clip.span.start for clip in song.clips)
     header = song.header
-    entry = SongEntry(
+    return SongEntry(
         planned.song_id,
         planned.speaker,
         KEPT if song.clips else FILTERED,
@@ -75,11 +62,10 @@ def settle(
         sha256=sha256,
         source=f"{header.sample_rate} Hz, {header.channels} ch, {header.format}",
     )
-    return (song if song.clips else None), entry
 
 
-def quarantine(planned: PlannedSong, fault: BadInput, sha256: str | None) -> SongEntry:
-    """The entry of a song that is at fault. sha256: of its file, if that could be read."""
+def quarantined_entry(planned: PlannedSong, fault: BadInput, sha256: str | None) -> SongEntry:
+    """Return the entry of a song that cannot be used. sha256: hash of its file, if readable."""
     return SongEntry(
         planned.song_id,
         planned.speaker,

@@ -31,13 +31,13 @@ from pipeline.dataset.shards import (
     units_in_words,
     write_dataset_info,
 )
-from pipeline.errors import UserError, some
+from pipeline.errors import UserError, first_names
 from pipeline.extract.config import ExtractConfig, fingerprinted
 from pipeline.extract.from_dataset import FromDataset, compare, read_source
 from pipeline.extract.job import ExtractJob, TakenOver
 from pipeline.extract.model_checks import check_codebooks, check_models
-from pipeline.extract.operators import extraction
 from pipeline.extract.plan_changes import Asked, Changes, find_changes
+from pipeline.extract.workload import extraction
 from pipeline.fingerprint import differences, fingerprint, neutral_values
 from pipeline.songs.corpus import Corpus, list_corpus
 from pipeline.songs.plan import (
@@ -205,7 +205,7 @@ class FromCorpus:
         unreadable = [s.song_id for task in new for s in task.songs if s.duration_s == 0]
         if unreadable:
             lines.append(
-                f"trouble  {len(unreadable)} without a readable header ({some(unreadable)})"
+                f"trouble  {len(unreadable)} without a readable header ({first_names(unreadable)})"
             )
         return Asked(new, changes.gone, changes.notices, lines)
 

@@ -1,4 +1,4 @@
-"""The job of an extraction, as every worker gets it."""
+"""The job of an extraction: everything that its workers get."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from pipeline.extract.config import ExtractConfig
 
 @dataclass(frozen=True)
 class TakenOver:
-    """What comes from the shards of another dataset instead of being made: the audio, and these."""
+    """Columns taken over from the shards of another dataset: the audio, and these.
+
+    f0: with the measures of pitch. units: a pair of columns for each encoder.
+    """
 
     dataset: Path
     fingerprint: str
-    f0: bool  # with what is measured on it
+    f0: bool
     units: tuple[EncoderIdentity, ...]
     xvector: XvectorIdentity | None
 
@@ -36,7 +39,7 @@ class TakenOver:
 
 @dataclass(frozen=True)
 class ExtractJob(Job[ExtractConfig]):
-    """corpus: the other dataset, where one is taken over."""
+    """The job of an extraction. corpus: the other dataset, where `taken_over` is set."""
 
     taken_over: TakenOver | None = None
 
@@ -46,5 +49,17 @@ class ExtractJob(Job[ExtractConfig]):
 
     @property
     def f0_networks(self) -> tuple[str, ...]:
-        """The networks that find the pitch; none where the pitch is taken over."""
+        """Networks that estimate f0; none where f0 is taken over."""
         return self.config.f0.networks if self.makes_f0 else ()
+
+    @property
+    def units_taken_over(self) -> dict[str, EncoderIdentity]:
+        """Encoders whose units are taken over, by name."""
+        units = self.taken_over.units if self.taken_over else ()
+        return {identity.name: identity for identity in units}
+
+    @property
+    def makes_xvector(self) -> bool:
+        if self.config.xvector.checkpoint is None:
+            return False
+        return self.taken_over is None or self.taken_over.xvector is None

@@ -17,12 +17,14 @@ import pyarrow.compute as pc
 from pipeline.dataset.decoded_clips import DecodedClips
 from pipeline.dataset.ledger import SongEntry
 from pipeline.dataset.schema import PITCH_SCHEMA
+from pipeline.errors import name_song_in_errors
 from pipeline.extract.job import ExtractJob
+from pipeline.extract.model_checks import name_setting_while_loading
 from pipeline.songs.balance import FILTERED
 from pipeline.storage.weight_files import require_unchanged
 from stages.chain import StageClock, why_empty
 from stages.errors import Dropped, Reason
-from stages.f0 import F0Config, estimate_clips
+from stages.f0 import F0Config, estimate_clips, load_networks
 from stages.f0.post import interpolate_gaps
 from stages.pitch_quality import PitchQuality, measure_pitch, unwanted_pitch
 from stages.types import Array
@@ -77,12 +79,21 @@ class Pitch:
     ) -> list[Array]:
         contours: list[Array] = []
         for wav, song_id in zip(wavs, song_ids, strict=True):
-            try:
+            with name_song_in_errors(song_id):
                 contours += estimate_clips([wav], self.config.audio.sample_rate, cfg)
-            except Exception as error:
-                error.add_note(f"while working on {song_id}")
-                raise
         return contours
+
+
+def load_pitch(job: ExtractJob) -> Pitch:
+    """Load the networks that estimate f0.
+
+    Raises: UserError: when their weights changed since the run began, or do not load.
+    """
+    if "f0.checkpoint" in job.weights:
+        require_unchanged("f0.checkpoint", job.weights["f0.checkpoint"])
+    with name_setting_while_loading("f0"):
+        load_networks(job.config.f0)
+    return Pitch(job)
 
 
 def _with_columns(

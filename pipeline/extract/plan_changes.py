@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pipeline.dataset.shards import Footer
-from pipeline.errors import some
+from pipeline.errors import first_names
 from pipeline.songs.balance import QUARANTINED
 from pipeline.songs.corpus import Corpus, ListedSong, left_alone
 from pipeline.songs.plan import PlannedSong, Task
@@ -119,16 +119,16 @@ def _notices(
     notices = []
     if changed:
         notices.append(
-            f"{len(changed)} songs changed after they were extracted ({some(changed)}); "
+            f"{len(changed)} songs changed after they were extracted ({first_names(changed)}); "
             "--redo-changed does their tasks again"
         )
     moved = [s for s, task in owner.items() if s in listed and listed[s].split != task.split]
     if moved:
         notices.append(
             f"{len(moved)} songs have another split in the manifest than in the plan "
-            f"({some(moved)}); the split of a planned song stays"
+            f"({first_names(moved)}); the split of a planned song stays"
         )
     if gone:
-        names = some(sorted(gone))
+        names = first_names(sorted(gone))
         notices.append(f"{len(gone)} planned songs are not in the corpus now ({names})")
     return notices + left_alone(corpus)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from pipeline.errors import UserError, some
+from pipeline.errors import UserError, first_names
 
 # Read by libsndfile; the rest needs ffmpeg. The content decides in the end, not the name.
 AUDIO_SUFFIXES = frozenset(
@@ -241,5 +241,5 @@ def left_alone(corpus: Corpus) -> list[str]:
         kinds = ", ".join(f"{suffix} {n}" for suffix, n in corpus.ignored.most_common(6))
         notices.append(f"files that are not audio by name were left alone: {kinds}")
     if corpus.loops:
-        notices.append(f"links that lead back up were not followed: {some(corpus.loops)}")
+        notices.append(f"links that lead back up were not followed: {first_names(corpus.loops)}")
     return notices

@@ -14,13 +14,13 @@ from models.synthesizer.config import MelConfig, SynthesizerConfig
 from models.synthesizer.sovits.files import read_discriminator, read_voice
 from models.synthesizer.voice import WEIGHTS, Voice, load_voice, require_same
 from pipeline.dataset.schema import EncoderIdentity
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_names
 from pipeline.train.find_voice import weights_file
 from pipeline.train.run_folder import TRAINING_FILE, part_of, read_checkpoint
 
 _OF_DISCRIMINATOR = ("spectral_norm", "discriminator_channels")
 _MAY_DIFFER = ("n_speakers", "dropout", "source_rate", *_OF_DISCRIMINATOR)
-_SHOWN = 8  # speakers in a line, and then how many more
+_SHOWN = 8  # speakers named in a line
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,8 @@ def _speaker_rows(voice: Voice, speakers: tuple[str, ...]) -> tuple[Tensor, str]
     new = [name for name in speakers if name not in rows]
     words = []
     if known:
-        words.append(f"those of the same name for {_some(known)}")
+        words.append(f"those of the same name for {first_names(known, _SHOWN)}")
     if new:
-        words.append(f"the mean of its {len(old)} for {_some(new)}")
+        words.append(f"the mean of its {len(old)} for {first_names(new, _SHOWN)}")
     table = torch.stack([rows.get(name, mean) for name in speakers])
     return table, f"speaker embeddings: {', '.join(words)}"
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.device import resolve_device
 from stages.errors import BadInput
 from stages.f0.config import F0Config
 from stages.frames import Track
@@ -45,6 +44,8 @@ def network(method: str, cfg: F0Config) -> Any:
 
     Raises ValueError for weights that are not there or not its own, and a device that is not there.
     """
+    from models.device import resolve_device  # torch takes seconds to import
+
     path = weights(method, cfg)
     state = path.stat()
     device = resolve_device(cfg.device)

@@ -14,7 +14,7 @@ from pipeline.cluster.progress import Board, ProgressDisplay, Snapshot
     [
         (Snapshot(), "ETA ?  0 songs"),
         (Snapshot(1, 3600.0), "ETA 0:00:"),
-        (Snapshot(2, 7200.0), "the last clips are under way  2 songs"),
+        (Snapshot(2, 7200.0), "finishing the last clips  2 songs"),
     ],
 )
 def test_a_line_tells_how_far_it_is(snapshot: Snapshot, words: str) -> None:
@@ -33,10 +33,10 @@ def test_a_line_tells_how_far_it_is(snapshot: Snapshot, words: str) -> None:
 
 def test_a_song_under_way_counts_by_its_seconds_and_once() -> None:
     board = Board()
-    board.hear("a", 10.0, None)
-    board.hear("b", 5.0, None)
-    board.hear("a", 20.0, "converted")
+    board.record("a", 10.0, None)
+    board.record("b", 5.0, None)
+    board.record("a", 20.0, "converted")
     assert board.snapshot() == Snapshot(1, 25.0, 0, "a")
-    board.hear("b", 1.0, None)  # its worker died, and another one begins
-    board.hear("b", 30.0, "quarantined")
+    board.record("b", 1.0, None)  # its worker died, and another one begins
+    board.record("b", 30.0, "quarantined")
     assert board.snapshot() == Snapshot(2, 50.0, 1, "b")

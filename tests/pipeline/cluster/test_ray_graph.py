@@ -19,7 +19,7 @@ from pipeline.dataset.shards import iter_shards
 from pipeline.errors import StorageFault, UserError
 from pipeline.extract.config import ExtractConfig, load_config
 from pipeline.extract.job import ExtractJob, TakenOver
-from pipeline.extract.operators import extraction
+from pipeline.extract.workload import extraction
 from pipeline.songs.plan import PlannedSong, Task
 from pipeline.storage.weight_files import WeightFile
 from tests.pipeline.conftest import Extract, shard_hashes
@@ -114,7 +114,7 @@ def test_gpus_serve_where_any_encoder_may_use_one() -> None:
     none = ["encoder.device=cpu", "encoders.log-mel.device=cpu"]
     assert plan([node(8, gpus=1)], tasks(9), settings(none)).gpu == 0
     must = settings(["encoders.log-mel.device=cuda"])
-    with pytest.raises(UserError, match=r"log-mel\.device is cuda, and no node .* to auto or cpu"):
+    with pytest.raises(UserError, match=r"log-mel\.device is cuda, but no node .* to auto or cpu"):
         plan([node(8)], tasks(9), must)
     two = plan([node(2, gpus=2)], tasks(9), settings())
     assert (two.cpu, two.gpu) == (1, 1)  # songs need a CPU too

@@ -184,7 +184,7 @@ def test_codebooks_of_other_voices_are_refused(tmp_path: Path) -> None:
     message = of(checkpoint_sha256="cd" * 32)
     assert "another checkpoint (SHA-256 cdcdcdcdcdcd) than this voice's (abababababab)" in message
     assert "(SHA-256 none)" in of(checkpoint_sha256=None)
-    assert "made with normalize=song, and these are made with the defaults" in of(
+    assert "made with normalize=song, but these are made with the defaults" in of(
         settings={"normalize": "song"}
     )
     assert "does not exist" in refused(codebook=tmp_path / "none.safetensors")
@@ -198,7 +198,7 @@ def test_settings_of_the_voices_units_are_those_of_the_codebook(tmp_path: Path) 
     path = write_codebook(tmp_path / "c.safetensors", frames(5), settings={"normalize": "song"})
     controls(voice, codebook=path)
     path = write_codebook(path, frames(5))
-    assert "made with the defaults, and these are made with normalize=song" in refused(
+    assert "made with the defaults, but these are made with normalize=song" in refused(
         voice=voice, codebook=path
     )
 

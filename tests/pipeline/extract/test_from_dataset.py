@@ -25,11 +25,10 @@ from pipeline.dataset.shards import (
 )
 from pipeline.dataset.verify import verify
 from pipeline.errors import UserError
-from pipeline.extract.clip_sources import ClipsOfShard
 from pipeline.extract.command import ExtractOptions, ExtractOutcome, reextract
 from pipeline.extract.from_dataset import FromDataset, compare, config_from, read_source
 from pipeline.extract.job import ExtractJob, TakenOver
-from pipeline.extract.operators import FinishTask, PrepareTask
+from pipeline.extract.task import ClipMaker, FinishTask, PrepareTask
 from pipeline.fingerprint import fingerprint
 from pipeline.reports.dataset_page import write_report
 from pipeline.songs.plan import load_plan
@@ -264,13 +263,12 @@ def test_a_song_that_kills_its_worker_is_left_out(dataset: Path, tmp_path: Path)
     source = read_source(dataset)
     task = next(t for t in load_plan(dataset).values() if t.songs[0].song_id == "spk1/song0.wav")
     over = TakenOver(dataset, source.fingerprint, True, (), None)
-    half = ClipsOfShard(
-        ExtractJob(dataset, dataset, source.config, "x", {}), over, lambda *_: None, None
-    )
-    clips, ledger = half.prepare(task.index, [task.songs[0].song_id], StageClock())
-    assert clips.num_rows == sum(entry.clips for entry in ledger)
+    job = ExtractJob(dataset, dataset, source.config, "x", {}, taken_over=over)
+    clips = ClipMaker(job, lambda *_: None).make(task.index, [task.songs[0].song_id], StageClock())
+    table, ledger = clips.table, clips.ledger
+    assert table.num_rows == sum(entry.clips for entry in ledger)
     assert (ledger[0].status, ledger[0].reason, ledger[0].clips) == ("quarantined", "crashed", 0)
-    assert task.songs[0].song_id not in clips["song_id"].to_pylist()
+    assert task.songs[0].song_id not in table["song_id"].to_pylist()
     assert ledger[0].sha256 is not None
 
 

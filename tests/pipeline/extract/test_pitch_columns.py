@@ -20,7 +20,7 @@ from pipeline.dataset.verify import verify
 from pipeline.errors import SongBug, UserError
 from pipeline.extract.config import load_config
 from pipeline.extract.job import ExtractJob
-from pipeline.extract.operators import FinishTask, PrepareTask
+from pipeline.extract.task import FinishTask, PrepareTask
 from pipeline.songs.plan import load_plan
 from stages.errors import Reason
 from stages.f0 import METHODS, estimate_f0
