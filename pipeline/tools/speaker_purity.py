@@ -21,12 +21,14 @@ from soundfile import LibsndfileError
 
 from pipeline.cluster.bar import show_bar
 from pipeline.cluster.device import choose_device
+from pipeline.dataset.decoded_clips import DecodedClips
+from pipeline.dataset.folder import open_folder
+from pipeline.dataset.prefetch import read_ahead
+from pipeline.dataset.row_groups import RowGroups, read_row_groups
 from pipeline.dataset.schema import XVECTOR_COLUMN
-from pipeline.dataset.shards import Footer, iter_shards, read_dataset_info, read_footers
+from pipeline.dataset.shards import Footer, read_dataset_info
 from pipeline.errors import UserError
 from pipeline.storage.atomic import commit_file
-from stages.flac import decode_flac
-from stages.pcm import dequantise
 from stages.xvector import XvectorConfig, embed_clips
 
 SIDECAR = "purity.parquet"
@@ -90,21 +92,19 @@ def measure_purity(
     Raises: UserError: when there are no vectors, or no clips.
     """
     info = read_dataset_info(dataset)
-    footers = _footers(dataset)
-    if not footers:
-        raise UserError(f"{dataset} has no shards yet; run `cantor extract` first")
+    row_groups, rows = read_row_groups(open_folder(dataset), None, lambda _: ["speaker"])
+    stored = row_groups.footer.xvector
     if settings.xvector.checkpoint is not None:
         column = "audio"
         embed, sha256 = _embedder(dataset, settings.xvector.checkpoint, settings.xvector.device)
-    elif all(footer.xvector is not None for _, footer in footers):
-        column, embed = XVECTOR_COLUMN, _stored
-        sha256 = footers[0][1].xvector.checkpoint_sha256 if footers[0][1].xvector else ""
+    elif stored is not None:
+        column, embed, sha256 = XVECTOR_COLUMN, _stored, stored.checkpoint_sha256
     else:
         raise UserError(
             f"{dataset} has no x-vectors; give xvector.checkpoint=FOLDER to this command or to "
             "`cantor extract` (a speaker model such as microsoft/wavlm-base-plus-sv)"
         )
-    clips = sum(pq.read_metadata(path).num_rows for path, _ in footers)
+    clips = len(rows)
     if clips == 0:
         raise UserError(f"{dataset} has no clips")
     spool_folder = dataset / ".tmp"
@@ -113,7 +113,7 @@ def measure_purity(
         show_bar(console, "clips", 2 * clips) as advance,
         tempfile.TemporaryFile(dir=spool_folder) as spool,
     ):
-        sums, counts = _spool_vectors(footers, column, embed, spool, advance)
+        sums, counts = _spool_vectors(row_groups, column, embed, spool, advance)
         spool.seek(0)
         notes = {"fingerprint": info["fingerprint"], "checkpoint_sha256": sha256, "clips": clips}
         schema = _SCHEMA.with_metadata({"cantor": json.dumps(notes)})
@@ -127,15 +127,6 @@ def measure_purity(
 
         commit_file(dataset, SIDECAR, write)
     return sorted(speakers.values(), key=lambda purity: purity.speaker)
-
-
-def _footers(dataset: Path) -> list[tuple[Path, Footer]]:
-    footers = []
-    for path, footer in read_footers(iter_shards(dataset)):
-        if isinstance(footer, UserError):
-            raise footer
-        footers.append((path, footer))
-    return footers
 
 
 def _stored(rows: pa.Table, footer: Footer) -> NDArray[np.float32]:
@@ -158,17 +149,14 @@ def _embedder(dataset: Path, checkpoint: str, device: str) -> tuple[Embed, str]:
     resampling = read_source(dataset).config.resample
 
     def embed(rows: pa.Table, footer: Footer) -> NDArray[np.float32]:
-        wavs = [
-            dequantise(decode_flac(audio["bytes"], footer.subtype), footer.subtype)
-            for audio in rows["audio"].to_pylist()
-        ]
+        wavs = DecodedClips(rows["audio"], footer.subtype)
         return np.stack(embed_clips(wavs, footer.sample_rate, model, resampling))
 
     return embed, sha256
 
 
 def _spool_vectors(
-    footers: list[tuple[Path, Footer]],
+    row_groups: RowGroups,
     column: str,
     embed: Embed,
     spool: BinaryIO,
@@ -178,41 +166,36 @@ def _spool_vectors(
     sums: dict[str, NDArray[np.float64]] = {}
     counts: dict[str, int] = {}
     writer: Any = None
-    for path, footer in footers:
-        for rows in _row_groups(path, ["clip_id", "speaker", column]):
-            try:
-                vectors = embed(rows, footer)
-            except (ValueError, LibsndfileError) as error:
-                raise UserError(f"{path} is damaged: {error}") from error
-            units = _normalized(vectors, rows, path)
-            speakers = rows["speaker"].to_pylist()
-            for speaker, unit in zip(speakers, units, strict=True):
-                sums[speaker] = sums.get(speaker, 0.0) + unit
-                counts[speaker] = counts.get(speaker, 0) + 1
-            batch = pa.record_batch(
-                {
-                    "clip_id": rows["clip_id"].combine_chunks(),
-                    "speaker": rows["speaker"].combine_chunks(),
-                    "vector": pa.FixedSizeListArray.from_arrays(units.ravel(), units.shape[1]),
-                }
-            )
-            writer = writer or pa.ipc.new_stream(spool, batch.schema)
-            writer.write_batch(batch)
-            advance(len(rows))
+    groups = range(len(row_groups))
+    columns = ["clip_id", "speaker", column]
+    for group, rows in zip(
+        groups, read_ahead(lambda group: row_groups.read(group, columns), groups), strict=True
+    ):
+        path = row_groups.where(group)
+        try:
+            vectors = embed(rows, row_groups.footer)
+        except (ValueError, LibsndfileError) as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+        units = _normalized(vectors, rows, path)
+        speakers = rows["speaker"].to_pylist()
+        for speaker, unit in zip(speakers, units, strict=True):
+            sums[speaker] = sums.get(speaker, 0.0) + unit
+            counts[speaker] = counts.get(speaker, 0) + 1
+        batch = pa.record_batch(
+            {
+                "clip_id": rows["clip_id"].combine_chunks(),
+                "speaker": rows["speaker"].combine_chunks(),
+                "vector": pa.FixedSizeListArray.from_arrays(units.ravel(), units.shape[1]),
+            }
+        )
+        writer = writer or pa.ipc.new_stream(spool, batch.schema)
+        writer.write_batch(batch)
+        advance(len(rows))
     writer.close()
     return sums, counts
 
 
-def _row_groups(path: Path, columns: list[str]) -> Iterator[pa.Table]:
-    try:
-        with pq.ParquetFile(path) as file:
-            for index in range(file.num_row_groups):
-                yield file.read_row_group(index, columns=columns, use_threads=False)
-    except pa.ArrowException as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-
-
-def _normalized(vectors: NDArray[np.float32], rows: pa.Table, path: Path) -> NDArray[np.float64]:
+def _normalized(vectors: NDArray[np.float32], rows: pa.Table, path: str) -> NDArray[np.float64]:
     wide = vectors.astype(np.float64)
     lengths = np.linalg.norm(wide, axis=1)
     wrong = ~(np.isfinite(lengths) & (lengths > 0))
