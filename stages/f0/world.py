@@ -50,11 +50,11 @@ def world_track(
     if estimator == "dio":
         f0, times = dio_track(samples, sample_rate, cfg.f0_min, cfg.f0_max, cfg.hop_length)
     else:
-        f0, times = _harvest(samples, sample_rate, cfg)
+        f0, times = harvest_track(samples, sample_rate, cfg)
     return pyworld.stonemask(samples, f0, times, sample_rate), times
 
 
-def _harvest(wav: NDArray[np.float64], sample_rate: int, cfg: F0Config) -> Track:
+def harvest_track(wav: NDArray[np.float64], sample_rate: int, cfg: F0Config) -> Track:
     """Harvest's f0, before StoneMask, and its times in seconds.
 
     It answers every millisecond and takes the nearest answer for each frame. So do blocks, which

@@ -29,7 +29,9 @@ from stages.types import Array, PcmFile
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "preprocessing" / "slicer.npz"
 with np.load(GOLDEN) as arrays:
-    CASES = sorted(name for name in arrays if name.startswith("so/"))
+    # so-vits-svc mistakes the channels of stereo for its length; those inputs are not stored.
+    CASES = sorted(n for n in arrays if n.startswith(("so/", "openvpi/")) and "/stereo" not in n)
+with np.load(GOLDEN.with_name("inputs.npz")) as arrays:
     SHA256 = {n.split("/")[1]: str(arrays[n]) for n in arrays if n.startswith("sha256/")}
 
 
@@ -87,11 +89,15 @@ def golden_input(name: str, request: pytest.FixtureRequest) -> tuple[Array, int]
 
 @pytest.mark.parametrize("case", CASES)
 def test_cuts_equal_the_peers(case: str, request: pytest.FixtureRequest) -> None:
-    _, *name, parameters = case.split("/")
+    """so-vits-svc returns every span; audio-slicer returns the sounding ones."""
+    peer, *name, parameters = case.split("/")
     wav, sample_rate = golden_input("/".join(name), request)
     spans = slice_silence(wav, sample_rate, peer_settings(parameters))
+    found = [list(span) for span in spans]
+    if peer == "openvpi":
+        found = [[span.start, span.stop] for span in spans if not span.silent]
     with np.load(GOLDEN) as arrays:
-        assert [tuple(span) for span in spans] == [tuple(row) for row in arrays[case].tolist()]
+        assert found == arrays[case].tolist()
 
 
 def test_rms_equals_the_peers(request: pytest.FixtureRequest) -> None:

@@ -22,6 +22,7 @@ from models.checkpoint import (
     read_safetensors,
     save_safetensors,
 )
+from models.encoders import Encoder, load_encoder
 from models.encoders.encoder_names import NAMES
 from models.encoders.layouts import (
     EncoderFile,
@@ -30,6 +31,7 @@ from models.encoders.layouts import (
     read_encoder_file,
     save_checkpoint,
 )
+from models.encoders.ssl import SslEncoder
 from models.encoders.wav2vec2 import RelativeBias, Wav2Vec2, Wav2Vec2Config, relative_buckets
 from models.torchaudio_compat import import_torchaudio
 
@@ -72,10 +74,39 @@ def assert_close(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) ->
     assert np.abs(found - expected).max() < TOLERANCE
 
 
-def assert_golden(found: np.ndarray[Any, Any], golden: np.ndarray[Any, Any]) -> None:
-    """found: (F, D). golden: every 8th frame of it."""
-    assert found.shape[0] in (149, 150)
-    assert_close(found[::8], golden)
+def frames_first(golden: np.ndarray[Any, Any], dim: int) -> np.ndarray[Any, Any]:
+    """(F, D) of a golden that is (1, F, D) or (1, D, F)."""
+    (rows,) = golden
+    return rows if rows.shape[1] == dim else rows.T
+
+
+def assert_golden(
+    parts: tuple[Wav2Vec2Config, dict[str, Tensor]],
+    wav: Tensor,
+    golden: np.ndarray[Any, Any],
+    batched: bool = True,
+) -> None:
+    """The plain network and the encoder made of it, which is packed and tiled, give the golden.
+
+    batched: also in a padded batch, as on a GPU.
+    """
+    made = network(parts)
+    expected = frames_first(golden, made.config.dim)
+    with torch.inference_mode():
+        assert_close(made(wav)[0].numpy(), expected)
+    encoder = SslEncoder("any", made)
+    assert_encodes(encoder, wav, expected)
+    if batched:
+        encoder.one_by_one = False
+        together = encoder.encode([wav[0, :20000], wav[0]])[1]
+        assert_close(together.numpy(), expected)
+
+
+def assert_encodes(encoder: Encoder, wav: Tensor, golden: np.ndarray[Any, Any]) -> None:
+    """The encoder that users get gives the golden: (F, D), (1, F, D) or (1, D, F)."""
+    expected = golden if golden.ndim == 2 else frames_first(golden, encoder.dim)
+    (found,) = encoder.encode([wav[0]])
+    assert_close(found.numpy(), expected)
 
 
 # --- the goldens
@@ -99,25 +130,58 @@ def test_fairseq_hubert_at_every_layer(file: str, wav: Tensor) -> None:
     assert checkpoint.config.normalize_wav == ("large" in file)
     for layer in (1, 2, 3):
         part = checkpoint.take(layer, normalize_wav=False)
-        assert_golden(units(part, wav), golden[f"layer{layer}"])
-    assert_golden(units(checkpoint.take(normalize_wav=False), wav), golden["none"])
-    assert_golden(units(checkpoint.take(normalize_wav=True), wav), golden["none_wavnorm"])
+        assert_golden(part, wav, golden[f"layer{layer}"])
+    assert_golden(checkpoint.take(normalize_wav=False), wav, golden["none"])
+    assert_golden(checkpoint.take(normalize_wav=True), wav, golden["none_wavnorm"])
+    assert_stem(network(checkpoint.take(normalize_wav=False)), wav, golden["conv"], golden["proj"])
 
 
-@pytest.mark.parametrize("stem", ["tiny_hubert_base", "tiny_hubert_base_fp16", "tiny_hubert_large"])
+@torch.inference_mode()
+def assert_stem(
+    whole: Wav2Vec2,
+    wav: Tensor,
+    conv_golden: np.ndarray[Any, Any],
+    projected_golden: np.ndarray[Any, Any],
+) -> None:
+    conv = whole.features(wav, [wav.shape[1]])
+    if whole.config.stem_scale:
+        conv = conv * whole.stem_scale
+    projected = whole.projection(whole.stem_out_norm(conv))
+    for found, golden in ((conv[0], conv_golden), (projected[0], projected_golden)):
+        assert_close(found.numpy(), frames_first(golden, found.shape[1]))
+
+
+SOVITS = [
+    ("contentvec256l9", "sovits_ContentVec256L9"),
+    ("contentvec768l12", "sovits_ContentVec768L12"),
+    ("cnhubertlarge", "sovits_CNHubertLarge"),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "golden"),
+    ("file", "outputs"),
     [
-        ("contentvec256l9", "sovits_ContentVec256L9"),
-        ("contentvec768l12", "sovits_ContentVec768L12"),
-        ("cnhubertlarge", "sovits_CNHubertLarge"),
+        ("tiny_hubert_base.pt", "tiny_hubert_base"),
+        ("tiny_hubert_base_fp16.pt", "tiny_hubert_base_fp16"),
+        ("tiny_hubert_base_args.pt", "tiny_hubert_base"),
+        ("tiny_hubert_base_dictconfig.pt", "tiny_hubert_base"),
+        ("tiny_hubert_base_dictconfig_nozip.pt", "tiny_hubert_base"),
+        ("tiny_hubert_large.pt", "tiny_hubert_large"),
     ],
 )
-def test_names_give_what_so_vits_gives(stem: str, name: str, golden: str, wav: Tensor) -> None:
-    outputs = np.load(GOLDEN / f"{stem}_out.npz")
-    same = {"sovits_ContentVec768L12": "layer3", "sovits_CNHubertLarge": "none"}
-    expected = outputs[golden if golden in outputs else same[golden]]
-    assert_golden(units(read_encoder(name, GOLDEN / f"{stem}.pt"), wav), expected)
+@pytest.mark.parametrize(("name", "golden"), SOVITS)
+def test_names_give_what_so_vits_gives(
+    file: str, outputs: str, name: str, golden: str, wav: Tensor
+) -> None:
+    expected = np.load(GOLDEN / f"{outputs}_out.npz")[golden]
+    assert_golden(read_encoder(name, GOLDEN / file), wav, expected)
+    assert_encodes(load_encoder(name, str(GOLDEN / file)), wav, expected)
+
+
+@pytest.mark.parametrize("stem", ["tiny_hubert_base", "tiny_hubert_large"])
+def test_a_normalised_waveform_is_an_option(stem: str, wav: Tensor) -> None:
+    encoder = load_encoder("cnhubertlarge", str(GOLDEN / f"{stem}.pt"), normalize_wav=True)
+    assert_encodes(encoder, wav, np.load(GOLDEN / f"{stem}_out.npz")["none_wavnorm"])
 
 
 @pytest.mark.parametrize("stem", ["tiny_wavlm", "tiny_wavlm_large"])
@@ -126,8 +190,10 @@ def test_wavlm_at_every_layer(stem: str, wav: Tensor) -> None:
     checkpoint = read_encoder_file(GOLDEN / f"{stem}.pt")
     assert checkpoint.family == "wavlm"
     for layer in (1, 2, 3):
-        assert_golden(units(checkpoint.take(layer), wav), golden[f"layer{layer}"])
-    assert_golden(units(read_encoder("wavlm-base-plus", GOLDEN / f"{stem}.pt"), wav), golden["out"])
+        assert_golden(checkpoint.take(layer), wav, golden[f"layer{layer}"])
+    name, file = "wavlm-base-plus", GOLDEN / f"{stem}.pt"
+    assert_golden(read_encoder(name, file), wav, golden["out"])
+    assert_encodes(load_encoder(name, str(file)), wav, golden["out"])
     bias = network(checkpoint.take()).position_bias(7)
     assert bias is not None
     assert np.abs(bias.detach().numpy() - golden["rel_bias_7x7"]).max() < 1e-7
@@ -155,15 +221,12 @@ def test_pruned_students_at_every_layer(stem: str, family: str, wav: Tensor) -> 
     golden = np.load(GOLDEN / f"{stem}_out.npz")
     checkpoint = read_encoder_file(GOLDEN / f"{stem}.pth")
     assert checkpoint.family == family
-    whole = network(checkpoint.take())
-    with torch.inference_mode():
-        conv = whole.features(wav, [wav.shape[1]]) * whole.stem_scale
-        projected = whole.projection(whole.stem_out_norm(conv))
-    assert_golden(conv[0].numpy(), golden["conv"])
-    assert_golden(projected[0].numpy(), golden["feat0"])
+    assert_stem(network(checkpoint.take()), wav, golden["conv"], golden["feat0"])
     for layer in (1, 2, 3, 4):
-        assert_golden(units(checkpoint.take(layer), wav), golden[f"feat{layer}"])
-    assert_golden(units(read_encoder("dphubert", GOLDEN / f"{stem}.pth"), wav), golden["out_eval"])
+        assert_golden(checkpoint.take(layer), wav, golden[f"feat{layer}"])
+    file = GOLDEN / f"{stem}.pth"
+    assert_golden(read_encoder("dphubert", file), wav, golden["out_eval"])
+    assert_encodes(load_encoder("dphubert", str(file)), wav, golden["out_eval"])
 
 
 def test_a_pruned_wavlm_without_attention_in_layer_0_has_no_position_bias() -> None:
@@ -208,9 +271,10 @@ def test_published_sizes(manifest: str, outputs: dict[str, str], wav: Tensor) ->
         config, state = checkpoint.take(
             what.layers, project=what.project, normalize_wav=what.normalize_wav
         )
-        found = units((config, state), wav)
         assert config.dim == (what.dim or what.width if not what.project else 256)
-        assert_golden(found, golden[key])
+        assert_golden((config, state), wav, golden[key], batched=False)
+    if (key := "CNHubertLarge_wavnorm") in golden:
+        assert_golden(checkpoint.take(normalize_wav=True), wav, golden[key], batched=False)
 
 
 # --- transformers' folders
@@ -290,7 +354,35 @@ def test_content_vec_best_has_its_projection_beside_the_model(wav: Tensor, tmp_p
     config = {"model_type": "hubert", "num_attention_heads": 4, "do_stable_layer_norm": False}
     (tmp_path / "config.json").write_text(json.dumps(config))
     golden = np.load(GOLDEN / "tiny_hubert_base_out.npz")["sovits_ContentVec256L9"]
-    assert_golden(units(read_encoder("contentvec256l9", tmp_path), wav), golden)
+    assert_golden(read_encoder("contentvec256l9", tmp_path), wav, golden)
+
+
+@pytest.mark.parametrize(
+    ("stem", "names", "name", "output", "more"),
+    [
+        ("tiny_hubert_large", "tiny_hubert_large", "cnhubertlarge", "sovits_CNHubertLarge", {}),
+        (
+            "tiny_wavlm",
+            "wavlm",
+            "wavlm-base-plus",
+            "out",
+            {"model_type": "wavlm", "num_buckets": 40, "max_bucket_distance": 60},
+        ),
+    ],
+)
+def test_a_file_renamed_for_transformers(
+    stem: str, names: str, name: str, output: str, more: dict[str, Any], wav: Tensor, tmp_path: Path
+) -> None:
+    source = load_foreign(GOLDEN / f"{stem}.pt")["model"]
+    renamed = json.loads((GOLDEN / f"map_{names}_to_transformers.json").read_text())
+    tensors = {renamed[key]: t.clone() for key, t in source.items() if key in renamed}
+    assert len(tensors) > 50
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    large = {"do_stable_layer_norm": "large" in stem}
+    config = {"model_type": "hubert", "num_attention_heads": 4, **large, **more}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    golden = np.load(GOLDEN / f"{stem}_out.npz")[output]
+    assert_encodes(load_encoder(name, str(tmp_path)), wav, golden)
 
 
 def test_a_glu_feed_forward_keeps_its_gate() -> None:
@@ -400,7 +492,7 @@ def misfit_config(key: str, value: Any) -> str:
     return str(caught.value)
 
 
-def test_shapes_decide_where_the_configuration_lies(wav: Tensor) -> None:
+def test_shapes_decide_where_the_configuration_lies(wav: Tensor, tmp_path: Path) -> None:
     """chinese-hubert-large's convolutions have no bias, whatever its configuration says."""
     content = load_foreign(GOLDEN / "tiny_hubert_large.pt")
     assert content["cfg"]["model"]["conv_bias"] is True
@@ -410,8 +502,15 @@ def test_shapes_decide_where_the_configuration_lies(wav: Tensor) -> None:
     checkpoint = checkpoint_of(Path("a.pt"), content)
     for layer in (1, 2, 3):
         part = checkpoint.take(layer, normalize_wav=False)
-        assert_golden(units(part, wav), golden[f"layer{layer}"])
-    assert_golden(units(checkpoint.take(normalize_wav=False), wav), golden["none"])
+        assert_golden(part, wav, golden[f"layer{layer}"])
+    assert_golden(checkpoint.take(normalize_wav=False), wav, golden["none"])
+    assert_golden(checkpoint.take(normalize_wav=True), wav, golden["none_wavnorm"])
+    whole = network(checkpoint.take(normalize_wav=False))
+    assert_stem(whole, wav, golden["conv"], golden["proj"])
+
+    torch.save(content, tmp_path / "a.pt")
+    for name, key in SOVITS:
+        assert_encodes(load_encoder(name, str(tmp_path / "a.pt")), wav, golden[key])
 
 
 # --- names

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,16 @@ def test_as_the_peer(samples: int, reference: Reference) -> None:
     expect(mel_of(spec, MelConfig(), 44100), "mel80", LOGARITHMS)
     other = MelConfig(n_mels=128, f_min=40, f_max=16000)
     expect(mel_of(spec, other, 44100), "mel128_40_16000", LOGARITHMS)
+
+
+def test_as_the_peer_on_a_recording(golden: Path) -> None:
+    with np.load(golden / "preprocessing" / "inputs.npz") as arrays:
+        second = arrays["vocadito_3to8s"][220500 - 132300 : 264600 - 132300]
+    with np.load(golden / "preprocessing" / "volume_expand_coarse_spec.npz") as arrays:
+        expected = arrays["spec/vocadito_5to6s/n2048_hop512"]
+    wav = torch.from_numpy((second / 32768).astype(np.float32)).unsqueeze(0)
+    spec = spectrogram(wav, MelConfig(), 512)[0]
+    np.testing.assert_allclose(spec.numpy(), expected, rtol=0, atol=MAGNITUDES)
 
 
 def test_each_clip_is_as_if_it_were_alone(wav: torch.Tensor) -> None:

@@ -153,8 +153,8 @@ def test_weights_that_change_while_a_task_runs_do_not_reach_its_shard(
 def singing(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus of one song: five seconds of real singing."""
     folder = tmp_path_factory.mktemp("singing")
-    with np.load(golden / "preprocessing" / "f0.npz") as reference:
-        wav = reference["in/vocadito_3to8s"]
+    with np.load(golden / "preprocessing" / "inputs.npz") as inputs:
+        wav = inputs["vocadito_3to8s"]
     (folder / "ann").mkdir()
     sf.write(folder / "ann" / "song.wav", wav, 44100)
     return folder

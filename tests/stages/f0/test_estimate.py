@@ -10,15 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from models.synthesizer.blocks.pitch import f0_to_coarse
 from stages.f0 import METHODS, F0Config, estimate_clips, estimate_f0
+from stages.f0.dio import dio_track
 from stages.f0.pitch import resize2d_f0
 from stages.f0.praat import praat_track
 from stages.f0.sovits_compat import fill_unvoiced
-from stages.f0.world import periodicity, world_track
+from stages.f0.world import harvest_track, periodicity, world_track
+from stages.resample import ResampleConfig, resample
 from stages.types import Array
 
 RATE = 44100
@@ -326,8 +330,9 @@ def reference(golden: Path) -> dict[str, NDArray[np.float64]]:
 
 
 @pytest.fixture(scope="module")
-def five_seconds(reference: dict[str, NDArray[np.float64]]) -> Array:
-    return (reference["in/vocadito_3to8s"] / 32768).astype(np.float32)
+def five_seconds(golden: Path) -> Array:
+    with np.load(golden / "preprocessing" / "inputs.npz") as arrays:
+        return (arrays["vocadito_3to8s"] / 32768).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +360,7 @@ def test_raw_praat_on_five_seconds(
     np.testing.assert_allclose(times, reference["raw/vocadito_3to8s/praat_ac/t"], rtol=1e-12)
 
 
-def test_raw_praat_and_dio_on_the_whole_recording(
+def test_raw_tracks_of_the_whole_recording(
     reference: dict[str, NDArray[np.float64]], whole: Array
 ) -> None:
     f0, times = praat_track(whole, RATE, F0Config())
@@ -364,6 +369,33 @@ def test_raw_praat_and_dio_on_the_whole_recording(
     f0, times = world_track("dio", whole, RATE, F0Config(method="dio"))
     assert_same_contour(f0, reference["raw/vocadito_full/dio_stonemask/f0"])
     np.testing.assert_allclose(times, reference["raw/vocadito_full/dio/t"], rtol=1e-12)
+    f0, times = dio_track(whole.astype(np.float64), RATE, 50, 1100, HOP)
+    assert_same_contour(f0, reference["raw/vocadito_full/dio/f0"])
+    np.testing.assert_allclose(times, reference["raw/vocadito_full/dio/t"], rtol=1e-12)
+    f0, _ = harvest_track(whole.astype(np.float64), RATE, F0Config(method="harvest"))
+    assert_same_contour(f0, reference["raw/vocadito_full/harvest/f0"])
+    f0, _ = world_track("harvest", whole, RATE, F0Config(method="harvest"))
+    assert_same_contour(f0, reference["raw/vocadito_full/harvest_stonemask/f0"])
+
+
+def test_periodicity_is_near_praats_strength(
+    reference: dict[str, NDArray[np.float64]], whole: Array
+) -> None:
+    """Both correlate a period with the next: Praat through a window of three periods.
+
+    Praat's strength is 0 where it finds no pitch, and its voicing threshold or more elsewhere.
+    """
+    f0, times, strength = (
+        reference[f"raw/vocadito_full/praat_ac/{name}"] for name in ("f0", "t", "strength")
+    )
+    voiced = f0 > 0
+    np.testing.assert_array_equal(strength > 0, voiced)
+    assert strength[voiced].min() >= 0.6
+    ours = periodicity(whole, f0.astype(np.float64), times * RATE, RATE)
+    difference = np.abs(ours - strength)[voiced]
+    assert np.median(difference) < 0.005
+    assert np.quantile(difference, 0.95) < 0.06
+    assert not ours[~voiced].any()
 
 
 @pytest.mark.parametrize(
@@ -398,7 +430,7 @@ def test_peer_contours(
     assert_same_contour(fill_unvoiced(f0, RATE, hop_length), reference[f"{theirs}/f0"])
 
 
-@pytest.mark.parametrize("method", ["praat", "dio"])
+@pytest.mark.parametrize("method", ["praat", "dio", "harvest"])
 def test_peer_contours_of_the_whole_recording(
     method: str, reference: dict[str, NDArray[np.float64]], whole: Array
 ) -> None:
@@ -451,9 +483,23 @@ def test_seed_003(key: int, reference: dict[str, NDArray[np.float64]]) -> None:
     assert_same_contour(f0, reference[f"seed003/vocadito_3to8s/plen500_key{key}/f0"])
 
 
+@pytest.mark.parametrize("key", [0, 12, -5])
+def test_seed_003_on_the_whole_recording(
+    key: int, reference: dict[str, NDArray[np.float64]], whole: Array
+) -> None:
+    wav = resample(whole, RATE, 16000, ResampleConfig(quality="HQ"))
+    f0 = estimate_f0(wav, 16000, SEED_003, 3320) * 2 ** (key / 12)
+    case = f"seed003/vocadito_full/plen3320_key{key}"
+    assert_same_contour(f0, reference[f"{case}/f0"])
+    bins = f0_to_coarse(torch.from_numpy(f0)).numpy()
+    np.testing.assert_array_equal(bins, reference[f"{case}/coarse"])
+
+
 def test_seed_003_on_silence(reference: dict[str, NDArray[np.float64]]) -> None:
     f0 = estimate_f0(np.zeros(32000, np.float32), 16000, SEED_003, 200)
     assert_same_contour(f0, reference["seed003/zeros2s/plen200_key0/f0"])
+    bins = f0_to_coarse(torch.from_numpy(f0)).numpy()
+    np.testing.assert_array_equal(bins, reference["seed003/zeros2s/plen200_key0/coarse"])
 
 
 @pytest.mark.parametrize("n_frames", [5, 10, 13, 20])

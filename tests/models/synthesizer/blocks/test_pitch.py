@@ -14,8 +14,17 @@ from models.synthesizer.blocks.pitch import f0_to_coarse, normalize_f0, transpos
 
 @pytest.fixture(scope="module")
 def reference(golden: Path) -> dict[str, NDArray[np.generic]]:
-    with np.load(golden / "synthesizers" / "svc_functions.npz", allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+    merged: dict[str, NDArray[np.generic]] = {}
+    for name in ("synthesizers/svc_functions", "preprocessing/volume_expand_coarse_spec"):
+        with np.load(golden / f"{name}.npz", allow_pickle=False) as arrays:
+            merged |= dict(arrays)
+    return merged
+
+
+@pytest.fixture(scope="module")
+def contours(golden: Path) -> dict[str, NDArray[np.generic]]:
+    with np.load(golden / "preprocessing" / "f0.npz", allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files if name.startswith("seed003/")}
 
 
 # f0_to_coarse
@@ -39,10 +48,13 @@ def test_the_peers_bins(
 
 
 @pytest.mark.parametrize("key", [0, 12, -5])
-def test_the_articles_bins(key: int, reference: dict[str, NDArray[np.generic]]) -> None:
-    case = f"seed003/vocadito_3to8s/plen500_key{key}"
-    bins = f0_to_coarse(torch.from_numpy(reference[f"{case}/f0"]))
-    np.testing.assert_array_equal(bins.numpy(), reference[f"{case}/coarse"])
+@pytest.mark.parametrize("recording", ["vocadito_3to8s/plen500", "vocadito_full/plen3320"])
+def test_the_articles_bins(
+    recording: str, key: int, contours: dict[str, NDArray[np.generic]]
+) -> None:
+    case = f"seed003/{recording}_key{key}"
+    bins = f0_to_coarse(torch.from_numpy(contours[f"{case}/f0"]))
+    np.testing.assert_array_equal(bins.numpy(), contours[f"{case}/coarse"])
 
 
 def test_what_lies_outside_the_range() -> None:

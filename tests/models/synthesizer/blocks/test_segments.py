@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from models.synthesizer.blocks.noise import KeyedNoise, NoNoise
@@ -20,6 +23,12 @@ from tests.models.synthesizer.conftest import Reference
 @pytest.fixture
 def functions(reference: Reference) -> dict[str, np.ndarray]:
     return reference("svc_functions")
+
+
+@pytest.fixture(scope="module")
+def preprocessing(golden: Path) -> dict[str, np.ndarray]:
+    with np.load(golden / "preprocessing" / "volume_expand_coarse_spec.npz") as arrays:
+        return dict(arrays)
 
 
 # masks and segments
@@ -95,6 +104,19 @@ def test_expands_as_the_peer(mode: str, case: str, functions: dict[str, np.ndarr
     np.testing.assert_array_equal(found, expected)
 
 
+EXPANDED = "h2_s1_t5 h2_s249_t430 h2_s1659_t2860 h3_s100_t172 h4_s10_t10 h4_s10_t7 h4_s50_t86"
+
+
+@pytest.mark.parametrize("mode", ["nearest", "left"])
+@pytest.mark.parametrize("case", [*EXPANDED.split(), "h4_s7_t12", "h8_s49_t86"])
+def test_expands_as_in_preprocessing(
+    mode: str, case: str, preprocessing: dict[str, np.ndarray]
+) -> None:
+    expected = preprocessing[f"expand/{case}/{mode}"].T
+    found = expand_units(preprocessing[f"expand/{case}/in"].T, len(expected), mode)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("source, target", [(461, 793), (5000, 5001), (4999, 8600), (700, 33)])
 def test_left_is_the_rule_frame_by_frame(source: int, target: int) -> None:
     ends = (np.arange(source + 1) * target).astype(np.float32) / np.float32(source)
@@ -128,6 +150,28 @@ def test_volume(samples: int, functions: dict[str, np.ndarray]) -> None:
     found = volume_of(functions[f"volume/{samples}/in"], 512)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, functions[f"volume/{samples}/out"], rtol=0, atol=VOLUME)
+
+
+@pytest.mark.parametrize("hop", [320, 441, 511, 512])
+def test_volume_of_a_recording(
+    hop: int, preprocessing: dict[str, np.ndarray], real_audio: Path
+) -> None:
+    wav, _ = soundfile.read(real_audio / "vocadito_1.flac", dtype="float32")
+    found = volume_of(wav, hop)
+    expected = preprocessing[f"volume/vocadito_full/hop{hop}"]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=VOLUME)
+
+
+@pytest.mark.parametrize("case", ["vocadito_3to8s", "len600"])
+def test_volume_of_parts_of_it(
+    case: str, preprocessing: dict[str, np.ndarray], golden: Path
+) -> None:
+    with np.load(golden / "preprocessing" / "inputs.npz") as arrays:
+        wav = (arrays["vocadito_3to8s"] / 32768).astype(np.float32)
+    if case == "len600":
+        wav = wav[220500 - 132300 :][:600]
+    expected = preprocessing[f"volume/{case}/hop512"]
+    np.testing.assert_allclose(volume_of(wav, 512), expected, rtol=0, atol=VOLUME)
 
 
 def test_volume_of_an_odd_hop() -> None:
