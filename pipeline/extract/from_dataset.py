@@ -12,11 +12,11 @@ from typing import Any
 
 from pipeline.dataset.schema import SCHEMA_VERSION
 from pipeline.dataset.shards import Footer, iter_shards, read_dataset_info, read_footers
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_names
 from pipeline.extract.clip_sources import damaged_source, origin_of
 from pipeline.extract.config import ExtractConfig, fingerprinted, load_config
 from pipeline.extract.job import TakenOver
-from pipeline.extract.plan_changes import Asked
+from pipeline.extract.plan_changes import PlanUpdate
 from pipeline.fingerprint import counted, differences, neutral_values
 from pipeline.settings import flatten
 from pipeline.songs.plan import Task, load_plan
@@ -144,7 +144,7 @@ def _paths(config: ExtractConfig, section: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class FromDataset:
-    """What the shards of the source ask of the plan."""
+    """The shards of another dataset as the input of an extraction."""
 
     reading: Reading
 
@@ -152,40 +152,44 @@ class FromDataset:
     def root(self) -> Path:
         return self.reading.source.dataset
 
-    def look(self) -> None:
-        """Nothing to list: the shards are read where they are asked for."""
+    def list_songs(self) -> None:
+        """Do nothing: the plan of the source lists its songs."""
 
-    def ask(self, tasks: Mapping[int, Task], held: Mapping[int, Footer]) -> Asked:
-        """Tasks for shards that are new in the source, or hold other songs than they did.
+    def update_plan(self, tasks: Mapping[int, Task], committed: Mapping[int, Footer]) -> PlanUpdate:
+        """Return tasks for shards that are new in the source, or have other songs than before.
 
-        Raises: UserError for a damaged shard, and for one that is gone and still to be read.
+        Raises: UserError: when a shard is damaged, or is gone before it was taken over.
         """
-        there, planned = self._shards()
-        gone = sorted(tasks.keys() - held.keys() - there.keys())
-        if gone:
-            names = ", ".join(tasks[index].shard_name for index in gone[:3])
+        footers, planned = self._shards()
+        lost = sorted(tasks.keys() - committed.keys() - footers.keys())
+        if lost:
+            names = first_names([tasks[index].shard_name for index in lost])
             raise UserError(
-                f"{self.root} has lost {len(gone)} shards that are still to be read ({names}); "
+                f"{self.root} has lost {len(lost)} shards that are still to be read ({names}); "
                 "complete it with its own command, then run this one again"
             )
-        new = [planned[index] for index in there if tasks.get(index) != planned[index]]
-        stale = {i for i in held.keys() & there.keys() if held[i].origin != origin_of(there[i])}
-        waiting = len(planned) - len(there)
+        added = [planned[index] for index in footers if tasks.get(index) != planned[index]]
+        stale = {
+            index
+            for index in committed.keys() & footers.keys()
+            if committed[index].origin != origin_of(footers[index])
+        }
+        waiting = len(planned) - len(footers)
         notices = []
         if waiting:
             notices.append(
-                f"{waiting} of {len(planned)} tasks of {self.root} are not done; this command "
-                "takes them over later"
+                f"{waiting} of {len(planned)} tasks of {self.root} are not done; complete it, then "
+                "run this command again to take them over"
             )
-        line = f"source   {len(there)} of {len(planned)} shards at {self.root}"
-        return Asked(new, frozenset(), notices, [line], frozenset(stale))
+        line = f"source   {len(footers)} of {len(planned)} shards at {self.root}"
+        return PlanUpdate(added, frozenset(), notices, [line], frozenset(stale))
 
     def take_over(self) -> TakenOver:
-        """What workers are told. Raises: UserError when the source has no shard."""
-        there, _ = self._shards()
-        if not there:
+        """Return the columns to take over. Raises: UserError: when the source has no shard."""
+        footers, _ = self._shards()
+        if not footers:
             raise UserError(f"{self.root} has no shard yet; complete it first")
-        footer = next(iter(there.values()))
+        footer = next(iter(footers.values()))
         taken = self.reading.taken
         names = {encoder.name for s, encoder in self.reading.encoders.items() if s in taken}
         return TakenOver(
@@ -197,14 +201,14 @@ class FromDataset:
         )
 
     def _shards(self) -> tuple[dict[int, Footer], dict[int, Task]]:
-        """Footers of its shards that are what its plan asks for, and the plan."""
+        """Return the footers of the shards that match the source's plan, and the plan."""
         planned = load_plan(self.root)
-        there = {}
+        footers = {}
         for path, footer in read_footers(iter_shards(self.root)):
             if isinstance(footer, UserError):
                 raise damaged_source(path, footer)
             task = planned.get(footer.task)
-            asked = (self.reading.source.fingerprint, task and task.task_id)
-            if (footer.fingerprint, footer.task_id) == asked:
-                there[footer.task] = footer
-        return there, planned
+            expected = (self.reading.source.fingerprint, task and task.task_id)
+            if (footer.fingerprint, footer.task_id) == expected:
+                footers[footer.task] = footer
+        return footers, planned

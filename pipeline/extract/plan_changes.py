@@ -1,4 +1,4 @@
-"""What a corpus asks of an existing plan: songs to add, songs to take up again, tasks to redo.
+"""Changes of a corpus since it was planned: songs to add, songs to retry, tasks to redo.
 
 A song belongs to the last task that names it; its entry in an earlier one is history.
 """
@@ -11,15 +11,16 @@ from dataclasses import dataclass, field
 from pipeline.dataset.shards import Footer
 from pipeline.errors import first_names
 from pipeline.songs.balance import QUARANTINED
-from pipeline.songs.corpus import Corpus, ListedSong, left_alone
+from pipeline.songs.corpus import Corpus, ListedSong, not_listed
 from pipeline.songs.plan import PlannedSong, Task
 
 
 @dataclass(frozen=True)
 class Changes:
-    """add: songs that get new tasks. renew: tasks to plan again in place, with the songs they keep.
+    """Changes of a corpus against its plan.
 
-    gone: songs of the plan that the corpus has no longer. notices: what the user should know.
+    add: songs that get new tasks. renew: tasks to plan again in place, with the songs they keep.
+    gone: planned songs that are no longer in the corpus. notices: remarks for the user.
     """
 
     add: list[ListedSong] = field(default_factory=list)
@@ -29,20 +30,21 @@ class Changes:
 
     @property
     def songs(self) -> set[str]:
-        """Ids of all songs that are planned anew."""
+        """Ids of all songs that are planned again."""
         kept = (song.song_id for songs in self.renew.values() for song in songs)
         return {*kept, *(source.song_id for source in self.add)}
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a corpus, or a dataset that is taken over, asks of the plan.
+class PlanUpdate:
+    """Tasks that the input of an extraction adds to the plan.
 
-    tasks: new ones, and those to be planned again under their old index. gone: songs of the plan
-    that are not there now. lines: for `--dry-run`. stale: tasks whose shards are to be redone.
+    added: new tasks, and tasks planned again under their old index. gone: planned songs that are
+    not there now. notices: remarks for the user. lines: a description of the input for --dry-run.
+    stale: committed tasks that are to be redone.
     """
 
-    tasks: list[Task]
+    added: list[Task]
     gone: frozenset[str]
     notices: list[str]
     lines: list[str]
@@ -52,15 +54,14 @@ class Asked:
 def find_changes(
     corpus: Corpus,
     tasks: Mapping[int, Task],
-    held: Mapping[int, Footer],
+    committed: Mapping[int, Footer],
     retry_quarantined: bool = False,
     redo_changed: bool = False,
 ) -> Changes:
     """Compare the corpus with the plan.
 
-    held: footers of the committed shards that still are what the plan asks for. A song of a task
-    that is not committed is simply planned anew when it changed; one that is committed only with
-    `redo_changed`, together with its whole task.
+    committed: footers of the shards that match the plan. When a song changed, a task that is not
+    committed is planned again; a committed one only with `redo_changed`, all of it.
     """
     listed = {source.song_id: source for source in corpus.songs}
     owner: dict[str, Task] = {}
@@ -69,21 +70,21 @@ def find_changes(
         for song in task.songs:
             owner[song.song_id], planned[song.song_id] = task, song
 
-    retry = _quarantined(owner, held) & set(listed) if retry_quarantined else set()
-    committed, pending = [], []  # changed songs
+    retry = _quarantined(owner, committed) & set(listed) if retry_quarantined else set()
+    changed_committed, changed_pending = [], []
     for song_id in set(planned) & set(listed) - retry:
         now, then = listed[song_id], planned[song_id]
         differs = (now.size, now.mtime_ns, now.speaker) != (then.size, then.mtime_ns, then.speaker)
-        if owner[song_id].index in held:
-            committed += [song_id] if differs else []
+        if owner[song_id].index in committed:
+            changed_committed += [song_id] if differs else []
         else:
-            pending += [song_id] if differs or now.path != then.path else []
-    stale = pending + (committed if redo_changed else [])
+            changed_pending += [song_id] if differs or now.path != then.path else []
+    stale = changed_pending + (changed_committed if redo_changed else [])
     # A lost shard is made again without the songs that a later task took over meanwhile.
     stale += [
         song_id
         for song_id, task in owner.items()
-        if task.index not in held and any(owner[s.song_id] is not task for s in task.songs)
+        if task.index not in committed and any(owner[s.song_id] is not task for s in task.songs)
     ]
     renew = {
         index: [
@@ -95,15 +96,15 @@ def find_changes(
     }
     add = [s for s in corpus.songs if s.song_id not in planned or s.song_id in retry]
     gone = frozenset(planned) - frozenset(listed)
-    left = [] if redo_changed else sorted(committed)
-    notices = _notices(corpus, owner, listed, left, gone)
+    kept_as_they_are = [] if redo_changed else sorted(changed_committed)
+    notices = _notices(corpus, owner, listed, kept_as_they_are, gone)
     return Changes(add, renew, gone, notices)
 
 
-def _quarantined(owner: Mapping[str, Task], held: Mapping[int, Footer]) -> set[str]:
+def _quarantined(owner: Mapping[str, Task], committed: Mapping[int, Footer]) -> set[str]:
     return {
         entry.song_id
-        for index, footer in held.items()
+        for index, footer in committed.items()
         for entry in footer.ledger
         if entry.status == QUARANTINED and owner[entry.song_id].index == index
     }
@@ -120,7 +121,7 @@ def _notices(
     if changed:
         notices.append(
             f"{len(changed)} songs changed after they were extracted ({first_names(changed)}); "
-            "--redo-changed does their tasks again"
+            "pass --redo-changed to extract their tasks again"
         )
     moved = [s for s, task in owner.items() if s in listed and listed[s].split != task.split]
     if moved:
@@ -131,4 +132,4 @@ def _notices(
     if gone:
         names = first_names(sorted(gone))
         notices.append(f"{len(gone)} planned songs are not in the corpus now ({names})")
-    return notices + left_alone(corpus)
+    return notices + not_listed(corpus)

@@ -234,8 +234,8 @@ def _read_csv(manifest: Path, file: TextIO) -> Iterator[tuple[int, dict[str, obj
         raise UserError(f"{manifest}, line {line}: {error}; is a quote left open?") from error
 
 
-def left_alone(corpus: Corpus) -> list[str]:
-    """What of a corpus is not taken for songs, in words."""
+def not_listed(corpus: Corpus) -> list[str]:
+    """Return notices about files and links of a corpus that are not listed as songs."""
     notices = []
     if corpus.ignored:
         kinds = ", ".join(f"{suffix} {n}" for suffix, n in corpus.ignored.most_common(6))

@@ -299,16 +299,16 @@ def test_folders_that_would_eat_each_other_are_refused(
 ) -> None:
     songs = tmp_path / "songs"
     write_song(songs / "a.wav")
-    with pytest.raises(UserError, match="whose songs are read"):
+    with pytest.raises(UserError, match="is inside the input folder"):
         convert(songs, songs / "out")
-    with pytest.raises(UserError, match="a song that is read"):
+    with pytest.raises(UserError, match="is an input song"):
         convert(_manifest(tmp_path / "list.csv", ["songs/a.wav"]), tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "a.wav").write_bytes(b"my own")
-    with pytest.raises(UserError, match=r"holds a\.wav, which would be overwritten"):
+    with pytest.raises(UserError, match=r"has a file a\.wav, which would be overwritten"):
         convert(songs, tmp_path / "mine")
     (tmp_path / "odd" / "plan").mkdir(parents=True)
-    with pytest.raises(UserError, match="not touched"):
+    with pytest.raises(UserError, match="name another folder"):
         convert(songs, tmp_path / "odd")
     with pytest.raises(UserError, match=r"no audio files in .*expected .*odd/song\.wav"):
         convert(tmp_path / "odd", tmp_path / "out")

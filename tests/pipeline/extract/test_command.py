@@ -129,7 +129,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(
 ) -> None:
     (tmp_path / "d" / "data").mkdir(parents=True)
     (tmp_path / "d" / "data" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="not touched"):
+    with pytest.raises(UserError, match="name another folder"):
         run_extract(corpus, tmp_path / "d", force_new=True)
     assert (tmp_path / "d" / "data" / "thesis.txt").exists()
 
