@@ -466,9 +466,9 @@ def plot_conditions(figures: Figures, path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    shared = ROOT.parent / "shared" / "audio"
+    recordings = ROOT / "tests" / "data" / "audio"
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--audio", type=Path, default=shared, help="folder with vocadito_1")
+    parser.add_argument("--audio", type=Path, default=recordings, help="folder with vocadito_1")
     parser.add_argument("--rmvpe", type=Path, help="trained weights of RMVPE, for its accuracy")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each generated condition")
     parser.add_argument("--resume", action="store_true", help="keep what an earlier run found")

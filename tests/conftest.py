@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.checkpoints import write_rmvpe
-
 ROOT = Path(__file__).resolve().parent.parent
 
-_LONG = ("pipeline/test_kills.py",)
+# Set before torch is imported. The networks are small, and the threads of two test processes
+# would mostly wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+_LONG = ("pipeline/extract/test_kills.py",)
+_INSTALL = {"ffmpeg": "apt install ffmpeg", "chromium": "apt install chromium"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes come first: one of two processes is busy with them meanwhile."""
+    """Put files that take minutes first: one of two processes is busy with them meanwhile."""
     items.sort(key=lambda item: not any(file in item.nodeid for file in _LONG))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List the system tools whose absence skipped tests, and how to install them."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    skipped = {tool: reasons[f"Skipped: {tool} is not installed"] for tool in _INSTALL}
+    if not any(skipped.values()):
+        return
+    terminalreporter.section("tests skipped because a system tool is missing")
+    terminalreporter.line("tool        tests  install")
+    for tool, number in skipped.items():
+        if number:
+            terminalreporter.line(f"{tool:10}  {number:5}  {_INSTALL[tool]}")
 
 
 @pytest.fixture(scope="session")
 def real_audio() -> Path:
-    """Folder of real singing and speech; tests that need it are skipped where it is absent."""
-    folder = Path(os.environ.get("CANTOR_TEST_AUDIO", ROOT.parent / "shared" / "audio"))
-    if not (folder / "vocadito_1.flac").is_file():
-        pytest.skip(f"no real recordings at {folder} (set CANTOR_TEST_AUDIO)")
-    return folder
+    """Folder of recordings of singing and speech; not to be written to."""
+    return ROOT / "tests" / "data" / "audio"
 
 
 @pytest.fixture(scope="session")
@@ -37,4 +51,6 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def tiny_rmvpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """rmvpe.pt of a network of the published shape with few channels and made-up weights."""
+    from tests.helpers.checkpoints import write_rmvpe
+
     return write_rmvpe(tmp_path_factory.mktemp("rmvpe") / "rmvpe.pt")

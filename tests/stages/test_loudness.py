@@ -73,7 +73,7 @@ def test_blocks_do_not_change_a_bit_of_loudness(song: tuple[Array, int], read_st
     np.testing.assert_equal(integrated_loudness(*song, read_steps=read_steps), whole)
 
 
-@pytest.mark.parametrize("name", ["vocadito_1.flac", "karissa_hobbs.ogg", "speech-male.wav"])
+@pytest.mark.parametrize("name", ["vocadito_1.flac", "karissa_hobbs.ogg", "speech-male.flac"])
 def test_real_recordings(real_audio: Path, name: str) -> None:
     wav, sample_rate = soundfile.read(real_audio / name, dtype="float32", always_2d=True)
     wav = wav.mean(axis=1)

@@ -25,11 +25,11 @@ RATE = 44100
 HOP = 512
 SOLO = [
     "vocadito_1.flac",
-    "singing-female.wav",
-    "vignesh.wav",
-    "soprano-E4.wav",
-    "speech-female.wav",
-    "speech-male.wav",
+    "singing-female.flac",
+    "vignesh.flac",
+    "soprano-E4.flac",
+    "speech-female.flac",
+    "speech-male.flac",
 ]
 
 
@@ -201,17 +201,16 @@ def test_solo_recordings(name: str, real_audio: Path) -> None:
 
 
 def test_accompanied_recordings(real_audio: Path) -> None:
-    ensemble, rate = soundfile.read(real_audio / "carnatic.wav")
+    ensemble, rate = soundfile.read(real_audio / "carnatic.flac")
     assert suspicion(ensemble, rate) > 0.6
-    song, rate = soundfile.read(real_audio / "karissa_hobbs.ogg", frames=30 * 44100)
-    for clip in np.array_split(song.mean(axis=1), 6):
-        assert suspicion(clip, rate) > 0.6
+    song, rate = soundfile.read(real_audio / "karissa_hobbs.ogg")
+    assert suspicion(song.mean(axis=1), rate) > 0.6
 
 
 @pytest.mark.parametrize("db, least", [(0, 0.6), (-6, 0.5)])
 def test_two_singers(db: float, least: float, real_audio: Path) -> None:
     first, _ = soundfile.read(real_audio / "vocadito_1.flac", frames=5 * RATE, start=5 * RATE)
-    second, _ = soundfile.read(real_audio / "singing-female.wav", frames=5 * RATE)
+    second, _ = soundfile.read(real_audio / "singing-female.flac", frames=5 * RATE)
     duet = first / first.std() + second / second.std() * 10 ** (db / 20)
     assert suspicion(0.1 * duet) > least
 

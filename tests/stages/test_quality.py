@@ -20,12 +20,12 @@ from tests.stages.test_pitch_quality import LIMITS as PITCH_LIMITS
 
 RATE = 44100
 CLEAN = [
-    "singing-female.wav",
-    "vignesh.wav",
-    "soprano-E4.wav",
-    "speech-female.wav",
-    "speech-male.wav",
-    "carnatic.wav",
+    "singing-female.flac",
+    "vignesh.flac",
+    "soprano-E4.flac",
+    "speech-female.flac",
+    "speech-male.flac",
+    "carnatic.flac",
 ]
 
 
@@ -145,7 +145,7 @@ def test_silence_ratio(gain: float) -> None:
 
 @pytest.mark.parametrize("gain", [1.0, 0.05])
 @pytest.mark.parametrize("snr_db", [5.0, 15.0, 25.0])
-@pytest.mark.parametrize("name", ["singing-female.wav", "soprano-E4.wav", "speech-female.wav"])
+@pytest.mark.parametrize("name", ["singing-female.flac", "soprano-E4.flac", "speech-female.flac"])
 def test_snr_of_recordings_with_noise(
     name: str, snr_db: float, gain: float, real_audio: Path
 ) -> None:
@@ -157,7 +157,7 @@ def test_snr_of_recordings_with_noise(
 
 
 def test_recordings_as_they_are_have_little_noise(real_audio: Path) -> None:
-    for name in ("singing-female.wav", "vignesh.wav", "soprano-E4.wav", "speech-female.wav"):
+    for name in ("singing-female.flac", "vignesh.flac", "soprano-E4.flac", "speech-female.flac"):
         assert quality(recording(real_audio, name)).snr_db > 28
 
 

@@ -378,7 +378,7 @@ def test_the_melody_that_the_voice_guesses_is_what_is_asked(
 
 def test_real_singing(voice: Path, real_audio: Path, tmp_path: Path) -> None:
     """A soprano's phrase, brought to ann's middle; the voice follows wherever she sings."""
-    song = real_audio / "singing-female.wav"
+    song = real_audio / "singing-female.flac"
     info = sf.info(song)
     wav, conversion = convert(voice, song, tmp_path / "a.wav", "pitch.transpose=auto")
     assert len(wav) == -(-info.frames * RATE // info.samplerate)

@@ -268,7 +268,7 @@ def browser() -> str:
     for name in ("chromium", "chromium-browser", "google-chrome", "/usr/bin/chromium"):
         if found := shutil.which(name):
             return found
-    pytest.skip("no Chromium here to look at the page with")
+    pytest.skip("chromium is not installed")
 
 
 def look(browser: str, page: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:

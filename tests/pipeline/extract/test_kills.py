@@ -201,7 +201,7 @@ def test_real_singing_through_a_whole_hubert_killed_and_resumed(
     """95 million parameters as fairseq's trainer writes them, beside mfcc."""
     songs = tmp_path / "songs"
     songs.mkdir()
-    for name in ("vignesh.wav", "carnatic.wav", "soprano-E4.wav"):
+    for name in ("vignesh.flac", "carnatic.flac", "soprano-E4.flac"):
         shutil.copy(real_audio / name, songs)
     checkpoint = write_hubert_base(tmp_path / "hubert_base.pt")
     settings = [

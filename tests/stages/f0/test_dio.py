@@ -39,22 +39,20 @@ def assert_worlds(
 
 RECORDINGS = [
     "198-209-0000.ogg",
-    "3436-172162-0000.ogg",
-    "5703-47212-0000.ogg",
-    "carnatic.wav",
+    "carnatic.flac",
     "karissa_hobbs.ogg",
-    "singing-female.wav",
-    "soprano-E4.wav",
-    "speech-female.wav",
-    "speech-male.wav",
-    "vignesh.wav",
+    "singing-female.flac",
+    "soprano-E4.flac",
+    "speech-female.flac",
+    "speech-male.flac",
+    "vignesh.flac",
     "vocadito_1.flac",
 ]
 
 
 @pytest.mark.parametrize("name", RECORDINGS)
 def test_real_voices(name: str, real_audio: Path) -> None:
-    wav, sample_rate = soundfile.read(real_audio / name, always_2d=True, frames=20 * 44100)
+    wav, sample_rate = soundfile.read(real_audio / name, always_2d=True, frames=10 * 44100)
     assert assert_worlds(wav.mean(axis=1), sample_rate) > 30
 
 

@@ -110,7 +110,7 @@ def test_the_order_of_the_steps() -> None:
 
 
 def test_estimation_takes_the_steps(real_audio: Path) -> None:
-    wav, rate = soundfile.read(real_audio / "singing-female.wav", dtype="float32")
+    wav, rate = soundfile.read(real_audio / "singing-female.flac", dtype="float32")
     plain = estimate_f0(wav, rate, F0Config())
     smooth = estimate_f0(wav, rate, F0Config(median_ms=60, interpolate=True))
     assert (plain == 0).any() and (smooth > 0).all()
