@@ -264,7 +264,7 @@ def peak_rss_mb() -> float:
 
 def loading(dataset: Path, frames: int, batches: int) -> float:
     """CPU seconds for a batch of `BATCH` clips, threads included, the steady state."""
-    from pipeline.dataset.examples import DataConfig
+    from pipeline.dataset.data_config import DataConfig
     from pipeline.dataset.shard_dataset import ShardDataset
 
     data = DataConfig(batch_size=BATCH, max_frames=frames, validation=0.0)

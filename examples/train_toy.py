@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from pipeline.dataset.examples import DataConfig
+from pipeline.dataset.data_config import DataConfig
 from pipeline.dataset.shard_dataset import ShardDataset
 
 

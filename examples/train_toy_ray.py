@@ -15,7 +15,7 @@ from ray.train.torch import TorchTrainer, prepare_model
 from rich.console import Console
 from torch import nn
 
-from pipeline.dataset.examples import DataConfig
+from pipeline.dataset.data_config import DataConfig
 from pipeline.dataset.shard_dataset import ShardDataset
 
 

@@ -11,7 +11,7 @@ __all__ = ["ShardDataset"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `ShardDataset`, which needs torch, only when it is asked for."""
+    """Import `ShardDataset`, which needs torch, only when it is used."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from pipeline.dataset.shard_dataset import ShardDataset

@@ -1,4 +1,7 @@
-"""The index of a dataset's clips for trainers, made from footers and narrow columns."""
+"""The index of a dataset's clips for trainers, made from footers and narrow columns.
+
+tests/pipeline/dataset/test_shard_dataset.py covers this module.
+"""
 
 from __future__ import annotations
 

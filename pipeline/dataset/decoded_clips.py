@@ -1,4 +1,7 @@
-"""The clips of a table as samples."""
+"""Clips of a table, decoded to samples.
+
+tests/pipeline/extract/test_pitch_columns.py covers this module.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from stages.types import Array
 
 
 class DecodedClips(Sequence[Array]):
-    """Clips of a column of FLAC, decoded one at a time as they are read."""
+    """The clips of a column of FLAC, decoded one at a time as they are read."""
 
     def __init__(self, audio: pa.ChunkedArray, subtype: Subtype) -> None:
         self.flac = pc.struct_field(audio, "bytes")

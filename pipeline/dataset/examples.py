@@ -1,7 +1,8 @@
-"""From a clip as it lies in a shard to what a synthesizer learns from.
+"""Conversion of clips as they lie in shards to examples for a synthesizer.
 
-What chance decides for a clip (where it is cropped, how it is changed) comes from a hash of seed,
-epoch and clip id: it is the same on any number of workers and after any interruption.
+Random choices for a clip (where it is cropped, how it is augmented) come from a hash of seed, epoch
+and clip id: they are the same with any number of workers and after a resume.
+tests/pipeline/dataset/test_shard_dataset.py covers this module.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import soundfile as sf
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from models.synthesizer.batch import Batch
 from models.synthesizer.blocks.segments import expand_units, volume_of
-from models.synthesizer.config import require_at_least
 from pipeline.dataset.clip_index import Identity
+from pipeline.dataset.data_config import DataConfig
 from pipeline.dataset.row_groups import DamagedClip, unpack_clip_units
 from stages.f0.sovits_compat import fill_unvoiced
 from stages.flac import decode_flac
@@ -60,11 +60,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Chance:
-    """What chance decides for a clip in an epoch, and how long its example thus is.
+    """The random choices for a clip in an epoch, and the length of its example.
 
-    rate: the sample rate that the clip is taken to have before it is resampled to its own; above
-    its own, the clip becomes higher and shorter.
-    louder: None, or where between a tenth and as loud as can be, 0 to 1.
+    rate: the sample rate that the clip is assumed to have when it is resampled to its own; a rate
+    above its own makes the clip higher and shorter.
+    louder: None, or the new level, from 0 for a tenth of the volume to 1 for full scale.
     """
 
     noise_key: int
@@ -77,7 +77,7 @@ class Chance:
 def draw(
     clip_id: str, num_samples: int, seed: int, epoch: int, identity: Identity, data: DataConfig
 ) -> Chance:
-    """Chance for a clip of `num_samples`, augmented as `data` says."""
+    """Make the random choices for a clip of `num_samples`, augmented as `data` says."""
     name = f"{seed}\0{epoch}\0{clip_id}".encode()
     digest = hashlib.blake2b(name, digest_size=40).digest()
     key, *numbers = (int.from_bytes(digest[i : i + 8], "little") for i in range(0, 40, 8))
@@ -85,18 +85,21 @@ def draw(
     hop = identity.hop_length
     rate = _shifted_rate(key_at, num_frames(num_samples, hop), identity.sample_rate, data)
     frames = num_frames(-(-num_samples * identity.sample_rate // rate), hop)
-    kept = min(frames, data.max_frames)
+    length = min(frames, data.max_frames)
     return Chance(
         noise_key=key >> 1,
         rate=rate,
-        start=int(at * (frames - kept + 1)),
-        frames=kept,
+        start=int(at * (frames - length + 1)),
+        frames=length,
         louder=volume_at if data.volume_augment and coin < 0.5 else None,
     )
 
 
 def _shifted_rate(at: float, frames: int, sample_rate: int, data: DataConfig) -> int:
-    """Up or down by data.key_shift semitones; not so far up that the clip becomes too short."""
+    """Return a rate that shifts by up to data.key_shift semitones.
+
+    A clip is not shifted so far up that it becomes too short.
+    """
     if data.key_shift == 0:
         return sample_rate
     highest = min(data.key_shift, 12 * math.log2(max(frames / data.min_frames, 1)))
@@ -107,7 +110,10 @@ def _shifted_rate(at: float, frames: int, sample_rate: int, data: DataConfig) ->
 def make_example(
     cell: Cell, chance: Chance, speaker: int, identity: Identity, data: DataConfig
 ) -> Example:
-    """`chance` as it was drawn for the clip. Raises: DamagedClip."""
+    """Return the example of a clip. chance: its random choices.
+
+    Raises: DamagedClip: when its columns contradict each other, or do not decode.
+    """
     hop = identity.hop_length
     wav, f0 = _decoded(cell, identity), cell.f0
     voiced = (f0 > 0).astype(np.float32)
@@ -138,14 +144,14 @@ def _decoded(cell: Cell, identity: Identity) -> Array:
         raise DamagedClip(f"its audio does not decode: {error}") from error
     frames = num_frames(len(wav), identity.hop_length)
     if len(cell.f0) != frames:
-        raise DamagedClip(f"its f0 has {len(cell.f0)} frames, and its audio {frames}")
+        raise DamagedClip(f"its f0 has {len(cell.f0)} frames, but its audio has {frames}")
     return wav
 
 
 def _shifted(
     wav: Array, f0: Array, voiced: Array, rate: int, identity: Identity
 ) -> tuple[Array, Array, Array]:
-    """The clip as if it were recorded at `rate`: pitch and formants move, and so does the length.
+    """Resample a clip as if it were recorded at `rate`: pitch, formants and length change.
 
     f0: without gaps.
     """
@@ -158,13 +164,13 @@ def _shifted(
 
 
 def _gain(wav: Array, louder: float) -> np.float32:
-    """From a tenth to ten times, evenly in dB; no further up than full scale. As so-vits-svc."""
+    """Return a gain from a tenth to ten times, even in dB, at most to full scale (so-vits-svc)."""
     highest = min(1.0, -math.log10(float(np.abs(wav).max()) + 1e-5))
     return np.float32(10 ** (-1 + louder * (highest + 1)))
 
 
 def collate(examples: Sequence[Example], frames: int | None = None) -> Batch:
-    """Examples with zeros after each, up to `frames`; None: up to the longest of them."""
+    """Return a batch with zeros after each example, up to `frames`; None: up to the longest."""
     hop = len(examples[0].wav) // len(examples[0])
     width = max(map(len, examples)) if frames is None else frames
     return Batch(
@@ -181,48 +187,8 @@ def collate(examples: Sequence[Example], frames: int | None = None) -> Batch:
 
 
 def _padded(arrays: Sequence[Array], width: int) -> Tensor:
-    """(..., W) of several widths -> (B, ..., width), zeros after each."""
+    """Pad arrays (..., W) of several widths with zeros: (B, ..., width)."""
     out = np.zeros((len(arrays), *arrays[0].shape[:-1], width), np.float32)
     for row, array in zip(out, arrays, strict=True):
         row[..., : array.shape[-1]] = array
     return torch.from_numpy(out)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which clips make the examples, and how a clip becomes one.
-
-    encoder: whose units; None where the dataset has one encoder's.
-    split: of the dataset, as its manifest names it.
-    validation: the share of songs that is held back to validate with, whole songs always.
-    max_frames: of an example; of a longer clip a stretch is taken, another one in each epoch.
-    expand: which unit a frame takes; so-vits-svc's `unit_interpolate_mode`.
-    volume_augment: clips are made louder or softer at random, down to a tenth.
-    key_shift: semitones, the most that clips are moved up or down, formants with them.
-    """
-
-    encoder: str | None = None
-    split: str = "train"
-    validation: float = 0.02
-    batch_size: int = 6  # clips a step, of all workers together
-    max_frames: int = 790
-    min_frames: int = 30  # shorter clips are left out, and counted
-    expand: Literal["nearest", "left"] = "nearest"
-    volume_augment: bool = False
-    key_shift: float = 0.0
-    shuffle_groups: int = 16  # row groups that are mixed at a time; each worker holds them
-    loader_threads: int = 2  # of each worker
-    prefetch: int = 4  # batches
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.validation < 1:
-            raise ValueError(f"data.validation is {self.validation}; it must lie in 0 to 1")
-        for name in ("batch_size", "max_frames", "shuffle_groups", "loader_threads", "prefetch"):
-            require_at_least(1, f"data.{name}", getattr(self, name))
-        if self.max_frames < self.min_frames:
-            raise ValueError(
-                f"data.max_frames is {self.max_frames}; it must be data.min_frames, "
-                f"{self.min_frames}, or more"
-            )
-        if not 0 <= self.key_shift <= 12:
-            raise ValueError(f"data.key_shift is {self.key_shift}; it must lie in 0 to 12")

@@ -16,10 +16,10 @@ from models.synthesizer.batch import Batch
 from models.synthesizer.step import Totals
 from pipeline.dataset.batch_order import BatchOrder, Indices, held_out_songs
 from pipeline.dataset.clip_index import ClipIndex, extraction_of, pitch_of_speakers, read_index
+from pipeline.dataset.data_config import DataConfig
 from pipeline.dataset.examples import (
     Cell,
     Chance,
-    DataConfig,
     Example,
     collate,
     draw,

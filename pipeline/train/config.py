@@ -1,4 +1,4 @@
-"""Every setting of `train`: what is built, from what data, by which steps."""
+"""Settings of `train`: networks, data, losses, optimizer and run."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from models.synthesizer.config import MelConfig, ModelConfig, require_at_least
-from pipeline.dataset.examples import DataConfig
+from pipeline.dataset.data_config import DataConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What the losses weigh, and how much of a clip the decoder makes in a step.
+    """Weights of the losses, and the length that the decoder generates in a step.
 
-    adversarial_from: the step that the discriminators begin at; before it only spectrograms are
-    compared, which is quicker, and without detail.
+    adversarial_from: the step at which the discriminators begin. Before it, only spectrograms are
+    compared: that is faster, but gives no detail.
     """
 
     mel: float = 45.0
@@ -31,13 +31,13 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, of the synthesizer and of the discriminators alike.
+    """Settings of AdamW, for the synthesizer and for the discriminators.
 
-    decay: the learning rate after an epoch as a share of that before.
-    clip_norm: gradients longer than this are shortened to it; None: only measured.
-    accumulate: parts of a batch that are worked on one after the other, for memory.
-    ema: decay of the weights' moving average, which then is the voice; None: without.
-    freeze: regular expressions; parameters whose names one of them finds stay as they are.
+    decay: factor of the learning rate after every epoch.
+    clip_norm: the largest norm of gradients; longer ones are scaled down; None: only measured.
+    accumulate: parts of a batch that are computed one after the other, to save memory.
+    ema: decay of the weights' moving average, which becomes the voice; None: no average.
+    freeze: regular expressions; parameters whose names match one are not trained.
     """
 
     learning_rate: float = 1e-4
@@ -69,21 +69,20 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How long, how exactly, and what is kept. Only `steps`, `seed` and `precision` matter to
-    the numbers."""
+    """Length, precision and checkpoints of a run. Only steps, seed and precision change numbers."""
 
     steps: int = 100_000
     seed: int = 1234
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = False  # torch.compile
-    threads: int | None = None  # of torch in each worker; None: the cores, shared out
+    threads: int | None = None  # of torch in each worker; None: the cores, divided among workers
     log_every: int = 50
     validate_every: int = 1000
     save_every: int = 1000
     keep_last: int = 3
     keep_best: bool = True  # by the validation's mel distance
-    validation_clips: int = 4  # that are measured, drawn and made audible, always the same
+    validation_clips: int = 4  # measured, drawn and written as sound; always the same ones
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "validate_every", "save_every", "keep_last"):
@@ -112,6 +111,6 @@ class TrainConfig:
             )
         if self.data.min_frames < self.loss.segment_frames:
             raise ValueError(
-                f"data.min_frames is {self.data.min_frames}; it must be loss.segment_frames, "
-                f"{self.loss.segment_frames}, or more"
+                f"data.min_frames is {self.data.min_frames}; it must be at least "
+                f"loss.segment_frames, {self.loss.segment_frames}"
             )

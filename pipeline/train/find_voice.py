@@ -1,4 +1,4 @@
-"""Where the voice is that a path means: ours, a run's, so-vits-svc's."""
+"""Locating and reading the voice at a path: a Cantor voice, a run, or a so-vits-svc voice."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from pipeline.train.run_folder import Checkpoints
 
 SOVITS_CONFIG = "config.json"
 _KINDS = (
-    "name a voice's folder, a run's, or a G_*.pth of so-vits-svc with its config.json beside it"
+    "name the folder of a voice or of a run, or a G_*.pth of so-vits-svc with config.json in the "
+    "same folder"
 )
 
 
 def weights_file(path: Path) -> Path:
-    """The file of a synthesizer's weights that `path` means.
+    """Return the file with the weights of the voice at `path`.
 
-    Of a run it is the last checkpoint's; of a folder with a config.json (so-vits-svc's, or the
-    NAME/{model.pth, config.json} of its first releases) the G_*.pth of the largest number, or
-    the only *.pth; of an exported voice it is the graph. Raises UserError.
+    For a run, the last checkpoint's. For a folder with a config.json (of so-vits-svc, or the
+    NAME/{model.pth, config.json} of its first releases), the G_*.pth of the largest number, or the
+    only *.pth. For an exported voice, the graph.
+
+    Raises: UserError: when there is no voice.
     """
     if path.is_dir() and (path / "run.json").exists():
         latest = Checkpoints(path / "checkpoints").latest(lambda line: None)
@@ -37,7 +40,10 @@ def weights_file(path: Path) -> Path:
 
 
 def read_any_voice(path: Path) -> Voice:
-    """The voice that `path` means; without tensors, of graphs. Raises UserError in a sentence."""
+    """Return the voice at `path`; the voice of a graph has no tensors.
+
+    Raises: UserError: when there is no voice, or it cannot be read.
+    """
     file = weights_file(path)
     try:
         if is_graph(file):
@@ -46,8 +52,8 @@ def read_any_voice(path: Path) -> Voice:
             return load_voice(file)
         if not (file.parent / SOVITS_CONFIG).is_file():
             raise UserError(
-                f"{file} is no voice of ours, and a voice of so-vits-svc has its {SOVITS_CONFIG} "
-                "beside it; those of other programs, such as RVC, cannot be sung with"
+                f"{file} is not a Cantor voice. A so-vits-svc voice needs {SOVITS_CONFIG} in the "
+                "same folder; voices of other programs, such as RVC, are not supported"
             )
         return read_voice(file, file.parent / SOVITS_CONFIG)
     except ValueError as error:  # a CheckpointError, or onnxruntime is missing
@@ -55,6 +61,7 @@ def read_any_voice(path: Path) -> Voice:
 
 
 def is_graph(file: Path) -> bool:
+    """Return True for the ONNX graph of an exported voice."""
     return file.name == GRAPH
 
 
@@ -65,13 +72,13 @@ def _file_in(folder: Path) -> Path:
         return folder / GRAPH
     if not (folder / SOVITS_CONFIG).is_file():
         raise UserError(f"{folder} holds no voice; {_KINDS}")
-    found = sorted(folder.glob("*.pth"))
-    if not found:
-        raise UserError(f"{folder} has a {SOVITS_CONFIG} and no *.pth beside it")
-    steps = {int(n[1]): file for file in found if (n := re.fullmatch(r"G_(\d+)", file.stem))}
+    files = sorted(folder.glob("*.pth"))
+    if not files:
+        raise UserError(f"{folder} has a {SOVITS_CONFIG} but no *.pth")
+    steps = {int(n[1]): file for file in files if (n := re.fullmatch(r"G_(\d+)", file.stem))}
     if steps:
         return steps[max(steps)]
-    if len(found) > 1:
-        names = ", ".join(file.name for file in found)
-        raise UserError(f"{folder} has several models ({names}); name one")
-    return found[0]
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise UserError(f"{folder} has several models ({names}); name one file")
+    return files[0]

@@ -1,4 +1,7 @@
-"""The weights that a new run begins with, taken over from a voice of ours or of so-vits-svc."""
+"""Initial weights of a new run, taken from a Cantor or so-vits-svc voice.
+
+tests/pipeline/train/test_trainer.py covers this module.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,14 @@ from pipeline.errors import UserError, first_names
 from pipeline.train.find_voice import weights_file
 from pipeline.train.run_folder import TRAINING_FILE, part_of, read_checkpoint
 
-_OF_DISCRIMINATOR = ("spectral_norm", "discriminator_channels")
-_MAY_DIFFER = ("n_speakers", "dropout", "source_rate", *_OF_DISCRIMINATOR)
-_SHOWN = 8  # speakers named in a line
+_DISCRIMINATOR_KEYS = ("spectral_norm", "discriminator_channels")
+_MAY_DIFFER = ("n_speakers", "dropout", "source_rate", *_DISCRIMINATOR_KEYS)
+_SHOWN = 8  # speakers in a line
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """The run that begins."""
+class NewRun:
+    """The networks and data of the run that begins."""
 
     config: SynthesizerConfig
     mel: MelConfig
@@ -34,8 +37,8 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Start:
-    """discriminator: None where none was found. lines: what a person should know of it."""
+class InitialWeights:
+    """Weights of a voice. discriminator: None if it has none; lines: what to show to the user."""
 
     generator: dict[str, Tensor]
     discriminator: dict[str, Tensor] | None
@@ -43,25 +46,30 @@ class Start:
     lines: tuple[str, ...]
 
 
-def read_start(path: Path, wanted: Wanted) -> Start:
-    """Raises UserError where the weights are not of such a voice."""
+def read_initial_weights(path: Path, run: NewRun) -> InitialWeights:
+    """Return the weights of the voice at `path`.
+
+    Raises: UserError: when they do not fit the run.
+    """
     try:
         file = weights_file(path)
         voice = load_voice(file) if file.name == WEIGHTS else _read_sovits(file)
-        _require_alike(voice, wanted)
-        discriminator = _read_discriminator(file, voice, wanted)
+        _require_alike(voice, run)
+        discriminator = _read_discriminator(file, voice, run)
     except (ValueError, UserError) as error:
         raise UserError(f"--init-from {path}: {error}") from error
-    table, line = _speaker_rows(voice, wanted.speakers)
+    table, line = _speaker_rows(voice, run.speakers)
     lines = [line]
     if discriminator is None:
-        lines.append("no such discriminator lies beside it: that begins anew")
+        lines.append(
+            "no matching discriminator beside it; the discriminator starts from random weights"
+        )
     generator = dict(voice.tensors) | {"emb_g.weight": table}
-    return Start(generator, discriminator, voice.config.source_rate, tuple(lines))
+    return InitialWeights(generator, discriminator, voice.config.source_rate, tuple(lines))
 
 
 def _read_sovits(file: Path) -> Voice:
-    """Base models come with a configuration of other speakers than theirs, or of none."""
+    """Read a voice. The configuration of a base model may list other speakers, or none."""
     config = file.parent / "config.json"
     try:
         return read_voice(file, config)
@@ -69,9 +77,12 @@ def _read_sovits(file: Path) -> Voice:
         return read_voice(file, config, any_speakers=True)
 
 
-def _read_discriminator(file: Path, voice: Voice, wanted: Wanted) -> dict[str, Tensor] | None:
-    """None where there is none, or one of another shape. Raises CheckpointError."""
-    if any(getattr(voice.config, key) != getattr(wanted.config, key) for key in _OF_DISCRIMINATOR):
+def _read_discriminator(file: Path, voice: Voice, run: NewRun) -> dict[str, Tensor] | None:
+    """Return the discriminator beside a voice; None if there is none, or its shape differs.
+
+    Raises: CheckpointError: when it is damaged.
+    """
+    if any(getattr(voice.config, key) != getattr(run.config, key) for key in _DISCRIMINATOR_KEYS):
         return None
     if file.name != WEIGHTS:
         beside = file.with_name("D_" + file.name.removeprefix("G_"))
@@ -80,49 +91,52 @@ def _read_discriminator(file: Path, voice: Voice, wanted: Wanted) -> dict[str, T
         return dict(read_discriminator(beside, voice.config.spectral_norm).state_dict())
     if not (file.parent / TRAINING_FILE).is_file():
         return None
-    read_checkpoint(file.parent)  # it is whole
+    read_checkpoint(file.parent)  # compares all files with their SHA-256
     return part_of(read_safetensors(file.parent / TRAINING_FILE)[0], "discriminator")
 
 
-def _require_alike(voice: Voice, wanted: Wanted) -> None:
-    """Raises ValueError that names what differs."""
+def _require_alike(voice: Voice, run: NewRun) -> None:
+    """Compare a voice with the run.
+
+    Raises: ValueError: when they differ, with the keys.
+    """
     if not voice.has_posterior:
         raise ValueError(
-            "it was released for singing alone, without the posterior encoder that training needs"
+            "it was released for conversion only, without the posterior encoder that training needs"
         )
     require_same(
         voice,
         "the dataset",
-        encoder=wanted.encoder.name,
-        encoder_sha256=wanted.encoder.checkpoint_sha256,
-        codebook_sha256=wanted.encoder.codebook_sha256,
-        units_dim=wanted.config.units_dim,
-        sample_rate=wanted.config.sample_rate,
-        hop_length=wanted.config.hop_length,
+        encoder=run.encoder.name,
+        encoder_sha256=run.encoder.checkpoint_sha256,
+        codebook_sha256=run.encoder.codebook_sha256,
+        units_dim=run.config.units_dim,
+        sample_rate=run.config.sample_rate,
+        hop_length=run.config.hop_length,
     )
-    ours = dataclasses.asdict(voice.config) | {"win_length": voice.mel.win_length}
-    asked = dataclasses.asdict(wanted.config) | {"win_length": wanted.mel.win_length}
+    voice_shape = dataclasses.asdict(voice.config) | {"win_length": voice.mel.win_length}
+    run_shape = dataclasses.asdict(run.config) | {"win_length": run.mel.win_length}
     differing = [
-        f"{'mel' if key in ('n_fft', 'win_length') else 'model'}.{key} is {asked[key]}, and the "
-        f"voice has {value}"
-        for key, value in ours.items()
-        if key not in _MAY_DIFFER and value != asked[key]
+        f"{'mel' if key in ('n_fft', 'win_length') else 'model'}.{key} is {run_shape[key]}, but "
+        f"the voice has {value}"
+        for key, value in voice_shape.items()
+        if key not in _MAY_DIFFER and value != run_shape[key]
     ]
     if differing:
-        raise ValueError(f"it is of other networks: {'; '.join(differing)}")
+        raise ValueError(f"its networks differ: {'; '.join(differing)}")
 
 
 def _speaker_rows(voice: Voice, speakers: tuple[str, ...]) -> tuple[Tensor, str]:
-    """The table of the new speakers (S, G), and where its rows are from."""
+    """Return the embeddings of the new speakers (S, G), and a line about their origin."""
     old = voice.tensors["emb_g.weight"]
     rows = {name: old[row] for row, name in enumerate(voice.speakers)}
     mean = old.mean(0)
     known = [name for name in speakers if name in rows]
     new = [name for name in speakers if name not in rows]
-    words = []
+    origins = []
     if known:
-        words.append(f"those of the same name for {first_names(known, _SHOWN)}")
+        origins.append(f"those of the same name for {first_names(known, _SHOWN)}")
     if new:
-        words.append(f"the mean of its {len(old)} for {first_names(new, _SHOWN)}")
+        origins.append(f"the mean of its {len(old)} for {first_names(new, _SHOWN)}")
     table = torch.stack([rows.get(name, mean) for name in speakers])
-    return table, f"speaker embeddings: {', '.join(words)}"
+    return table, f"speaker embeddings: {', '.join(origins)}"

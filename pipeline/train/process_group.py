@@ -1,4 +1,7 @@
-"""The processes that train together: one, or as many as torch.distributed has been told of."""
+"""The processes that train together: one, or those of torch.distributed.
+
+tests/pipeline/train/test_trainer.py covers this module.
+"""
 
 from __future__ import annotations
 
@@ -11,33 +14,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_BUCKET_BYTES = 32 << 20  # what is sent at a time
+_BUCKET_BYTES = 32 << 20  # sent at a time
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """rank: this process, of `size`. neighbours: how many of them are on this machine."""
+    """The processes of a run. rank: of this one among `size`; local_size: those on this machine."""
 
     rank: int
     size: int
-    neighbours: int
+    local_size: int
     device: torch.device
 
     @staticmethod
     def of_this_process(device: torch.device) -> ProcessGroup:
+        """Return the group that torch.distributed has set up, or this process alone."""
         if not (dist.is_available() and dist.is_initialized()):
             return ProcessGroup(0, 1, 1, device)
-        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return ProcessGroup(dist.get_rank(), dist.get_world_size(), neighbours, device)
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return ProcessGroup(dist.get_rank(), dist.get_world_size(), local_size, device)
 
     @property
     def leads(self) -> bool:
-        """The one that writes."""
+        """True in the process that writes."""
         return self.rank == 0
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Sum each tensor over the processes, in place. All of them give the same shapes."""
         if self.size == 1:
             return
@@ -49,15 +53,15 @@ class ProcessGroup:
                 tensor.copy_(total.view_as(tensor))
 
     def any(self, mine: bool) -> bool:
-        """Whether it is true of any process."""
+        """Return True when `mine` is true in any process."""
         if self.size == 1:
             return mine
         flag = torch.tensor(float(mine), device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
 
-    def tell(self, value: T) -> T:
-        """The leader's `value`."""
+    def broadcast(self, value: T) -> T:
+        """Return the leader's `value`."""
         if self.size == 1:
             return value
         box = [value]
@@ -65,7 +69,7 @@ class ProcessGroup:
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every process's `value`, by rank."""
+        """Return the `value` of every process, by rank."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
@@ -73,7 +77,7 @@ class ProcessGroup:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype, together of about `_BUCKET_BYTES`."""
+    """Yield consecutive tensors of one dtype, about `_BUCKET_BYTES` together."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:

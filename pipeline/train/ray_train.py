@@ -1,7 +1,7 @@
-"""`fit` on several workers, by Ray Train: one process each, on one machine or many.
+"""Training with several workers of Ray Train: one process each, on one machine or many.
 
-The workers share each batch and write no more than one would: the first of them has the folder of
-the run. One that dies takes the others with it, and all begin again from the last checkpoint.
+The workers share each batch; only the first writes to the folder of the run. When a worker dies,
+all of them restart from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -25,30 +25,31 @@ from pipeline.cluster.ray_graph import living_nodes
 from pipeline.errors import Interrupted, StorageFault, UserError
 from pipeline.storage.atomic import storage_fault
 from pipeline.train.config import TrainConfig
+from pipeline.train.process_setup import stop_on_signal
 from pipeline.train.run_folder import RunFolder
-from pipeline.train.trainer import TrainOutcome, fit, stop_asked
-from pipeline.train.watch import Nobody, OnConsole, Watch
+from pipeline.train.trainer import TrainOutcome, fit
+from pipeline.train.watch import ConsoleWatch, SilentWatch, Watch
 
-_DEATHS = 3  # of a worker, each since the last start, before the run is given up
-_LOOK_S = 0.2  # how often the driver looks at how far the workers are
+_DEATHS = 3  # restarts after a worker died, before the run fails
+_POLL_S = 0.2  # interval at which the driver reads the progress
 
 
 @dataclass(frozen=True)
-class News:
-    """How far the workers are. lines: what they had to say since the last look.
+class Progress:
+    """Progress of the workers. lines: messages since the last reading.
 
-    refused: there is something for the user to put right; nothing more will come.
+    refused: the run ended with a UserError.
     """
 
-    begun: tuple[int, int] | None  # steps done at the start, and wanted
+    begun: tuple[int, int] | None  # steps done at the start, and steps to do in all
     done: int
     losses: dict[str, float]
     lines: list[str]
     refused: bool
 
 
-class Post:
-    """Between the driver and the first worker: an actor of its own."""
+class ProgressActor:
+    """A Ray actor between the driver and the first worker."""
 
     def __init__(self) -> None:
         self._begun: tuple[int, int] | None = None
@@ -59,34 +60,40 @@ class Post:
         self._end: TrainOutcome | Interrupted | UserError | None = None
 
     def say(self, line: str) -> None:
+        """Keep a message for the driver."""
         self._lines.append(line)
 
     def begin(self, done: int, steps: int) -> None:
+        """Note the steps done at the start and the steps to do in all."""
         self._begun, self._done = (done, steps), done
 
     def step(self, done: int, losses: dict[str, float]) -> bool:
-        """Whether the run shall stop."""
+        """Note that `done` steps are done, and return whether the run is to stop."""
         self._done, self._losses = done, losses
         return self._stop
 
     def stop(self) -> None:
+        """Stop the run after the current step."""
         self._stop = True
 
-    def end(self, what: TrainOutcome | Interrupted | UserError) -> None:
-        """The first word counts."""
-        self._end = self._end or what
+    def end(self, result: TrainOutcome | Interrupted | UserError) -> None:
+        """Note how the run ended; the first result counts."""
+        self._end = self._end or result
 
     def has_ended(self) -> bool:
+        """Return True when a worker that restarts has nothing to do."""
         return self._end is not None or self._stop
 
-    def ending(self) -> TrainOutcome | Interrupted | UserError | None:
+    def result(self) -> TrainOutcome | Interrupted | UserError | None:
+        """Return how the run ended; None: the workers did not say."""
         return self._end or (Interrupted() if self._stop else None)
 
-    def news(self) -> News:
+    def read(self) -> Progress:
+        """Return the progress, with the messages since the last call."""
         refused = isinstance(self._end, UserError)
-        news = News(self._begun, self._done, self._losses, self._lines, refused)
+        progress = Progress(self._begun, self._done, self._losses, self._lines, refused)
         self._lines = []
-        return news
+        return progress
 
 
 def train_on_ray(
@@ -99,42 +106,47 @@ def train_on_ray(
     init_from: Path | None = None,
     console: Console | None = None,
 ) -> TrainOutcome:
-    """`fit` on `workers` workers of the cluster at `ray_address`, or of this machine.
+    """Train with `workers` workers of the cluster at `ray_address`, or of this machine.
 
-    dataset, run, init_from: as every node sees them.
-    Raises: as `fit`; StorageFault where workers keep dying.
+    dataset, run, init_from: paths that are valid on every node.
+
+    Raises: UserError: when settings, data or weights do not suit; Interrupted: when Ctrl-C or
+    SIGTERM stopped the run, after the state was saved; StorageFault: when workers keep dying.
     """
     run = run.absolute()
-    RunFolder(run).require_ours()
-    with ExitStack() as held:
-        held.enter_context(connected(ray_address))
+    RunFolder(run).require_run()
+    with ExitStack() as stack:
+        stack.enter_context(connected(ray_address))
         job = {
-            "dataset": _everywhere(dataset),
+            "dataset": _absolute(dataset),
             "run": run,
-            "config": _on_devices(config, workers),
+            "config": _with_device(config, workers),
             "init_from": None if init_from is None else init_from.absolute(),
         }
-        watch = Nobody() if console is None else OnConsole(console, held)
+        watch = SilentWatch() if console is None else ConsoleWatch(console, stack)
         return _train(job, workers, watch)
 
 
-def _everywhere(dataset: str | Path) -> str:
-    """Workers have a working directory of their own; a URI stays as it is."""
+def _absolute(dataset: str | Path) -> str:
+    """Return an absolute path, since workers have other working directories; keep a URI."""
     path = Path(dataset)
     return str(path.absolute()) if path.exists() else str(dataset)
 
 
-def _on_devices(config: TrainConfig, workers: int) -> TrainConfig:
-    """With the device said. Raises UserError where the cluster has too little for the workers."""
+def _with_device(config: TrainConfig, workers: int) -> TrainConfig:
+    """Return the settings with "auto" replaced by a device.
+
+    Raises: UserError: when the cluster has too few CPUs or GPUs for the workers.
+    """
     have = [node["Resources"] for node in living_nodes()]
     cpus, gpus = (sum(node.get(kind, 0) for node in have) for kind in ("CPU", "GPU"))
     device = config.run.device
     if device == "auto":
         device = "cuda" if gpus else "cpu"
-    kind, there = ("GPUs", gpus) if device == "cuda" else ("CPUs", cpus)
-    if there < workers:
+    kind, available = ("GPUs", gpus) if device == "cuda" else ("CPUs", cpus)
+    if available < workers:
         raise UserError(
-            f"{workers} workers need as many {kind}, and the cluster has {there:g}; lower "
+            f"{workers} workers need as many {kind}, but the cluster has {available:g}; lower "
             "--workers" + (", or set run.device to cpu" if device == "cuda" else "")
         )
     return dataclasses.replace(config, run=dataclasses.replace(config.run, device=device))
@@ -151,12 +163,12 @@ def _train(job: dict[str, Any], workers: int, watch: Watch) -> TrainOutcome:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\.")
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    post = ray.remote(num_cpus=0)(Post).options(scheduling_strategy=here).remote()
-    scratch = job["run"] / ".ray"  # Ray Train wants a folder that all nodes see
+    progress = ray.remote(num_cpus=0)(ProgressActor).options(scheduling_strategy=here).remote()
+    scratch = job["run"] / ".ray"  # Ray Train needs a folder that all nodes see
     shutil.rmtree(scratch, ignore_errors=True)
     trainer = TorchTrainer(
         _work,
-        train_loop_config={**job, "post": post},
+        train_loop_config={**job, "progress": progress},
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=job["config"].run.device == "cuda"
         ),
@@ -177,78 +189,78 @@ def _train(job: dict[str, Any], workers: int, watch: Watch) -> TrainOutcome:
     fitting = threading.Thread(target=run, daemon=True)
     fitting.start()
     try:
-        _follow(fitting, post, watch)
-        ending = ray.get(post.ending.remote())
+        _follow(fitting, progress, watch)
+        result = ray.get(progress.result.remote())
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    if isinstance(ending, TrainOutcome):
-        return ending
-    if ending is not None:
-        raise ending
+    if isinstance(result, TrainOutcome):
+        return result
+    if result is not None:
+        raise result
     if failure:
         raise _fault(failure[0])
-    raise StorageFault("the workers ended without a word")
+    raise StorageFault("the workers ended without a result; run the same command to resume")
 
 
-def _follow(fitting: threading.Thread, post: Any, watch: Watch) -> None:
-    """Pass on what the workers do until there is no more; the first Ctrl-C asks them to end."""
+def _follow(fitting: threading.Thread, actor: Any, watch: Watch) -> None:
+    """Show the progress of the workers until they end; the first Ctrl-C stops them."""
     import ray
 
     begun = None
-    with stop_asked() as asked:
+    with stop_on_signal() as signalled:
         while True:
-            fitting.join(_LOOK_S)
-            news: News = ray.get(post.news.remote())
-            for line in news.lines:
+            fitting.join(_POLL_S)
+            progress: Progress = ray.get(actor.read.remote())
+            for line in progress.lines:
                 watch.say(line)
-            if begun is None and news.begun is not None:
-                begun = news.begun
+            if begun is None and progress.begun is not None:
+                begun = progress.begun
                 watch.begin(*begun)
-            if news.losses:
-                watch.step(news.done, news.losses)
-            if news.refused or not fitting.is_alive():
+            if progress.losses:
+                watch.step(progress.done, progress.losses)
+            if progress.refused or not fitting.is_alive():
                 return
-            if asked.is_set():
-                ray.get(post.stop.remote())
+            if signalled.is_set():
+                ray.get(actor.stop.remote())
 
 
 def _work(job: dict[str, Any]) -> None:
-    """On each worker. What the user can put right is not tried again."""
+    """Train on one worker. A UserError is not retried."""
     import ray
     import torch.distributed as dist
 
-    post = job["post"]
-    if ray.get(post.has_ended.remote()):
+    progress = job["progress"]
+    if ray.get(progress.has_ended.remote()):
         return
     try:
-        watch = _Reporting(post) if dist.get_rank() == 0 else None
+        watch = _RemoteWatch(progress) if dist.get_rank() == 0 else None
         outcome = fit(
             job["dataset"], job["run"], job["config"], init_from=job["init_from"], watch=watch
         )
     except (UserError, Interrupted) as fault:
-        ray.get(post.end.remote(fault))
+        ray.get(progress.end.remote(fault))
         if isinstance(fault, Interrupted):
             return
-        raise  # the others wait for this worker, and would for ever
+        raise  # so that Ray Train ends the others, which wait for this worker
     if watch is not None:
-        ray.get(post.end.remote(outcome))
+        ray.get(progress.end.remote(outcome))
 
 
-class _Reporting:
-    """Tells the driver, and does not wait for it."""
+class _RemoteWatch:
+    """A watch that informs the driver without waiting for it."""
 
-    def __init__(self, post: Any) -> None:
-        self._post = post
+    def __init__(self, progress: Any) -> None:
+        self._progress = progress
         self._answer: Any = None
 
     def say(self, line: str) -> None:
-        self._post.say.remote(line)
+        self._progress.say.remote(line)
 
     def begin(self, done: int, steps: int) -> None:
-        self._post.begin.remote(done, steps)
+        self._progress.begin.remote(done, steps)
 
     def step(self, done: int, losses: Mapping[str, float]) -> bool:
-        """By the last answer that has come."""
+        """Return the last answer that has arrived."""
         import ray
 
         stop = False
@@ -257,12 +269,12 @@ class _Reporting:
             if not ready:
                 return False
             stop = ray.get(ready[0])
-        self._answer = self._post.step.remote(done, dict(losses))
+        self._answer = self._progress.step.remote(done, dict(losses))
         return stop
 
 
 def _fault(error: BaseException) -> BaseException:
-    """What ended the workers, for the person who runs them; a bug of ours stays what it is."""
+    """Return the error to raise for one that ended the workers; bugs stay what they are."""
     causes = getattr(error, "worker_failures", {})
     for cause in causes.values():
         inner = getattr(cause, "_base_exc", cause)

@@ -1,14 +1,14 @@
-"""The folder of a training run: what it was begun with, and its checkpoints' coming and going.
+"""The folder of a training run: its settings, log and checkpoints.
 
-RUN/run.json     what the numbers depend on
+RUN/run.json     the settings that the numbers depend on
 RUN/config.yaml  every setting of the last start
 RUN/log.jsonl    a line a step
 RUN/checkpoints/step-00001000/
-    voice.safetensors, voice.json  the voice, to be used
-    training.safetensors           what it takes to go on
+    voice.safetensors, voice.json  the voice, ready to use
+    training.safetensors           the state to resume from
     checkpoint.json                step, validation and SHA-256 of the others
 
-A checkpoint gets its name when it is whole and on the disk, and loses it before it is deleted.
+A checkpoint gets its name when it is complete and on the disk, and loses it before it is deleted.
 """
 
 from __future__ import annotations
@@ -41,27 +41,30 @@ _BEST_BY = "mel_distance"
 
 
 class RunFolder:
-    """See the module. Only one process writes."""
+    """The folder of a run; the module's docstring lists its files. Only one process writes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.log = StepLog(folder / "log.jsonl")
 
-    def require_ours(self) -> None:
-        """Raises UserError where the folder holds something else. Writes nothing."""
+    def require_run(self) -> None:
+        """Check that the folder is a run, empty or absent. Writes nothing.
+
+        Raises: UserError: when it has other files.
+        """
         if not self.folder.is_dir() or (self.folder / "run.json").exists():
             return
         others = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith("."))
         if others:
             raise UserError(
-                f"{self.folder} holds {others[0]} and no run.json: it is no training run; name a "
+                f"{self.folder} has {others[0]} and no run.json: it is not a training run; name a "
                 "new folder"
             )
 
     def begin(self, dataset: str, settings: Mapping[str, Any], config_yaml: str) -> None:
-        """Start, or go on with the same settings: all that the numbers depend on, by name.
+        """Start a run, or resume one. settings: all that the numbers depend on, by name.
 
-        Raises UserError where there are checkpoints made with others.
+        Raises: UserError: when there are checkpoints made with other settings.
         """
         shutil.rmtree(self.folder / ".tmp", ignore_errors=True)
         before = self.settings()
@@ -69,52 +72,62 @@ class RunFolder:
             differing = differences(before, settings, neutral_values(TrainConfig))
             if differing:
                 raise UserError(
-                    f"{self.folder} holds a run begun with other settings "
-                    f"({'; '.join(differing)}); give the same ones to go on, or name a new folder"
+                    f"{self.folder} has a run with other settings ({'; '.join(differing)}); give "
+                    "the same ones to resume it, or name a new folder"
                 )
         self.write_json("run.json", {"format": 1, "dataset": dataset, "settings": settings})
         commit_file(self.folder, "config.yaml", lambda file: file.write(config_yaml.encode()))
 
     def settings(self) -> dict[str, Any] | None:
-        """Those that the run was begun with; None before that. Raises UserError."""
+        """Return the settings of the run; None for a new one.
+
+        Raises: UserError: when run.json is damaged.
+        """
         path = self.folder / "run.json"
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not one of this program's ({error!r})") from error
+            raise UserError(f"{path} is not the run.json of a Cantor run ({error!r})") from error
         return dict(settings)
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        """Write a file into the folder."""
         text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         commit_file(self.folder, name, lambda file: file.write(text.encode()))
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole one. validation: measured at its step; {} where nothing was."""
+    """A complete checkpoint. validation: the measures of its step; {} when it was not validated."""
 
     folder: Path
     step: int
     validation: dict[str, float]
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Tensors and notes of the file to go on from."""
+        """Return the tensors and notes of the state to resume from."""
         return read_safetensors(self.folder / TRAINING_FILE)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Raises CheckpointError where `folder` is no whole checkpoint: every byte is checked."""
+    """Return the checkpoint in `folder`, after its files were compared with their SHA-256.
+
+    Raises: CheckpointError: when it is damaged or incomplete.
+    """
     checkpoint, sums = _facts(folder)
     for name, expected in sums.items():
         if sha256_of(folder / name) != expected:
-            raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is another")
+            raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is wrong")
     return checkpoint
 
 
 def _facts(folder: Path) -> tuple[Checkpoint, dict[str, str]]:
-    """And the SHA-256 of each file. Raises CheckpointError."""
+    """Return the checkpoint in `folder` and the SHA-256 of each of its files.
+
+    Raises: CheckpointError: when checkpoint.json is damaged.
+    """
     path = folder / _FACTS_FILE
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
@@ -134,54 +147,64 @@ class Checkpoints:
     def save(
         self, step: int, fill: Callable[[Path], None], validation: Mapping[str, float]
     ) -> Checkpoint:
-        """Keep what `fill` writes into a folder, whole or not at all; then delete what is over.
+        """Keep what `fill` writes into a folder, whole or not at all; delete old checkpoints.
 
-        Raises: OSError of the storage, StorageFault.
+        Raises: OSError: when the storage fails; StorageFault: when safetensors cannot write.
         """
-        final = self.folder / f"step-{step:08d}"
+        final = self.folder_of(step)
         temporary = self.folder / f".new-{final.name}-{secrets.token_hex(4)}"
         temporary.mkdir(parents=True)
         try:
             fill(temporary)
             _seal(temporary, step, validation)
-            if final.exists():  # damaged, or we would have gone on from it
+            if final.exists():  # it is damaged, or the run would have resumed from it
                 _remove(final)
             temporary.rename(final)
-        except SafetensorError as error:  # it has no class of its own for a full disk
+        except SafetensorError as error:  # also for a full disk
             raise StorageFault(f"cannot write {final}: {error}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         sync_folder(self.folder)
-        self._delete_superfluous()
+        self._delete_old()
         return Checkpoint(final, step, dict(validation))
 
     def latest(self, warn: Callable[[str], None]) -> Checkpoint | None:
-        """The last whole one; None in a run without any. warn: is told of damaged ones after it.
+        """Return the last checkpoint that is not damaged; None in a run without checkpoints.
 
-        Raises UserError where all are damaged.
+        warn: gets a line for each later, damaged one.
+
+        Raises: UserError: when all are damaged.
         """
         folders = self._folders()
         for folder in reversed(folders):
             try:
                 return read_checkpoint(folder)
             except CheckpointError as error:
-                warn(f"{error}; the checkpoint before it is taken")
+                warn(f"{error}; the checkpoint before it is used")
         if folders:
             raise UserError(
-                f"none of the checkpoints in {self.folder} is whole; remove {self.folder.parent} "
-                "to start over"
+                f"all checkpoints in {self.folder} are damaged; remove {self.folder.parent} to "
+                "start over"
             )
         return None
 
     def best(self) -> Checkpoint | None:
-        """By its mel distance; None where none was validated. Bytes are not checked."""
+        """Return the checkpoint of the least mel distance; None when none was validated.
+
+        Their files are not checked.
+        """
         known = [c for c in self._readable() if _BEST_BY in c.validation]
         return min(known, key=lambda c: (c.validation[_BEST_BY], c.step), default=None)
 
     def would_be_best(self, validation: Mapping[str, float]) -> bool:
+        """Return True when no checkpoint has a smaller mel distance."""
         best = self.best()
         value = validation.get(_BEST_BY)
         return value is not None and (best is None or value < best.validation[_BEST_BY])
+
+    def folder_of(self, step: int) -> Path:
+        """Return the folder of the checkpoint of a step."""
+        return self.folder / f"step-{step:08d}"
 
     def sweep(self) -> None:
         """Remove what a killed run left half-written or half-deleted."""
@@ -198,7 +221,7 @@ class Checkpoints:
             with suppress(CheckpointError):
                 yield _facts(folder)[0]
 
-    def _delete_superfluous(self) -> None:
+    def _delete_old(self) -> None:
         best = self.best() if self.keep_best else None
         for folder in self._folders()[: -self.keep_last]:
             if best is None or folder != best.folder:
@@ -206,7 +229,7 @@ class Checkpoints:
 
 
 def _seal(folder: Path, step: int, validation: Mapping[str, float]) -> None:
-    """Write down what is in the folder, and put all of it on the disk."""
+    """List the files of a checkpoint with their SHA-256, and sync all of it to the disk."""
     sums = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
     facts = {"step": step, "validation": dict(validation), "sha256": sums}
     (folder / _FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -217,41 +240,44 @@ def _seal(folder: Path, step: int, validation: Mapping[str, float]) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Without a moment at which half of it could be taken for a checkpoint."""
+    """Delete a checkpoint, which loses its name first: half of it is never taken for one."""
     doomed = folder.with_name(f".old-{folder.name}-{secrets.token_hex(4)}")
     folder.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def network_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Copies on the CPU; of tensors with several names, one for each name."""
+    """Return copies on the CPU; a tensor with several names is copied for each name."""
     return {
         name: tensor.detach().to("cpu", copy=True) for name, tensor in network.state_dict().items()
     }
 
 
 def optimizer_tensors(optimizer: Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
-    """Its moments and counts as "<parameter>/<what>". names: of its parameters, in their order."""
+    """Return moments and counts as "<parameter>/<kind>". names: of the parameters, in order."""
     return {
-        f"{name}/{what}": value.detach().to("cpu", copy=True)
+        f"{name}/{kind}": value.detach().to("cpu", copy=True)
         for name, parameter in zip(names, _parameters(optimizer), strict=True)
-        for what, value in optimizer.state[parameter].items()
+        for kind, value in optimizer.state[parameter].items()
     }
 
 
 def load_optimizer(
     optimizer: Optimizer, names: Sequence[str], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Take over what `optimizer_tensors` gave. Raises CheckpointError where they do not fit."""
+    """Restore what `optimizer_tensors` returned.
+
+    Raises: CheckpointError: when the tensors do not fit.
+    """
     states: dict[int, dict[str, Tensor]] = {}
     index = {name: number for number, name in enumerate(names)}
     shapes = [parameter.shape for parameter in _parameters(optimizer)]
     for key, tensor in tensors.items():
-        name, _, what = key.rpartition("/")
+        name, _, kind = key.rpartition("/")
         number = index.get(name)
-        if number is None or (what != "step" and tensor.shape != shapes[number]):
+        if number is None or (kind != "step" and tensor.shape != shapes[number]):
             raise CheckpointError(f"there is no parameter for the optimizer's {key}")
-        states.setdefault(number, {})[what] = tensor.clone()  # out of the mapped file
+        states.setdefault(number, {})[kind] = tensor.clone()  # out of the mapped file
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
 
@@ -261,12 +287,12 @@ def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def join(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """{"generator": {"a": ...}} -> {"generator/a": ...}"""
+    """Join the tensors of several parts: {"generator": {"a": ...}} -> {"generator/a": ...}."""
     return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
 
 
 def part_of(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    """The inverse of `join` for one part."""
+    """Return one part of what `join` returned."""
     return {
         name.removeprefix(f"{part}/"): tensor
         for name, tensor in tensors.items()
@@ -275,11 +301,15 @@ def part_of(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
 
 
 def write_training(folder: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
+    """Write the state to resume from into the folder of a checkpoint."""
     save_safetensors(folder / TRAINING_FILE, tensors, notes)
 
 
 def load_network_state(network: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Raises CheckpointError where names or shapes differ."""
+    """Copy tensors of the file `source` into a network.
+
+    Raises: CheckpointError: when names or shapes differ.
+    """
     try:
         network.load_state_dict(dict(tensors))
     except RuntimeError as error:
@@ -288,7 +318,7 @@ def load_network_state(network: nn.Module, tensors: Mapping[str, Tensor], source
 
 @torch.no_grad()
 def move_average(averaged: nn.Module, network: nn.Module, decay: float) -> None:
-    """averaged <- decay * averaged + (1 - decay) * network; buffers are taken as they are."""
+    """Set averaged <- decay * averaged + (1 - decay) * network; buffers are copied."""
     torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 1 - decay)
-    for mine, its in zip(averaged.buffers(), network.buffers(), strict=True):
-        mine.copy_(its)
+    for target, source in zip(averaged.buffers(), network.buffers(), strict=True):
+        target.copy_(source)

@@ -33,10 +33,10 @@ _MEASURES = {
 
 
 def show_training(console: Console, outcome: TrainOutcome) -> None:
-    """Steps, losses and validation at both ends of the whole run, and where the voice lies."""
+    """Show steps, losses and validation at both ends of the run, and the path of the voice."""
     lines = StepLog(outcome.run / "log.jsonl").lines()
     done = outcome.steps - outcome.begun_at
-    console.print(f"{outcome.steps} steps done, {done} of them now", highlight=False)
+    console.print(f"{outcome.steps} steps done, {done} of them in this call", highlight=False)
     losses = [line for line in lines if "total" in line]
     if losses:
         console.print(_table("loss", losses, _LOSSES))
@@ -60,7 +60,7 @@ def _table(title: str, lines: list[dict[str, Any]], names: Mapping[str, str]) ->
 
 
 def _validation(lines: list[dict[str, Any]]) -> Table:
-    """Of each measure, posterior and prior; the original's own where it has that."""
+    """Return a row for each measure: posterior and prior, and the original's where it has one."""
     table = _columns("validation, posterior / prior", lines)
     table.add_column("original", justify="right")
     first, last = (line["validation"] for line in (lines[0], lines[-1]))

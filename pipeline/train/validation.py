@@ -1,8 +1,9 @@
-"""What a training run shows of itself: TensorBoard, and on clips that stay the same how near the
-re-synthesis comes to the original, in numbers, pictures and sound.
+"""TensorBoard and validation of a run.
 
-A clip is made again on two paths. Through the posterior, from its own spectrogram: how good the
-decoder is. Through the prior, from units and f0 alone: what a conversion will sound like.
+Fixed clips are resynthesised and compared with the original, in numbers, pictures and sound.
+
+A clip is resynthesised on two paths. Through the posterior, from its own spectrogram: the quality
+of the decoder. Through the prior, from units and f0 alone: the sound of a conversion.
 """
 
 from __future__ import annotations
@@ -35,24 +36,24 @@ if TYPE_CHECKING:
     from pipeline.dataset.shard_dataset import ShardDataset
 
 PATHS = ("posterior", "prior")
-LONGEST_S = 10.0  # of a clip; validation is to cost little beside the steps
-CENTS = 50.0  # a pitch this near is right
+LONGEST_S = 10.0  # of a clip, so that validation takes little time beside the steps
+CENTS = 50.0  # largest error of a pitch that counts as right
 
 
 @dataclass(frozen=True)
 class ValidationSound:
-    """A clip, original or made again."""
+    """A clip, original or resynthesised."""
 
     wav: Array  # (T,) float32
     mel: Array  # (M, F) natural logarithm
-    f0: Array  # (F,) Hz found in `wav`, 0 where unvoiced
+    f0: Array  # (F,) Hz estimated from `wav`, 0 where unvoiced
 
 
 class Metrics:
-    """Writes RUN/tensorboard and RUN/validation. Steps count from 1; 0 is before training.
+    """Writer of RUN/tensorboard and RUN/validation. Steps count from 1; 0 is before training.
 
-    clips: one example each; what is longer than 10 s is cut. step: the last that is done, where a
-    run goes on: what an earlier life wrote of later ones does not count any more.
+    clips: one example each, cut to 10 s. step: the last one that is done when a run resumes.
+    Entries of later steps are discarded.
     """
 
     def __init__(
@@ -72,35 +73,37 @@ class Metrics:
         self.clips = [self._cut(clip) for clip in clips]
         self.originals = [self._sound(clip.wav) for clip in self.clips]
         self._fresh = step == 0
-        first = 0 if self._fresh else step + 1  # of the steps that this life writes of
+        first = 0 if self._fresh else step + 1
         self.writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=first)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """What the trainer measured in a step: losses, gradient norms, the learning rate, ..."""
+        """Write the measures of a step: losses, gradient norms, the learning rate, ..."""
         for name, value in values.items():
             self.writer.add_scalar(_tag(name), value, step)
 
     def validate(self, step: int, generator: Synthesizer) -> dict[str, float]:
-        """`measure_clips` of the clips as `generator` makes them now; drawn, and written as sound.
+        """Resynthesise the clips, write pictures and sound, and return `measure_clips` of them.
 
-        Draws no global random number and leaves the generator in the mode that it was in. {} when
-        there are no clips.
+        Draws no global random number and restores the mode of the generator. {} when there are no
+        clips.
         """
-        made: dict[str, list[ValidationSound]] = {path: [] for path in PATHS}
-        with _at_rest(generator):
+        resynthesized: dict[str, list[ValidationSound]] = {path: [] for path in PATHS}
+        with _evaluating(generator):
             for clip in self.clips:
                 for path, wav in resynthesize(generator, clip, self.mel).items():
-                    made[path].append(self._sound(wav))
-        numbers = measure_clips(self.clips, self.originals, made)
+                    resynthesized[path].append(self._sound(wav))
+        numbers = measure_clips(self.clips, self.originals, resynthesized)
         for name, value in numbers.items():
             self.writer.add_scalar(f"validation/{name}", value, step)
         for i, clip in enumerate(self.clips):
-            self._show(step, i, clip.clip_ids[0], {path: made[path][i] for path in PATHS})
+            sounds = {path: resynthesized[path][i] for path in PATHS}
+            self._show(step, i, clip.clip_ids[0], {"original": self.originals[i], **sounds})
         self.writer.flush()
         self._fresh = False
         return numbers
 
     def close(self) -> None:
+        """Write what is buffered and close the files."""
         self.writer.close()
 
     def _cut(self, clip: Batch) -> Batch:
@@ -116,21 +119,20 @@ class Metrics:
         )
 
     def _sound(self, wav: Tensor) -> ValidationSound:
-        """wav: (1, T)."""
+        """Analyse wav (1, T)."""
         spec = spectrogram(wav, self.mel, self.hop_length)
         mel = mel_of(spec, self.mel, self.sample_rate)[0].cpu().numpy()
-        # A run that has diverged is stopped by its losses, in words; not here.
-        heard = np.nan_to_num(wav[0].cpu().numpy(), posinf=0.0, neginf=0.0)
+        # A run that diverged is stopped by the check of its losses, not here.
+        finite = np.nan_to_num(wav[0].cpu().numpy(), posinf=0.0, neginf=0.0)
         settings = F0Config(
             method="praat", hop_length=self.hop_length, f0_max=min(1100.0, 0.45 * self.sample_rate)
         )
-        f0 = estimate_f0(heard, self.sample_rate, settings, n_frames=mel.shape[1])
-        return ValidationSound(heard, mel, f0)
+        f0 = estimate_f0(finite, self.sample_rate, settings, n_frames=mel.shape[1])
+        return ValidationSound(finite, mel, f0)
 
     def _show(
-        self, step: int, number: int, clip_id: str, made: Mapping[str, ValidationSound]
+        self, step: int, number: int, clip_id: str, sounds: Mapping[str, ValidationSound]
     ) -> None:
-        sounds = {"original": self.originals[number], **made}
         figure = draw_spectrograms(sounds, f"{clip_id}, step {step}", self.mel, self.sample_rate,
                       self.hop_length)  # fmt: skip
         name, picture = f"clip {number + 1}", _pixels(figure)
@@ -154,20 +156,22 @@ class Metrics:
 
 
 def fixed_clips(validation: ShardDataset, training: ShardDataset, count: int) -> list[Batch]:
-    """`count` clips for `Metrics`, always the same ones, from the start to the end of what is held
-    back; of what is trained on, where nothing is."""
+    """Return `count` clips for `Metrics`, always the same ones, spread over the held-out clips.
+
+    They are spread over the training clips where none are held out.
+    """
     dataset = validation if len(validation) else training
     places = np.linspace(0, len(dataset) - 1, min(count, len(dataset)))
     return [collate([dataset[round(place)]]) for place in places]
 
 
 def picture_path(run: Path, step: int) -> Path:
-    """Where the picture of the first clip lies."""
+    """Return the path of the picture of the first clip."""
     return run / "validation" / f"step-{step:08d}.png"
 
 
 def resynthesize(generator: Synthesizer, clip: Batch, mel: MelConfig) -> dict[str, Tensor]:
-    """The clip on each of `PATHS`: wav (1, T). The noise is the same each time."""
+    """Return the clip on each of `PATHS`: wav (1, T). The noise is the same each time."""
     clip = clip.to(next(generator.parameters()).device)
     key = zlib.crc32(clip.clip_ids[0].encode())
     spec = spectrogram(clip.wav, mel, generator.config.hop_length)
@@ -183,41 +187,41 @@ def resynthesize(generator: Synthesizer, clip: Batch, mel: MelConfig) -> dict[st
 def measure_clips(
     clips: Sequence[Batch],
     originals: Sequence[ValidationSound],
-    made: Mapping[str, Sequence[ValidationSound]],
+    resynthesized: Mapping[str, Sequence[ValidationSound]],
 ) -> dict[str, float]:
-    """Of all the clips together, by path: mel_PATH, and what `compare_pitch` says, with _PATH.
+    """Return measures of all clips together, by path: mel_PATH and those of `compare_pitch`_PATH.
 
     mel: mean absolute distance of the log mels. mel_distance: the mean over the paths, by which the
-    best checkpoint is chosen. `..._original` is the same pitch estimator on the original against
-    the dataset's f0: no re-synthesis can be expected to come nearer.
+    best checkpoint is chosen. `..._original` compares the pitch estimated from the original with
+    the dataset's f0: a limit that no resynthesis can be expected to beat.
     """
     if not clips:
         return {}
     numbers: dict[str, float] = {}
-    for path, sounds in made.items():
+    for path, sounds in resynthesized.items():
         pairs = zip(sounds, originals, strict=True)
         distances = [np.abs(sound.mel - original.mel).ravel() for sound, original in pairs]
         numbers[f"mel_{path}"] = float(np.concatenate(distances).mean())
     numbers["mel_distance"] = float(np.mean(list(numbers.values())))
     truth = np.concatenate([(clip.f0 * clip.voiced)[0].cpu().numpy() for clip in clips])
-    for path, sounds in [*made.items(), ("original", originals)]:
-        found = np.concatenate([sound.f0 for sound in sounds])
-        for name, value in compare_pitch(truth, found).items():
+    for path, sounds in [*resynthesized.items(), ("original", originals)]:
+        estimated = np.concatenate([sound.f0 for sound in sounds])
+        for name, value in compare_pitch(truth, estimated).items():
             numbers[f"{name}_{path}"] = value
     return numbers
 
 
-def compare_pitch(truth: Array, found: Array) -> dict[str, float]:
-    """Two contours (F,) in Hz, 0 where unvoiced.
+def compare_pitch(truth: Array, estimate: Array) -> dict[str, float]:
+    """Compare two contours (F,) in Hz, 0 where unvoiced.
 
     voicing_error: share of frames in which one is voiced and the other is not.
-    pitch_accuracy: share of the truth's voiced frames that are voiced and within 50 cents; left out
+    pitch_accuracy: share of the truth's voiced frames that are voiced and within 50 cents; absent
     where nothing is voiced in the truth.
-    f0_rmse_cents: over the frames that are voiced in both; left out where there are none.
+    f0_rmse_cents: over the frames that are voiced in both; absent where there are none.
     """
-    voiced, both = truth > 0, (truth > 0) & (found > 0)
-    cents = 1200 * np.log2(found[both].astype(np.float64) / truth[both])
-    numbers = {"voicing_error": float(np.mean(voiced != (found > 0)))}
+    voiced, both = truth > 0, (truth > 0) & (estimate > 0)
+    cents = 1200 * np.log2(estimate[both].astype(np.float64) / truth[both])
+    numbers = {"voicing_error": float(np.mean(voiced != (estimate > 0)))}
     if voiced.any():
         numbers["pitch_accuracy"] = float(np.sum(np.abs(cents) <= CENTS) / np.sum(voiced))
     if both.any():
@@ -226,18 +230,18 @@ def compare_pitch(truth: Array, found: Array) -> dict[str, float]:
 
 
 def describe_measures(numbers: Mapping[str, float]) -> str:
-    """One line for the console; "" where nothing was measured."""
+    """Return a line for the console; "" where nothing was measured."""
     if not numbers:
         return ""
 
-    def of(name: str, form: str) -> str:
-        shown = (numbers.get(f"{name}_{path}") for path in PATHS)
-        return " / ".join("–" if value is None else format(value, form) for value in shown)
+    def pair(name: str, form: str) -> str:
+        values = (numbers.get(f"{name}_{path}") for path in PATHS)
+        return " / ".join("–" if value is None else format(value, form) for value in values)
 
     return (
-        f"posterior / prior: mel distance {of('mel', '.2f')}, "
-        f"right pitch {of('pitch_accuracy', '.0%')}, off by {of('f0_rmse_cents', '.0f')} cents, "
-        f"voicing wrong {of('voicing_error', '.0%')}"
+        f"posterior / prior: mel distance {pair('mel', '.2f')}, "
+        f"right pitch {pair('pitch_accuracy', '.0%')}, "
+        f"off by {pair('f0_rmse_cents', '.0f')} cents, voicing wrong {pair('voicing_error', '.0%')}"
     )
 
 
@@ -248,7 +252,7 @@ def draw_spectrograms(
     sample_rate: int,
     hop_length: int,
 ) -> Figure:
-    """The log mels side by side, in the colours of the first."""
+    """Draw the log mels side by side, in the colour range of the first."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -267,16 +271,16 @@ def draw_spectrograms(
         )  # fmt: skip
         each.set_title(name, fontsize=10)
         each.set_xlabel("time (s)")
-        each.xaxis.set_major_locator(MaxNLocator(6, prune="upper"))  # the next panel's 0 is there
+        each.xaxis.set_major_locator(MaxNLocator(6, prune="upper"))  # the next panel has a 0 there
     axes[0].set_yticks(*_ticks(mel, sample_rate))
     axes[0].set_ylabel("frequency (Hz), mel scale")
-    beside = figure.add_axes((0.925, 0.15, 0.012, 0.69))
-    figure.colorbar(image, cax=beside, label="log magnitude")
+    legend = figure.add_axes((0.925, 0.15, 0.012, 0.69))
+    figure.colorbar(image, cax=legend, label="log magnitude")
     return figure
 
 
 def _ticks(mel: MelConfig, sample_rate: int) -> tuple[list[int], list[str]]:
-    """Some mel bands and their middles in Hz."""
+    """Return some mel bands and labels with their centres in Hz."""
     import librosa
 
     f_max = sample_rate / 2 if mel.f_max is None else mel.f_max
@@ -286,22 +290,22 @@ def _ticks(mel: MelConfig, sample_rate: int) -> tuple[list[int], list[str]]:
 
 
 def _pixels(figure: Figure) -> Array:
-    """(height, width, 3) of 0 to 255."""
+    """Return the pixels (height, width, 3), 0 to 255."""
     canvas: Any = figure.canvas
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def _tag(name: str) -> str:
-    """Where TensorBoard shows a number of the trainer."""
+    """Return the name of a measure in TensorBoard."""
     if name.startswith("grad_norm"):
         return f"gradient/{name}"
     return f"loss/{name}" if name in LOSSES else f"train/{name}"
 
 
 @contextmanager
-def _at_rest(generator: Synthesizer) -> Iterator[None]:
-    """No dropout and no gradients in here."""
+def _evaluating(generator: Synthesizer) -> Iterator[None]:
+    """Turn off dropout and gradients."""
     training = generator.training
     generator.eval()
     try:

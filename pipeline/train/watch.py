@@ -1,4 +1,7 @@
-"""Who looks on while a run trains: a terminal, a driver elsewhere, or nobody."""
+"""Display of a running training: on a terminal, in a driver elsewhere, or nowhere.
+
+tests/pipeline/train/test_trainer.py covers this module.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,22 @@ from pipeline.cluster.bar import Advance, show_bar
 
 
 class Watch(Protocol):
+    """A receiver of messages and progress. It can stop the run."""
+
     def say(self, line: str) -> None:
-        """Something that a person should know."""
+        """Show a message."""
 
     def begin(self, done: int, steps: int) -> None:
-        """The steps begin; `done` of `steps` are done."""
+        """Start to show steps; `done` of `steps` are done."""
 
     def step(self, done: int, losses: Mapping[str, float]) -> bool:
-        """One more is done. True: the run shall stop, its state kept."""
+        """Show that `done` steps are done. Return True to save the state and stop the run."""
         ...
 
 
-class Nobody:
+class SilentWatch:
+    """A watch that shows nothing."""
+
     def say(self, line: str) -> None:
         pass
 
@@ -34,11 +41,11 @@ class Nobody:
         return False
 
 
-class OnConsole:
-    """Lines and a bar, which ends when `held` does."""
+class ConsoleWatch:
+    """Lines and a bar, which ends when `stack` is closed."""
 
-    def __init__(self, console: Console, held: ExitStack) -> None:
-        self._console, self._held = console, held
+    def __init__(self, console: Console, stack: ExitStack) -> None:
+        self._console, self._stack = console, stack
         self._advance: Advance | None = None
         self._done = 0
 
@@ -46,7 +53,7 @@ class OnConsole:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def begin(self, done: int, steps: int) -> None:
-        self._advance = self._held.enter_context(show_bar(self._console, "train", steps, done))
+        self._advance = self._stack.enter_context(show_bar(self._console, "train", steps, done))
         self._done = done
 
     def step(self, done: int, losses: Mapping[str, float]) -> bool:

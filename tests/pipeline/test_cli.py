@@ -115,7 +115,7 @@ def test_a_training_ends_with_a_table_and_keeps_its_settings(tmp_path: Path) -> 
     words = ("train", dataset, run, "--config", tmp_path / "small.yaml")
     output = cantor(*words, "run.steps=2")
     assert "step 0: posterior / prior: mel distance" in output
-    assert "2 steps done, 2 of them now" in output
+    assert "2 steps done, 2 of them in this call" in output
     for row in ("mel distance", "right pitch", "voicing wrong", "discriminator"):
         assert row in output
     assert str(run / "checkpoints" / "step-00000002") in "".join(output.split())

@@ -30,7 +30,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from models.synthesizer.batch import Batch
-from pipeline.dataset.examples import DataConfig, collate
+from pipeline.dataset.data_config import DataConfig
+from pipeline.dataset.examples import collate
 from pipeline.dataset.schema import SCHEMA_VERSION, EncoderIdentity
 from pipeline.dataset.shard_dataset import ShardDataset, Share
 from pipeline.dataset.shards import iter_shards, read_footer, write_shard

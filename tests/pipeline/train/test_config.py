@@ -118,7 +118,7 @@ def test_a_number_that_is_a_name_is_taken_as_one() -> None:
         ("optimizer.warmup_steps=-1", "optimizer.warmup_steps is -1; it must be 0 or more"),
         ("loss.mel=-3", "loss.mel is -3.0; it must be 0 or more"),
         ("loss.segment_frames=0", "loss.segment_frames is 0; it must be 1 or more"),
-        ("data.max_frames=25", "data.max_frames is 25; it must be data.min_frames, 30"),
+        ("data.max_frames=25", "data.max_frames is 25; it must be at least data.min_frames, 30"),
         ("model.n_layers=-1", "model.n_layers is -1; it must be 1 or more"),
         ("model.n_heads=0", "model.n_heads is 0; it must be 1 or more"),
         ("model.upsample_rates=[8,8,4,2,1]", "upsample_kernel_sizes has 4 where .* has 1"),

@@ -133,9 +133,12 @@ def test_safetensors_of_so_vits_svc_s_names(theirs: Path) -> None:
 @pytest.mark.parametrize(
     "names, words",
     [
-        ([], "has a config.json and no *.pth beside it"),
-        (["ann.pth", "ben.pth"], "has several models (ann.pth, ben.pth); name one"),
-        (["G_ann.pth", "G_ben.pth"], "has several models (G_ann.pth, G_ben.pth); name one"),
+        ([], "has a config.json but no *.pth"),
+        (["ann.pth", "ben.pth"], "has several models (ann.pth, ben.pth); name one file"),
+        (
+            ["G_ann.pth", "G_ben.pth"],
+            "has several models (G_ann.pth, G_ben.pth); name one file",
+        ),
     ],
 )
 def test_folders_that_do_not_say_which_model(names: list[str], words: str, tmp_path: Path) -> None:
@@ -152,7 +155,8 @@ def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
 
 def test_what_is_not_there_or_no_voice(tmp_path: Path) -> None:
     kinds = (
-        "name a voice's folder, a run's, or a G_*.pth of so-vits-svc with its config.json beside it"
+        "name the folder of a voice or of a run, or a G_*.pth of so-vits-svc with config.json in "
+        "the same folder"
     )
     assert refusal(tmp_path / "none") == f"{tmp_path / 'none'} does not exist; {kinds}"
     assert refusal(tmp_path) == f"{tmp_path} holds no voice; {kinds}"
@@ -166,7 +170,7 @@ def test_a_model_without_its_config_or_with_a_broken_one(theirs: Path) -> None:
     config.write_text(json.dumps({**json.loads(content), "model": {"ssl_dim": 768}}))
     assert "config.json" in refusal(theirs)
     config.unlink()
-    assert "has its config.json beside it" in refusal(theirs / "G_800.pth")
+    assert "needs config.json in the same folder" in refusal(theirs / "G_800.pth")
 
 
 @pytest.mark.parametrize(

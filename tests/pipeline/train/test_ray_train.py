@@ -50,5 +50,5 @@ def test_two_workers_one_of_them_killed_have_the_losses_of_one(tmp_path: Path) -
 
 def test_what_the_user_can_put_right_comes_as_a_sentence(tmp_path: Path) -> None:
     data = write_small_dataset(tmp_path / "data", clips=1)
-    with pytest.raises(UserError, match="100 workers need as many CPUs"):
+    with pytest.raises(UserError, match="100 workers need as many CPUs, but"):
         train_on_ray(data, tmp_path / "run", small_config(), 100)

@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     assert read_checkpoint(last).step == 2
     shutil.rmtree(tmp_path / "step-00000001")
     (last / TRAINING_FILE).unlink()
-    with pytest.raises(UserError, match="none of the checkpoints"):
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
         kept.latest(said.append)
 
 
@@ -128,14 +128,14 @@ def test_a_full_disk_is_the_storages_fault(small_disk: Path) -> None:
 
 def test_another_folder_is_not_taken_for_a_run(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(UserError, match=r"holds thesis\.tex and no run\.json"):
-        RunFolder(tmp_path).require_ours()
-    RunFolder(tmp_path / "new").require_ours()
+    with pytest.raises(UserError, match=r"has thesis\.tex and no run\.json"):
+        RunFolder(tmp_path).require_run()
+    RunFolder(tmp_path / "new").require_run()
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".lock").touch()
-    RunFolder(tmp_path / "empty").require_ours()
+    RunFolder(tmp_path / "empty").require_run()
     (tmp_path / "run.json").write_text("[]")
-    with pytest.raises(UserError, match="not one of this program's"):
+    with pytest.raises(UserError, match=r"is not the run\.json of a Cantor run"):
         RunFolder(tmp_path).settings()
 
 
@@ -145,7 +145,7 @@ def test_a_run_goes_on_with_its_settings_alone(tmp_path: Path) -> None:
     run.begin("data", {"data.batch_size": 4, "dataset.speakers": ("a", "b")}, "a: 1\n")
     Checkpoints(tmp_path / "checkpoints").save(1, fill(), {})
     run.begin("moved", {"data.batch_size": 4, "dataset.speakers": ("a", "b")}, "a: 2\n")
-    run.require_ours()
+    run.require_run()
     assert (tmp_path / "config.yaml").read_text() == "a: 2\n"
     with pytest.raises(UserError, match=r"data\.batch_size was 4 and is 5"):
         run.begin("data", {"data.batch_size": 5, "dataset.speakers": ("a", "b")}, "a: 3\n")
