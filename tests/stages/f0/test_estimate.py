@@ -410,6 +410,8 @@ def test_periodicity_is_near_praats_strength(
         ("dio", 512, -2, "hop512_plen-2"),
         ("dio", 441, 0, "hop441_plenNone"),
         ("harvest", 512, 0, "hop512_plenNone"),
+        ("harvest", 512, 2, "hop512_plen+2"),
+        ("harvest", 512, -2, "hop512_plen-2"),
         ("harvest", 441, 0, "hop441_plenNone"),
     ],
 )

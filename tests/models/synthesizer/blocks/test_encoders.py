@@ -38,7 +38,9 @@ def test_equal_the_reference(variant: str, reference: Reference, filled: Filled)
     with torch.no_grad():
         m_p, logs_p = filled(PriorEncoder(config), "enc_p.")(x, mask, coarse)
         z, m_q, logs_q = filled(PosteriorEncoder(config), "enc_q.")(spec, mask, g, NoNoise())
+    torch.testing.assert_close(mask, torch.from_numpy(arrays["enc_q/mask"]), atol=0, rtol=0)
     for name, made in {
+        "p/z": m_p,  # without noise
         "p/m": m_p,
         "p/logs": logs_p,
         "q/z": z,

@@ -54,13 +54,15 @@ def test_segments_from_given_starts(functions: dict[str, np.ndarray]) -> None:
 
 @pytest.mark.parametrize("chance", [0.0, 0.37, 0.999])
 def test_random_segments(chance: float, functions: dict[str, np.ndarray]) -> None:
-    x = torch.from_numpy(functions["slice/x"])
+    x, pitch = (torch.from_numpy(functions[f"slice/{name}"]) for name in ("x", "pitch"))
     lengths = torch.from_numpy(functions["slice/lengths"])
     name, noise = f"slice/rand_{chance}", NoNoise(chance)
     starts = random_starts(lengths, 6, noise)
     assert starts.dtype == torch.int64
     np.testing.assert_array_equal(starts.numpy(), functions[f"{name}/ids"])
     np.testing.assert_array_equal(slice_segments(x, starts, 6).numpy(), functions[f"{name}/seg"])
+    of_pitch = slice_segments(pitch.unsqueeze(1), starts, 6).squeeze(1)
+    np.testing.assert_array_equal(of_pitch.numpy(), functions[f"{name}/pitch"])
     whole = random_starts(torch.full_like(lengths, 20), 6, noise)
     np.testing.assert_array_equal(whole.numpy(), functions[f"{name}/nolen_ids"])
     one_less = random_starts(lengths - 1, 6, noise)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from models.synthesizer.blocks.noise import KeyedNoise, NoNoise
-from models.synthesizer.sovits.networks import Synthesizer
+from models.synthesizer.blocks.pitch import normalize_f0
+from models.synthesizer.sovits.networks import Synthesizer, mel_f0
 from tests.models.synthesizer.conftest import Filled, Reference
 from tests.models.synthesizer.tiny import VARIANTS, batch_of, config_of
 
@@ -80,6 +81,17 @@ def test_trains_on_what_the_peer_trains_on(
     close(out.wav, arrays["train/y_hat"], INFER.get(variant, 1e-5))
     if out.lf0_hat is not None:
         close(out.lf0_hat, arrays["train/pred_lf0"], MODULES)
+
+
+def test_scaled_log_f0_is_the_references(variant: str, reference: Reference) -> None:
+    arrays = reference(f"svc_tiny_{variant}")
+    batch, mask = batch_of(arrays), torch.from_numpy(arrays["x_mask"])
+    log_f0 = mel_f0(batch.f0).unsqueeze(1)
+    close(log_f0, arrays["lf0"], MODULES)
+    centred = normalize_f0(log_f0, mask, batch.voiced)
+    for name in ("norm_lf0", "train/norm_lf0"):
+        if name in arrays:
+            close(centred, arrays[name], MODULES)
 
 
 def test_an_example_does_not_depend_on_its_neighbours(reference: Reference, filled: Filled) -> None:
