@@ -1,4 +1,7 @@
-"""The short table that ends a training run."""
+"""The short table that ends a training run.
+
+tests/pipeline/test_cli.py covers this module.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of an epoch and the split by song, for any dataset that there could be."""
+"""The order of an epoch and the split by song, for random datasets."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ def order(groups: list[int], batch_size: int, mixed: int, seed: int, epoch: int)
 def test_every_clip_comes_and_only_the_last_batch_repeats(
     groups: list[int], batch_size: int, mixed: int, seed: int, epoch: int
 ) -> None:
-    found = order(groups, batch_size, mixed, seed, epoch)
+    batches = order(groups, batch_size, mixed, seed, epoch)
     clips = sum(groups)
-    assert found.shape == (-(-clips // batch_size), batch_size)
-    assert sorted(found.ravel()[:clips]) == list(range(clips))
-    again = found.ravel()[clips:]
-    assert np.array_equal(again, np.resize(found.ravel()[:clips], len(again)))
-    assert np.array_equal(found, order(groups, batch_size, mixed, seed, epoch))
+    assert batches.shape == (-(-clips // batch_size), batch_size)
+    assert sorted(batches.ravel()[:clips]) == list(range(clips))
+    again = batches.ravel()[clips:]
+    assert np.array_equal(again, np.resize(batches.ravel()[:clips], len(again)))
+    assert np.array_equal(batches, order(groups, batch_size, mixed, seed, epoch))
 
 
 @given(_GROUPS, st.integers(1, 8), st.integers(1, 5), _SEEDS)
 def test_what_is_read_and_not_used_yet_is_what_is_mixed(
     groups: list[int], batch_size: int, mixed: int, seed: int
 ) -> None:
-    found = order(groups, batch_size, mixed, seed, 0).ravel()[: sum(groups)]
+    batches = order(groups, batch_size, mixed, seed, 0).ravel()[: sum(groups)]
     group_of = np.repeat(np.arange(len(groups)), groups)
     seen: set[int] = set()
-    held = 0
-    for clip in found:
+    in_memory = 0
+    for clip in batches:
         group = int(group_of[clip])
-        held += groups[group] if group not in seen else 0
+        in_memory += groups[group] if group not in seen else 0
         seen.add(group)
-        assert held <= mixed * max(groups) + batch_size - 1
-        held -= 1
+        assert in_memory <= mixed * max(groups) + batch_size - 1
+        in_memory -= 1
 
 
 def test_the_order_is_another_one_with_each_seed_and_epoch() -> None:
@@ -77,41 +77,41 @@ def test_a_small_dataset_is_not_cut_into_the_same_batches_each_epoch() -> None:
 def test_batches_hold_clips_of_about_one_length() -> None:
     """Padding is what costs. Lengths are even from 30 to 800 frames."""
     frames = np.random.default_rng(0).integers(30, 800, 3200)
-    found = epoch_order(
+    batches = epoch_order(
         np.arange(0, 3201, 32), frames, batch_size=16, shuffle_groups=16, seed=1, epoch=0
     )
-    padded = frames[found].max(axis=1).sum() * 16 / frames.sum()
+    padded = frames[batches].max(axis=1).sum() * 16 / frames.sum()
     unsorted = frames.reshape(-1, 16).max(axis=1).sum() * 16 / frames.sum()
     assert padded < 1.2 < 1.7 < unsorted
 
 
 def test_the_order_is_this_one() -> None:
-    """An interrupted run goes on with what another version of the libraries orders, too."""
+    """A run resumes with the same order under other versions of the libraries."""
     frames = np.array([300, 60, 500, 90, 700, 200, 400, 80, 600])
     starts = np.array([0, 3, 5, 9])
-    found = epoch_order(starts, frames, batch_size=4, shuffle_groups=2, seed=1234, epoch=5)
-    assert found.tolist() == [[1, 3, 0, 4], [7, 5, 6, 2], [8, 1, 3, 0]]
+    batches = epoch_order(starts, frames, batch_size=4, shuffle_groups=2, seed=1234, epoch=5)
+    assert batches.tolist() == [[1, 3, 0, 4], [7, 5, 6, 2], [8, 1, 3, 0]]
 
 
 _SONGS = st.lists(st.integers(0, 3), min_size=0, max_size=20)
 
 
 @given(_SONGS, st.floats(0, 0.99), _SEEDS)
-def test_songs_are_held_back_and_no_speaker_loses_the_last_one(
+def test_songs_are_held_out_and_no_speaker_loses_the_last_one(
     singers: list[int], share: float, seed: int
 ) -> None:
     songs = [f"song{i}" for i in range(len(singers))]
     speakers = [f"speaker{singer}" for singer in singers]
-    held = held_out_songs(songs, speakers, share, seed)
-    left = {who for song, who in zip(songs, speakers, strict=True) if song not in held}
+    held_out = held_out_songs(songs, speakers, share, seed)
+    left = {who for song, who in zip(songs, speakers, strict=True) if song not in held_out}
     assert left == set(speakers)
     spare = len(songs) - len(left)
     wanted = max(1, round(share * len(songs))) if share else 0
-    assert len(held) == min(wanted, spare)
-    assert held == held_out_songs(songs[::-1], speakers[::-1], share, seed)
+    assert len(held_out) == min(wanted, spare)
+    assert held_out == held_out_songs(songs[::-1], speakers[::-1], share, seed)
 
 
-def test_held_back_songs_hang_on_the_seed_and_more_of_them_hold_the_fewer() -> None:
+def test_held_out_songs_depend_on_the_seed_and_a_larger_share_has_those_of_a_smaller() -> None:
     songs, speakers = [f"song{i}" for i in range(100)], ["ann"] * 100
     few, many = (held_out_songs(songs, speakers, share, 0) for share in (0.05, 0.2))
     assert (len(few), len(many)) == (5, 20) and few < many

@@ -67,7 +67,7 @@ def copy(shards: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(shards: Path) -> dict[str, dict[str, Any]]:
-    """By clip id, as plain pyarrow reads them."""
+    """Return the rows by clip id, read with plain pyarrow."""
     return {row["clip_id"]: row for row in pq.read_table(shards / "data").to_pylist()}
 
 
@@ -534,7 +534,7 @@ def test_of_several_encoders_one_is_chosen(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "cells", "words"),
     [
-        ("f0", [[1.0, 2.0]] * 5, r"its f0 has 2 frames, and its audio \d+"),
+        ("f0", [[1.0, 2.0]] * 5, r"its f0 has 2 frames, but its audio has \d+"),
         (
             "units_mfcc",
             [b"abcd"] * 5,

@@ -66,14 +66,16 @@ THEIRS = {
 def test_the_presets_are_so_vits_svcs_templates(preset: str, variant: str) -> None:
     file = ROOT / "tests" / "golden" / "synthesizers" / "svc_G_manifest.json.gz"
     manifest = json.loads(gzip.decompress(file.read_bytes()))
-    theirs = manifest["template_model"] | manifest["variants"][variant]["changes"]
-    ours = flatten(load(preset=preset))
-    model = {key.removeprefix("model."): v for key, v in ours.items() if key.startswith("model.")}
+    reference = manifest["template_model"] | manifest["variants"][variant]["changes"]
+    settings = flatten(load(preset=preset))
+    model = {
+        key.removeprefix("model."): v for key, v in settings.items() if key.startswith("model.")
+    }
     assert (model.pop("flow"), model.pop("n_flows")) == ("residual", 4)
-    assert model.pop("discriminator_channels") == 1024  # theirs is written into the code
-    assert not theirs["use_transformer_flow"]
-    assert model == {key: theirs[THEIRS.get(key, key)] for key in model}
-    assert ours["loss.segment_frames"] * 512 == 10240
+    assert model.pop("discriminator_channels") == 1024  # a constant in the reference code
+    assert not reference["use_transformer_flow"]
+    assert model == {key: reference[THEIRS.get(key, key)] for key in model}
+    assert settings["loss.segment_frames"] * 512 == 10240
 
 
 def test_lists_and_lists_of_lists_become_tuples() -> None:

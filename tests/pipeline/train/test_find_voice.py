@@ -53,7 +53,7 @@ def small_voice(step: int = 0) -> Voice:
 
 
 @pytest.fixture(scope="module")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cantor_voice(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("voices") / "ann"
     save_voice(folder, small_voice(7))
     return folder
@@ -81,14 +81,14 @@ def sovits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def theirs(sovits: Path, tmp_path: Path) -> Path:
+def sovits_folder(sovits: Path, tmp_path: Path) -> Path:
     """A copy of so-vits-svc's folder, to change."""
     return Path(shutil.copytree(sovits, tmp_path / "nyaru"))
 
 
 @pytest.mark.parametrize("file", ["", WEIGHTS, DESCRIPTION])
-def test_a_voice_of_ours_by_its_folder_or_either_file(ours: Path, file: str) -> None:
-    assert read_any_voice(ours / file).step == 7
+def test_a_voice_of_ours_by_its_folder_or_either_file(cantor_voice: Path, file: str) -> None:
+    assert read_any_voice(cantor_voice / file).step == 7
 
 
 def test_a_run_is_its_last_checkpoint(run: Path) -> None:
@@ -110,24 +110,24 @@ def test_a_model_of_so_vits_svc_by_its_file_or_its_folder(sovits: Path) -> None:
         assert voice.encoder.name == "contentvec768l12"
 
 
-def test_the_model_and_config_of_the_first_releases(theirs: Path) -> None:
-    (theirs / "G_800.pth").rename(theirs / "model.pth")
-    assert read_any_voice(theirs).speakers[0] == "mezzo"
-    (theirs / "model.pth").rename(theirs / "G_alice_release.pth")
-    assert read_any_voice(theirs).speakers[0] == "mezzo"
+def test_the_model_and_config_of_the_first_releases(sovits_folder: Path) -> None:
+    (sovits_folder / "G_800.pth").rename(sovits_folder / "model.pth")
+    assert read_any_voice(sovits_folder).speakers[0] == "mezzo"
+    (sovits_folder / "model.pth").rename(sovits_folder / "G_alice_release.pth")
+    assert read_any_voice(sovits_folder).speakers[0] == "mezzo"
 
 
-def test_of_several_steps_the_last_is_taken(theirs: Path) -> None:
+def test_of_several_steps_the_last_is_taken(sovits_folder: Path) -> None:
     for name in ("G_0", "G_9000", "G_10400", "D_20000", "G_best", "zzz"):
-        (theirs / f"{name}.pth").touch()
-    assert weights_file(theirs) == theirs / "G_10400.pth"
-    assert weights_file(theirs / "G_0.pth") == theirs / "G_0.pth"
+        (sovits_folder / f"{name}.pth").touch()
+    assert weights_file(sovits_folder) == sovits_folder / "G_10400.pth"
+    assert weights_file(sovits_folder / "G_0.pth") == sovits_folder / "G_0.pth"
 
 
-def test_safetensors_of_so_vits_svc_s_names(theirs: Path) -> None:
-    content = torch.load(theirs / "G_800.pth", weights_only=True)
-    save_file(content["model"], theirs / "G_801.safetensors")
-    assert read_any_voice(theirs / "G_801.safetensors").step == 801
+def test_safetensors_of_so_vits_svc_s_names(sovits_folder: Path) -> None:
+    content = torch.load(sovits_folder / "G_800.pth", weights_only=True)
+    save_file(content["model"], sovits_folder / "G_801.safetensors")
+    assert read_any_voice(sovits_folder / "G_801.safetensors").step == 801
 
 
 @pytest.mark.parametrize(
@@ -162,23 +162,23 @@ def test_what_is_not_there_or_no_voice(tmp_path: Path) -> None:
     assert refusal(tmp_path) == f"{tmp_path} holds no voice; {kinds}"
 
 
-def test_a_model_without_its_config_or_with_a_broken_one(theirs: Path) -> None:
-    config = theirs / "config.json"
+def test_a_model_without_its_config_or_with_a_broken_one(sovits_folder: Path) -> None:
+    config = sovits_folder / "config.json"
     content = config.read_text()
     config.write_text("{")
-    assert "config.json is no JSON file" in refusal(theirs)
+    assert "config.json is no JSON file" in refusal(sovits_folder)
     config.write_text(json.dumps({**json.loads(content), "model": {"ssl_dim": 768}}))
-    assert "config.json" in refusal(theirs)
+    assert "config.json" in refusal(sovits_folder)
     config.unlink()
-    assert "needs config.json in the same folder" in refusal(theirs / "G_800.pth")
+    assert "needs config.json in the same folder" in refusal(sovits_folder / "G_800.pth")
 
 
 @pytest.mark.parametrize(
     "name, words",
     [("D_800.pth", "is a discriminator"), ("kmeans.pt", "k-means"), ("song.wav", "audio file")],
 )
-def test_checkpoints_of_another_kind_are_named(theirs: Path, name: str, words: str) -> None:
-    file = theirs / name
+def test_checkpoints_of_another_kind_are_named(sovits_folder: Path, name: str, words: str) -> None:
+    file = sovits_folder / name
     if name == "song.wav":
         file.write_bytes(b"RIFF" + bytes(100))
     elif name == "kmeans.pt":
@@ -186,16 +186,16 @@ def test_checkpoints_of_another_kind_are_named(theirs: Path, name: str, words: s
         torch.save({"ann": centres}, file)
     else:
         torch.save({"model": {"discriminators.0.convs.0.bias": torch.zeros(1)}}, file)
-    said = refusal(file)
-    assert said.startswith(f"{file} ") and words in said
+    message = refusal(file)
+    assert message.startswith(f"{file} ") and words in message
 
 
-def test_half_of_a_voice_of_ours(ours: Path, tmp_path: Path) -> None:
+def test_half_of_a_voice_of_ours(cantor_voice: Path, tmp_path: Path) -> None:
     for name in (WEIGHTS, DESCRIPTION):
-        shutil.copy(ours / name, tmp_path / name)
+        shutil.copy(cantor_voice / name, tmp_path / name)
     (tmp_path / DESCRIPTION).unlink()
     assert DESCRIPTION in refusal(tmp_path)
-    shutil.copy(ours / DESCRIPTION, tmp_path / DESCRIPTION)
+    shutil.copy(cantor_voice / DESCRIPTION, tmp_path / DESCRIPTION)
     (tmp_path / WEIGHTS).write_bytes(b"junk")
     assert "no whole safetensors file" in refusal(tmp_path)
     (tmp_path / WEIGHTS).unlink()
@@ -203,19 +203,21 @@ def test_half_of_a_voice_of_ours(ours: Path, tmp_path: Path) -> None:
 
 
 def test_a_voice_as_graphs_by_its_folder_or_its_graph(
-    ours: Path, tmp_path_factory: pytest.TempPathFactory
+    cantor_voice: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("graphs")
-    export_voice(folder, load_voice(ours))
+    export_voice(folder, load_voice(cantor_voice))
     for path in (folder, folder / GRAPH):
         voice = read_any_voice(path)
         assert (voice.step, voice.speakers, voice.config) == (7, ("ann", "ben"), CONFIG)
         assert is_graph(weights_file(path)) and not voice.tensors
-    assert not is_graph(weights_file(ours))
+    assert not is_graph(weights_file(cantor_voice))
 
 
-def test_the_settings_of_a_voice_are_printed_before_it_is_said_who_sings(ours: Path) -> None:
-    words = ["convert", str(ours), "--print-config", "f0.method=dio", "voice.seed=3"]
+def test_the_settings_of_a_voice_are_printed_before_it_is_said_who_sings(
+    cantor_voice: Path,
+) -> None:
+    words = ["convert", str(cantor_voice), "--print-config", "f0.method=dio", "voice.seed=3"]
     printed = yaml.safe_load(CliRunner().invoke(app, words).output)
     assert printed["audio"]["sample_rate"] == 16000 and printed["f0"]["hop_length"] == 16
     assert (printed["f0"]["method"], printed["voice"]["seed"]) == ("dio", 3)

@@ -1,4 +1,4 @@
-"""Checkpoints come whole, go whole, and are told apart from what is neither."""
+"""Checkpoints are saved and deleted as a whole, and damaged ones are recognised."""
 
 from __future__ import annotations
 
@@ -78,16 +78,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
         file.unlink()
     else:
         facts.write_text("{}")
-    said: list[str] = []
-    found = kept.latest(said.append)
-    assert found and found.step == 1
-    assert len(said) == 1 and "step-00000002" in said[0]
+    warnings: list[str] = []
+    latest = kept.latest(warnings.append)
+    assert latest and latest.step == 1
+    assert len(warnings) == 1 and "step-00000002" in warnings[0]
     kept.save(2, fill(), {})  # done again
     assert read_checkpoint(last).step == 2
     shutil.rmtree(tmp_path / "step-00000001")
     (last / TRAINING_FILE).unlink()
     with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
-        kept.latest(said.append)
+        kept.latest(warnings.append)
 
 
 def test_what_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
@@ -108,8 +108,8 @@ def test_leftovers_of_kills_are_no_checkpoints_and_are_swept(tmp_path: Path) -> 
     whole = kept.save(1, fill(), {}).folder
     for name in (".new-step-00000002-abcd", ".old-step-00000000-abcd"):
         shutil.copytree(whole, tmp_path / name)
-    found, best = kept.latest(never), kept.best()
-    assert found and found.step == 1 and best is None
+    latest, best = kept.latest(never), kept.best()
+    assert latest and latest.step == 1 and best is None
     kept.sweep()
     assert list(tmp_path.iterdir()) == [whole]
     Checkpoints(tmp_path / "none").sweep()

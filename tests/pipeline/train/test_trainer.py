@@ -58,12 +58,14 @@ def steps_kept(run: Path) -> list[int]:
 
 
 def assert_same_run(run: Path, whole: Path) -> None:
-    """To the bit, losses and everything that the last checkpoint holds."""
+    """Compare, to the bit, losses and everything in the last checkpoint."""
     assert losses(run) == losses(whole)
     last = len(losses(whole))
-    ours, theirs = training(run, last), training(whole, last)
-    assert ours.keys() == theirs.keys()
-    assert [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])] == []
+    actual, expected = training(run, last), training(whole, last)
+    assert actual.keys() == expected.keys()
+    assert [
+        name for name, tensor in actual.items() if not torch.equal(tensor, expected[name])
+    ] == []
 
 
 class StopAt(SilentWatch):
@@ -208,10 +210,10 @@ def test_losses_that_are_no_numbers_stop_the_run_and_name_the_clips(
     with pytest.raises(UserError, match=r"became (nan|inf) at step 2, at a learning rate of"):
         fit(data, tmp_path, small_config(*words))
     (report,) = tmp_path.glob("nan-step-*.json")
-    said = json.loads(report.read_text())
-    assert report.name == "nan-step-000002.json" and said["lr"] == pytest.approx(1e34)
-    assert len(said["clips"]) == 10 and all("#" in clip for clip in said["clips"])
-    assert said["total"] in ("nan", "inf")
+    values = json.loads(report.read_text())
+    assert report.name == "nan-step-000002.json" and values["lr"] == pytest.approx(1e34)
+    assert len(values["clips"]) == 10 and all("#" in clip for clip in values["clips"])
+    assert values["total"] in ("nan", "inf")
     assert steps_kept(tmp_path) == [1]
     assert len(losses(tmp_path)) == 1
 
@@ -277,20 +279,20 @@ def test_half_precision_goes_on_to_the_bit(data: Path, tmp_path: Path) -> None:
 
 
 def gradients(run: Path) -> dict[str, Tensor]:
-    """Of the first step: AdamW's first moment is a fifth of them."""
+    """Return the gradients of the first step: AdamW's first moment is a fifth of them."""
     return {k: 5 * v for k, v in training(run, 1).items() if k.endswith("/exp_avg")}
 
 
 def assert_same_gradients(run: Path, other: Path) -> None:
-    """To 1e-6 of the norm of all of a network's gradients; losses and norms to 1e-6 too."""
+    """Compare to 1e-6 of the norm of all gradients of a network; losses and norms to 1e-6 too."""
     for mine, its in zip(losses(run), losses(other), strict=True):
         assert mine == pytest.approx(its, rel=1e-6)
-    ours, theirs = gradients(run), gradients(other)
-    assert ours.keys() == theirs.keys()
+    actual, expected = gradients(run), gradients(other)
+    assert actual.keys() == expected.keys()
     for part in ("optim_g", "optim_d"):
         a, b = (
             torch.cat([g.flatten().double() for name, g in each.items() if name.startswith(part)])
-            for each in (ours, theirs)
+            for each in (actual, expected)
         )
         assert (a - b).norm() <= 1e-6 * a.norm(), part
 

@@ -1,4 +1,4 @@
-"""What a run shows of itself. The networks are untrained; the clips are tones of known pitch."""
+"""Validation and TensorBoard. The networks are untrained; the clips are tones of known pitch."""
 
 from __future__ import annotations
 
@@ -94,10 +94,10 @@ def test_contours_that_are_equal_shifted_and_unvoiced() -> None:
         "f0_rmse_cents": 0.0,
     }
     up = np.array([100, 200 * 2 ** (40 / 1200), 200 * 2 ** (-60 / 1200), 0, 0], np.float32)
-    found = compare_pitch(truth, up)
-    assert found["voicing_error"] == pytest.approx(2 / 5)
-    assert found["pitch_accuracy"] == pytest.approx(1 / 3)
-    assert found["f0_rmse_cents"] == pytest.approx(np.sqrt((40**2 + 60**2) / 2), abs=1e-3)
+    measures = compare_pitch(truth, up)
+    assert measures["voicing_error"] == pytest.approx(2 / 5)
+    assert measures["pitch_accuracy"] == pytest.approx(1 / 3)
+    assert measures["f0_rmse_cents"] == pytest.approx(np.sqrt((40**2 + 60**2) / 2), abs=1e-3)
     assert compare_pitch(truth, 0 * truth) == {"voicing_error": 3 / 5, "pitch_accuracy": 0.0}
     assert compare_pitch(0 * truth, truth) == {"voicing_error": 3 / 5}
 
@@ -105,22 +105,22 @@ def test_contours_that_are_equal_shifted_and_unvoiced() -> None:
 def test_the_distance_to_the_original_is_known(begin: Begin) -> None:
     metrics = begin(clip(hz=220.0), clip(hz=330.0))
     softer = [metrics._sound(each.wav / 2) for each in metrics.clips]
-    found = measure_clips(
+    measures = measure_clips(
         metrics.clips, metrics.originals, {"posterior": metrics.originals, "prior": softer}
     )
-    assert found["mel_posterior"] == 0
+    assert measures["mel_posterior"] == 0
     loud = metrics.originals[0].mel > -5  # above the floors of spectrogram and logarithm
     assert np.median((metrics.originals[0].mel - softer[0].mel)[loud]) == pytest.approx(
         np.log(2), abs=1e-3
     )
-    assert 0 < found["mel_prior"] <= np.log(2) + 1e-6
-    assert found["mel_distance"] == pytest.approx(found["mel_prior"] / 2)
+    assert 0 < measures["mel_prior"] <= np.log(2) + 1e-6
+    assert measures["mel_distance"] == pytest.approx(measures["mel_prior"] / 2)
     for path in (*PATHS, "original"):
-        assert found[f"pitch_accuracy_{path}"] > 0.95
-        assert found[f"f0_rmse_cents_{path}"] < 5
-        assert found[f"voicing_error_{path}"] < 0.05
-    said = describe_measures(found)
-    assert "mel distance 0.00 / 0." in said and "right pitch" in said
+        assert measures[f"pitch_accuracy_{path}"] > 0.95
+        assert measures[f"f0_rmse_cents_{path}"] < 5
+        assert measures[f"voicing_error_{path}"] < 0.05
+    line = describe_measures(measures)
+    assert "mel distance 0.00 / 0." in line and "right pitch" in line
 
 
 def test_nothing_to_measure_is_nothing(begin: Begin, network: Synthesizer) -> None:
@@ -196,7 +196,7 @@ def test_steps_done_again_count_once(tmp_path: Path, begin: Begin, network: Synt
         first.log(step, {"mel": 10.0 + step, "grad_norm_g": 1.0, "learning_rate": 1e-4})
     first.validate(5, network)
     first.close()
-    again = begin(clip(0.3), step=3)  # the checkpoint that the run goes on from
+    again = begin(clip(0.3), step=3)  # the checkpoint that the run resumes from
     for step in range(4, 7):
         again.log(step, {"mel": 20.0 + step})
     again.close()
