@@ -72,12 +72,12 @@ def main() -> None:
                 request = read_request(options.voice, settings)
                 done = convert_file(request, song, output, Console(file=io.StringIO()))
                 wav = sound(output, rate)
-                found = measure_f0(wav, rate, done.hop_length, len(done.f0_asked))
-                agreement = compare_f0(done.f0_asked, found)
-                right = compare_pitch(done.f0_asked, found)["pitch_accuracy"]
+                found = measure_f0(wav, rate, done.hop_length, len(done.target_f0))
+                agreement = compare_f0(done.target_f0, found)
+                right = compare_pitch(done.target_f0, found)["pitch_accuracy"]
                 envelope = long_term_envelope(wav, rate)
-                voiced = (done.f0 > 0) & (done.f0_asked > 0)
-                moved = 12 * np.log2(np.median(done.f0_asked[voiced] / done.f0[voiced]))
+                voiced = (done.f0 > 0) & (done.target_f0 > 0)
+                moved = 12 * np.log2(np.median(done.target_f0[voiced] / done.f0[voiced]))
                 print(
                     f"| {source}/{song.name} | {target} | {moved:+.0f} "
                     f"| {100 * right:.1f} % | {100 * agreement.near:.1f} % "

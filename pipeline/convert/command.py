@@ -1,4 +1,4 @@
-"""Loading what a conversion needs, and converting a file or a folder of songs."""
+"""Loading the voice and the models of a conversion, and converting one file."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from stages.decode import Decoder
 from stages.errors import BadInput
 from stages.f0 import check_networks
 
-_FETCHED = Path("checkpoints")  # where `fetch-encoder` puts files unless it is told
+_FETCHED = Path("checkpoints")  # default folder of `fetch-encoder`
 
 
 @dataclass(frozen=True)
 class Request:
-    """A voice and what is asked of it."""
+    """A voice and the settings of a conversion."""
 
     checkpoint: Path
     voice: Voice
@@ -53,17 +53,19 @@ def read_request(
     file: Path | None = None,
     encoder_checkpoint: Path | None = None,
 ) -> Request:
-    """The voice at `checkpoint` and its settings, then those of a YAML file, then `settings`.
+    """Return the voice at `checkpoint` with its settings, those of a YAML file, then `settings`.
 
-    encoder_checkpoint: the encoder's weights, for a voice that does not say where they are.
-    Raises: UserError in a sentence for whatever does not go together.
+    encoder_checkpoint: the encoder's weights, for a voice that does not record where they are.
+
+    Raises: UserError: when voice, settings and encoder do not fit each other.
     """
-    checkpoint = weights_file(checkpoint)  # of a run that goes on, one and the same
+    checkpoint = weights_file(checkpoint)  # one for all, even while training goes on
     voice = read_any_voice(checkpoint)
     config = convert_config(voice, file, settings)
     given = str(encoder_checkpoint.absolute()) if encoder_checkpoint else config.encoder.checkpoint
     weights = _encoder_weights(voice, given)
-    if weights is not None and voice.encoder.checkpoint_sha256 is None:  # so-vits-svc's do not say
+    # Voices of so-vits-svc do not record the hash.
+    if weights is not None and voice.encoder.checkpoint_sha256 is None:
         known = replace(voice.encoder, checkpoint_sha256=_sha256(weights))
         voice = replace(voice, encoder=known)
     config = replace(
@@ -75,7 +77,10 @@ def read_request(
 
 
 def load_models(request: Request) -> Models:
-    """Raises: UserError for what does not load."""
+    """Load the models of a conversion.
+
+    Raises: UserError: when one does not load or does not fit the voice.
+    """
     voice, config = request.voice, request.config
     device = choose_device(config.compute.device, "compute.device")
     cfg = config.encoder
@@ -84,8 +89,8 @@ def load_models(request: Request) -> Models:
         encoder = load_encoder(cfg.name, cfg.checkpoint, where, **cfg.options())
     if encoder.dim != voice.config.units_dim:
         raise UserError(
-            f"encoder: {cfg.name} gives units of {encoder.dim} numbers, and the voice takes "
-            f"{voice.config.units_dim}"
+            f"encoder: {cfg.name} has units of width {encoder.dim}, but the voice takes width "
+            f"{voice.config.units_dim}; name the encoder that the voice was trained with"
         )
     with name_setting_in_errors("f0"):
         check_networks(config.f0)
@@ -107,12 +112,15 @@ def load_models(request: Request) -> Models:
 
 
 def convert_file(request: Request, source: Path, output: Path, console: Console) -> Conversion:
-    """Raises: UserError for a source that cannot be read, an output that cannot be written."""
+    """Convert one file.
+
+    Raises: UserError: when the source cannot be read or the output cannot be written.
+    """
     from pipeline.storage.scratch import Scratch
 
     check_output(output, request.config.output, request.config.audio.sample_rate)
     if source.resolve() == output.resolve():
-        raise UserError(f"{output} is the song itself; name another file to write")
+        raise UserError(f"{output} is the input song; name another output file")
     converter = Converter(load_models(request), request.config)
     scratch = Scratch(request.config.workers.scratch)
     try:
@@ -129,7 +137,10 @@ def convert_file(request: Request, source: Path, output: Path, console: Console)
 
 
 def write_page(request: Request, conversions: Sequence[Conversion], page: Path) -> None:
-    """A page with players and pictures of the songs. Raises: UserError."""
+    """Write a page with players and pictures of the songs.
+
+    Raises: UserError: when it cannot be written.
+    """
     from pipeline.storage.scratch import Scratch
 
     config, voice = request.config, request.voice
@@ -156,7 +167,10 @@ def write_page(request: Request, conversions: Sequence[Conversion], page: Path) 
 
 
 def _speaker(voice: Voice, config: ConvertConfig) -> str | None:
-    """Who sings; None where several do. Raises: UserError that names the speakers there are."""
+    """Return the speaker; None for a mix.
+
+    Raises: UserError: when the voice has no such speaker; the message names those that it has.
+    """
     if config.voice.mix is not None:
         read_mix(config.voice.mix, voice.speakers)
         return None
@@ -164,13 +178,19 @@ def _speaker(voice: Voice, config: ConvertConfig) -> str | None:
     if speaker is None and len(voice.speakers) == 1:
         return voice.speakers[0]
     if speaker not in voice.speakers:
-        wanted = "name one with --speaker" if speaker is None else f"'{speaker}' is none of them"
-        raise UserError(f"this voice has the speakers {names_of(voice.speakers)}; {wanted}")
+        problem = "no speaker is named" if speaker is None else f"it has no speaker '{speaker}'"
+        raise UserError(
+            f"{problem}; name one of this voice's speakers with --speaker: "
+            f"{names_of(voice.speakers)}"
+        )
     return speaker
 
 
 def _network(request: Request, device: str) -> Singing:
-    """Of torch, or of onnxruntime: there a voice that is no graph yet is made one for the time."""
+    """Return the torch or ONNX synthesizer.
+
+    For ONNX, a voice not yet exported is exported to a temporary folder.
+    """
     file = weights_file(request.checkpoint)
     with name_setting_in_errors("compute.backend"), tempfile.TemporaryDirectory() as folder:
         if is_graph(file):
@@ -190,9 +210,11 @@ def _mix(voice: Voice, config: ConvertConfig) -> SpeakerMix:
 
 
 def _encoder_weights(voice: Voice, path: str | None) -> str | None:
-    """The file of the voice's encoder. path: the one that is asked for, or that training had.
+    """Return the file of the voice's encoder.
 
-    Raises: UserError.
+    path: the file in the settings, or the one that training used.
+
+    Raises: UserError: when it is missing or is not the encoder of the voice.
     """
     encoder = voice.encoder
     if encoder.name in WITHOUT_WEIGHTS:
@@ -203,23 +225,23 @@ def _encoder_weights(voice: Voice, path: str | None) -> str | None:
             raise UserError(f"there is no encoder at {path}")
         if wanted is not None and _sha256(path) != wanted:
             raise UserError(
-                f"{path} is not the encoder that this voice was trained with: that is "
-                f"{encoder.name} of SHA-256 {wanted}"
+                f"{path} is not the encoder that this voice was trained with; it needs "
+                f"{encoder.name} with SHA-256 {wanted}"
             )
         return path
     here = [] if path is None else [path]
     for file in here + sorted(map(str, _FETCHED.absolute().glob("*"))):
         if wanted is not None and os.path.exists(file) and _sha256(file) == wanted:
             return file
-    which = f" of SHA-256 {wanted}" if wanted else ""
+    which = f" with SHA-256 {wanted}" if wanted else ""
     raise UserError(
-        f"this voice sings from units of {encoder.name}{which}; name its weights with "
-        "--encoder-checkpoint (`fetch-encoder --list` shows what can be fetched)"
+        f"this voice needs the encoder {encoder.name}{which}; name its weights with "
+        "--encoder-checkpoint (`cantor fetch-encoder --list` shows encoders to download)"
     )
 
 
 def _trained_with(voice: Voice) -> str | None:
-    """Where the encoder's weights lay when the voice was trained."""
+    """Return the path of the encoder's weights at the time of training."""
     path: str | None = (voice.extraction or {}).get("encoder", {}).get("checkpoint")
     return path
 

@@ -99,7 +99,7 @@ def compare_song(
     Raises: BadInput: when a file cannot be decoded; LibsndfileError: when the output is gone.
     """
     rate, hop = conversion.sample_rate, conversion.hop_length
-    target = conversion.f0_asked
+    target = conversion.target_f0
     with (
         decoder.decode(conversion.source, rate, resample) as source,
         decoder.decode(conversion.output, rate, resample) as output,

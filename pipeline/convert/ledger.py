@@ -1,4 +1,4 @@
-"""What became of every converted song: one file each, written once its output is durable."""
+"""The ledger of a conversion: one file for every song, written once its output is durable."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ CONVERTED = "converted"
 
 @dataclass(frozen=True)
 class ConvertEntry:
-    """What became of one song.
+    """The entry of one song.
 
     size, mtime_ns: of the song's file when it was planned. sha256: of its bytes; None when they
-    could not be read. duration_s: of the song. output: its file, from the folder of the run.
+    could not be read. duration_s: length of the song. output: its file, relative to the folder of
+    the run.
     """
 
     song_id: str
@@ -46,7 +47,7 @@ class ConvertEntry:
 
 @dataclass(frozen=True)
 class Record:
-    """A file of the ledger. environment: of the worker that did the song."""
+    """A file of the ledger. environment: of the worker that converted the song."""
 
     task: int
     task_id: str
@@ -66,6 +67,7 @@ class ConvertAccount(Balance[ConvertEntry]):
 def converted(
     planned: PlannedSong, sha256: str, output: str, conversion: Conversion
 ) -> ConvertEntry:
+    """Return the entry of a converted song."""
     return ConvertEntry(
         planned.song_id,
         CONVERTED,
@@ -89,6 +91,7 @@ def converted(
 def quarantined(
     planned: PlannedSong, sha256: str | None, output: str, fault: BadInput
 ) -> ConvertEntry:
+    """Return the entry of a song that cannot be converted."""
     return ConvertEntry(
         planned.song_id,
         QUARANTINED,
@@ -102,12 +105,15 @@ def quarantined(
 
 
 def record_name(task: int) -> str:
-    """Of the task's file, from the folder of the run."""
+    """Return the task's file in the ledger, relative to the folder of the run."""
     return f"ledger/{task:05d}.json"
 
 
 def commit_record(folder: Path, record: Record) -> None:
-    """Write FOLDER/ledger/TASK.json, whole or not at all. Raises: OSError of the storage."""
+    """Write FOLDER/ledger/TASK.json, whole or not at all.
+
+    Raises: OSError: when the storage fails.
+    """
     text = json.dumps(asdict(record), ensure_ascii=False, indent=1) + "\n"
     commit_file(folder, record_name(record.task), lambda file: file.write(text.encode()))
 
@@ -115,7 +121,7 @@ def commit_record(folder: Path, record: Record) -> None:
 def read_records(
     folder: Path, tasks: Mapping[int, Task]
 ) -> tuple[dict[int, Record], list[UserError]]:
-    """The ledger by task, and what of it cannot be read."""
+    """Return the ledger by task, and an error for each file of it that cannot be read."""
     records, damaged = {}, []
     for index in tasks:
         path = folder / record_name(index)
@@ -131,7 +137,7 @@ def read_records(
 
 
 def is_whole(folder: Path, entry: ConvertEntry) -> bool:
-    """The song's output is there as it was written, or there is none by right."""
+    """Return True when the song's output has the size written, or the song is quarantined."""
     if entry.status == QUARANTINED:
         return True
     try:
@@ -143,22 +149,23 @@ def is_whole(folder: Path, entry: ConvertEntry) -> bool:
 def balance_conversion(
     folder: Path, tasks: Mapping[int, Task], records: Mapping[int, Record]
 ) -> ConvertAccount:
-    """Balance of the plan against the ledger and the outputs: songs = converted + quarantined.
+    """Balance the plan with the ledger and the outputs: songs = converted + quarantined.
 
-    What does not balance stands in `problems`.
+    Everything that does not balance goes into `problems`.
     """
     account = ConvertAccount(planned=len(tasks))
     for index, task in tasks.items():
         (song,) = task.songs
         record = records.get(index)
         if record is None or record.task_id != task.task_id:
-            account.problems.append(f"{song.song_id}: the ledger has no entry of it")
+            account.problems.append(f"{song.song_id}: it has no entry in the ledger")
         elif record.entry.song_id != song.song_id or song.song_id in account.entries:
-            account.problems.append(f"{song.song_id}: the ledger and the plan do not agree")
+            account.problems.append(f"{song.song_id}: its entries in ledger and plan differ")
         else:
             account.entries[song.song_id] = record.entry
             if not is_whole(folder, record.entry):
-                account.problems.append(f"{song.song_id}: {record.entry.output} is not whole")
+                output = record.entry.output
+                account.problems.append(f"{song.song_id}: {output} is missing or damaged")
     done = account.count(CONVERTED) + account.count(QUARANTINED)
     if done != len(account.entries):
         account.problems.append(f"{len(account.entries) - done} songs have an unknown status")
@@ -166,10 +173,10 @@ def balance_conversion(
 
 
 def output_names(tasks: Mapping[int, Task], suffix: str) -> dict[int, str]:
-    """The file of each task's song, from the folder of the run: the song's own, with `suffix`.
+    """Return the output of each task, relative to the folder of the run: the song's name, `suffix`.
 
-    Of songs that differ in their suffix alone, all but the one of the first task keep it before
-    the new one (a.wav, a.flac.wav). As tasks are only ever added, a song keeps its name.
+    Where songs differ in their suffix alone, all but the first keep it before the new one (a.wav,
+    a.flac.wav). Since tasks are only ever added, a song keeps its output's name.
     """
     names: dict[int, str] = {}
     files: set[str] = set()
@@ -184,18 +191,18 @@ def output_names(tasks: Mapping[int, Task], suffix: str) -> dict[int, str]:
     return names
 
 
-_LONGEST_NAME = 200  # bytes; file systems take 255, and a file that is written has a longer one
+_LONGEST_NAME = 200  # bytes; file systems take 255, and temporary names are longer
 
 
 def _safe(part: str) -> str:
-    """Of a path: neither up nor hidden, nor longer than a file system takes."""
+    """Return a part of a path that does not lead up, is not hidden and is not too long."""
     visible = part.lstrip(".")
     return visible.encode()[:_LONGEST_NAME].decode(errors="ignore")
 
 
 def _first_free(whole: str, suffix: str, files: Collection[str], folders: Collection[str]) -> str:
     if any(str(parent) in files for parent in Path(whole).parents):
-        whole = whole.replace("/", "_")  # a folder has the name of another song's file
+        whole = whole.replace("/", "_")  # another song's file has the name of the folder
     further = (f"{whole}-{number}" for number in itertools.count(2))
     choices = itertools.chain([str(Path(whole).with_suffix("")), whole], further)
     names = (f"{choice}{suffix}" for choice in choices)

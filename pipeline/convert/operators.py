@@ -1,4 +1,4 @@
-"""What runs in a worker of a conversion: a task is a song, from its file to its ledger's entry."""
+"""The task of a conversion in a worker: one song, from its file to its entry in the ledger."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ from pipeline.convert.ledger import (
     quarantined,
 )
 from pipeline.convert.song import Converter, Progress
+from pipeline.errors import name_song_in_errors
 from pipeline.songs.plan import PlannedSong, Task, load_plan
 from pipeline.songs.source_file import check_unchanged, require_mounted
 from pipeline.storage.scratch import Scratch
@@ -47,9 +48,9 @@ from stages.decode import Decoder
 from stages.errors import BadInput, Reason
 from stages.f0.crepe import cost_notice
 
-# A worker's memory: libraries; the voice as it is read and as it sings; what networks fill while a
-# piece of 15 s is sung; f0 of each minute. Generous: so-vits-svc's networks at 44.1 kHz peak at
-# 1.3 GB with pieces of 7 s.
+# Memory of a worker: libraries; the voice as it is read and as it runs; buffers of networks for a
+# piece of 15 s; f0 of each minute. Generous: so-vits-svc's networks at 44.1 kHz peak at 1.3 GB with
+# pieces of 7 s.
 _WORKER_BASE_GB = 0.8
 _PIECE_GB = 1.0
 _WORKER_GB_PER_MINUTE = 0.002
@@ -57,8 +58,10 @@ _WORKER_GB_PER_MINUTE = 0.002
 
 @dataclass(frozen=True)
 class ConvertJob(Job[ConvertConfig]):
-    """checkpoint: the file of the voice's weights. encoder: the voice's, with what the driver found
-    out about it. report: each song gets a page beside it.
+    """The job of a conversion.
+
+    checkpoint: the file of the voice's weights. encoder: the voice's, as the driver completed it.
+    report: each song gets a page beside it.
     """
 
     checkpoint: Path = field(kw_only=True)
@@ -107,9 +110,10 @@ class ConvertTask:
         self.scratch.close()
 
     def convert(self, task: Task, folder: Path, *, crashed: bool = False) -> ConvertEntry:
-        """The task's song into `folder`, and its entry.
+        """Convert the task's song into `folder` and return its ledger entry.
 
-        crashed: a worker process died on it; it is quarantined unread.
+        Faults of the song itself end here, as a quarantined entry.
+        crashed: a worker process died on the song; it is quarantined unread.
         """
         (planned,) = task.songs
         name = self.names[task.index]
@@ -121,7 +125,7 @@ class ConvertTask:
             if crashed:
                 raise BadInput(Reason.CRASHED, CRASHED)
             sha256 = check_unchanged(planned, path)
-            made = self.converter.convert(
+            conversion = self.converter.convert(
                 planned.song_id,
                 Path(os.fsdecode(path)),
                 output,
@@ -129,22 +133,20 @@ class ConvertTask:
                 self._progress(planned),
             )
             if self.job.report:
-                write_page(self.request, [made], page)
+                write_page(self.request, [conversion], page)
         except BadInput as fault:
             if fault.reason == Reason.MISSING:
                 require_mounted(planned, path, self.job.gone)
-            for path_before in (output, page):  # of the song as it was before
-                path_before.unlink(missing_ok=True)
+            for outdated in (output, page):  # of an earlier version of the song
+                outdated.unlink(missing_ok=True)
             return quarantined(planned, sha256, name, fault)
-        except Exception as error:
-            error.add_note(f"while working on {planned.song_id}")
-            raise
-        return converted(planned, sha256, name, made)
+        return converted(planned, sha256, name, conversion)
 
     def _run(self, task: Task, crashed: list[str], clock: StageClock) -> None:
         (planned,) = task.songs
         with clock.stage("convert"):
-            entry = self.convert(task, self.job.folder, crashed=planned.song_id in crashed)
+            with name_song_in_errors(planned.song_id):
+                entry = self.convert(task, self.job.folder, crashed=planned.song_id in crashed)
         with clock.stage("write"):
             record = Record(task.index, task.task_id, self.job.fingerprint, self.environment, entry)
             commit_record(self.job.folder, record)
@@ -153,18 +155,18 @@ class ConvertTask:
     def _progress(self, planned: PlannedSong) -> Progress:
         done = 0.0
 
-        def told(seconds: float) -> None:
+        def advance(seconds: float) -> None:
             nonlocal done
             done = min(planned.duration_s, done + seconds)
             self.heartbeat(planned.song_id, done, None)
 
-        return told
+        return advance
 
 
 def load_request(job: ConvertJob) -> Request:
-    """The voice, and what is asked of it.
+    """Return the voice and its settings.
 
-    Raises: UserError when a file that the run reads is not what it began with.
+    Raises: UserError: when a file that the run reads changed since it began.
     """
     for key, weights in job.weights.items():
         require_unchanged(key, weights)
@@ -173,12 +175,12 @@ def load_request(job: ConvertJob) -> Request:
 
 
 def load_everything(job: ConvertJob) -> None:
-    """What a worker loads, for finding out whether that kills it."""
+    """Load every model that a worker loads, to see whether that kills the process."""
     load_models(load_request(job))
 
 
 def probe_conversion(job: ConvertJob, index: int, song_id: str) -> None:
-    """A task's song into a scratch folder: does it kill the process?"""
+    """Convert the song of a task into a scratch folder, to see whether it kills the process."""
     worker = ConvertTask(job, lambda *_: None)
     try:
         worker.convert(worker.tasks[index], worker.scratch.folder)
@@ -187,9 +189,9 @@ def probe_conversion(job: ConvertJob, index: int, song_id: str) -> None:
 
 
 def _devices(config: ConvertConfig) -> dict[str, str]:
-    """What each network may run on, by the key that sets it."""
+    """Return the device of each network, by the key that sets it."""
     devices: dict[str, str] = {"compute.device": config.compute.device}
-    if config.encoder.device != "auto":  # that is where the voice runs
+    if config.encoder.device != "auto":  # auto is the device of the voice
         devices["encoder.device"] = config.encoder.device
     if config.f0.networks:
         devices["f0.device"] = config.f0.device
@@ -197,11 +199,11 @@ def _devices(config: ConvertConfig) -> dict[str, str]:
 
 
 def conversion(job: ConvertJob) -> Workload:
-    """The songs to convert."""
+    """Return the songs to convert as a workload."""
     config = job.config
     sizes = [file.size for file in job.weights.values()]  # an index too may be of gigabytes
     if "voice.checkpoint" in job.weights:
-        sizes.append(job.weights["voice.checkpoint"].size)  # a second time
+        sizes.append(job.weights["voice.checkpoint"].size)  # once as read, once in the network
     networks = len(set(config.f0.networks) - {"rmvpe"})
     models_gb = GB_PER_CHECKPOINT_GB * sum(sizes) / 2**30 + networks * GB_PER_F0_NETWORK
     needs = Needs(

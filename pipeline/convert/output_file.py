@@ -1,4 +1,4 @@
-"""A song as it is written: at the rate, in the format asked for, whole or not at all."""
+"""The file of a converted song: its rate and format, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -25,30 +25,32 @@ from stages.types import Array
 FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}
 _LOSSY = {"OGG": "VORBIS", "MP3": "MPEG_LAYER_III"}
 _MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
-# One soundfile call with a minute of Vorbis overflows the stack of libsndfile.
+# Writing a minute of Vorbis in one call overflows the stack of libsndfile.
 _BLOCK_SAMPLES = 8192
 _BYTES = {"PCM_16": 2, "PCM_24": 3, "FLOAT": 4}  # of a sample
 _LARGEST_WAV = 2**32 - 2**20  # bytes; beyond it the header has no room for the length
 
 
 def check_output(path: Path, cfg: OutputConfig, rate: int) -> None:
-    """Raises UserError where `path` is of no format that can be written, or cannot have `cfg`.
+    """Refuse a path that cannot be written, or whose format does not allow the settings.
 
     rate: the voice's, in Hz.
+
+    Raises: UserError: when it cannot.
     """
     kind = FORMATS.get(path.suffix.lower())
     if kind is None:
-        raise UserError(f"{path} must end in {', '.join(FORMATS)}, the formats that can be written")
+        raise UserError(f"{path} has no known format; it must end in {', '.join(FORMATS)}")
     if kind == "FLAC" and cfg.subtype == "FLOAT":
-        raise UserError(f"{path}: FLAC has no floats; output.subtype can be PCM_16 or PCM_24")
+        raise UserError(f"{path}: FLAC has no floats; set output.subtype to PCM_16 or PCM_24")
     rate = cfg.sample_rate or rate
     if kind == "MP3" and rate not in _MP3_RATES:
         raise UserError(
-            f"{path}: MP3 has no {rate} Hz; output.sample_rate can be "
+            f"{path}: MP3 has no {rate} Hz; set output.sample_rate to one of "
             f"{', '.join(map(str, _MP3_RATES))}"
         )
     if kind == "FLAC" and rate > 65535 and rate % 10:
-        raise UserError(f"{path}: above 65535 Hz, FLAC takes multiples of 10 only, not {rate}")
+        raise UserError(f"{path}: above 65535 Hz, FLAC takes only multiples of 10, not {rate}")
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file for the converted song")
     if len(os.fsencode(path.name)) > 255:
@@ -57,14 +59,14 @@ def check_output(path: Path, cfg: OutputConfig, rate: int) -> None:
     if not above.is_dir():
         raise UserError(f"{above} is a file, not a folder to write {path.name} into")
     if not os.access(above, os.W_OK):
-        raise UserError(f"{above} may not be written to; name another place for {path.name}")
+        raise UserError(f"{above} is not writable; name another folder for {path.name}")
 
 
 class SongFile:
-    """Takes a song of the voice's rate in blocks. The file has its name once the block ends well.
+    """A song written in blocks at the voice's rate; it gets its name when the block ends well.
 
-    num_samples: written, at the output's rate: as many as the source has at that rate.
-    peak: the largest magnitude.
+    num_samples: length of the file, at its own rate: as many as the source has at that rate.
+    peak: the largest magnitude written.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class SongFile:
         return self
 
     def write(self, wav: Array) -> None:
-        """The next samples (T,) at the voice's rate."""
+        """Write the next samples (T,) at the voice's rate."""
         self._put(self._stream.push(wav, last=False))
 
     def __exit__(
@@ -132,20 +134,23 @@ class SongFile:
 
     @contextmanager
     def _storing(self) -> Iterator[None]:
-        """Raises OSError in place of what libsndfile has, which does not say what went wrong."""
+        """Turn an error of libsndfile, which names no cause, into one that names the file.
+
+        Raises: OSError: when the file cannot be written.
+        """
         try:
             yield
         except sf.LibsndfileError as error:
             self._temporary.unlink(missing_ok=True)
             raise OSError(
-                f"{self.path} cannot be written, perhaps for want of space or of the right to "
-                f"({error.error_string})"
+                f"{self.path} cannot be written ({error.error_string}); check the free space and "
+                "the permissions"
             ) from error
 
     def _commit(self) -> None:
         if self._over and self._file.subtype != "FLOAT":
             self.notices.append(
-                f"{self._over} samples go beyond full scale and are clipped (the loudest is at "
+                f"{self._over} samples exceed full scale and are clipped (the peak is at "
                 f"{20 * np.log10(self.peak):+.1f} dB); a .wav with output.subtype=FLOAT keeps them"
             )
         with self._temporary.open("rb") as file:
@@ -155,7 +160,7 @@ class SongFile:
 
 
 def _as_stored(wav: Array, subtype: str) -> NDArray[Any]:
-    """Integers for those who store integers: libsndfile would round all floats down."""
+    """Return integers for formats that store integers: libsndfile would round floats down."""
     if subtype == "PCM_16":
         return quantise(wav, "PCM_16")
     if subtype == "PCM_24":

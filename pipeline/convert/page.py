@@ -135,7 +135,7 @@ def _picture(song: ComparedSong) -> Picture:
     mels = [power_db(sound.power, loudest) for sound in (song.before, song.after)]
     part = slice(drawn.first_frame, drawn.first_frame + drawn.frames)
     contours = [
-        f0_to_pitch(f0[part]) for f0 in (conversion.f0, conversion.f0_asked, song.output_f0)
+        f0_to_pitch(f0[part]) for f0 in (conversion.f0, conversion.target_f0, song.output_f0)
     ]
     # A column's frames are drawn around their middle, a frame around its sample.
     middle_s = first_s + (drawn.column_s - frame_s) / 2

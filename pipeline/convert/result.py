@@ -1,4 +1,4 @@
-"""What a converted song leaves for those who report of it."""
+"""The result of a converted song, for summaries and pages."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from stages.types import Array
 
 @dataclass(frozen=True)
 class Conversion:
-    """A song that was converted.
+    """A converted song.
 
     sample_rate, hop_length: the voice's, in Hz and samples; its frame clock.
     num_samples: of the output, at its own rate.
-    f0: (F,) Hz found in the song, 0 where unvoiced. f0_asked: (F,) what the voice was to sing.
-    gain_db: brought the song to the level that the voice knows, and was undone in the output.
+    f0: (F,) Hz of the song, 0 where unvoiced. target_f0: (F,) Hz that the voice was to sing.
+    gain_db: gain that brought the song to the voice's level; undone in the output.
     peak: the largest magnitude of the output before it was written; above 1 it was clipped.
-    wall_s, cpu_s: what the conversion took.
+    wall_s, cpu_s: time of the conversion.
     """
 
     song_id: str
@@ -27,7 +27,7 @@ class Conversion:
     hop_length: int
     num_samples: int
     f0: Array
-    f0_asked: Array
+    target_f0: Array
     notices: tuple[str, ...]
     pieces: int
     gain_db: float
@@ -37,5 +37,5 @@ class Conversion:
 
     @property
     def duration_s(self) -> float:
-        """Of the song, in whole frames."""
+        """Length of the song in whole frames."""
         return len(self.f0) * self.hop_length / self.sample_rate

@@ -1,4 +1,4 @@
-"""A song in, the same song in another voice out: one song, in memory that does not grow with it.
+"""Conversion of one song to another voice, in memory that does not grow with the song.
 
     decode + resample -> slice -> loudness -> pieces -> quantise -> f0          (all of the song)
     quantise -> units -> controls -> synthesizer -> enhancer -> join -> file    (piece by piece)
@@ -44,13 +44,13 @@ from stages.slice import is_silent, slice_silence
 from stages.types import Array
 from stages.units import UnitStatistics, encode_units, pack_units, unpack_units
 
-HIGHEST_HZ = 1100.0  # of what so-vits-svc's networks tell apart
-LEVELS_APART_DB = 6.0  # of song and voice, beyond which it is said
-Progress = Callable[[float], None]  # is told seconds of the song
+HIGHEST_HZ = 1100.0  # so-vits-svc's networks do not tell higher pitches apart
+MAX_LEVEL_DIFFERENCE_DB = 6.0  # between song and voice; a larger one gives a notice
+Progress = Callable[[float], None]  # called with the seconds of the song done since the last call
 
 
 class Singing(Protocol):
-    """A synthesizer, whatever runs it."""
+    """A synthesizer, run by torch or by onnxruntime."""
 
     config: SynthesizerConfig
 
@@ -75,7 +75,7 @@ class Singing(Protocol):
 
 @dataclass(frozen=True)
 class Models:
-    """What a conversion needs loaded. target_hz: the middle of what the speaker sings, if known."""
+    """Models that a conversion needs. target_hz: the middle of the speaker's range, if known."""
 
     voice: Voice
     network: Singing
@@ -89,20 +89,21 @@ class Models:
 
 @dataclass
 class _Stretch:
-    """Pieces without silence between them, and contours from the first that is read to the last.
+    """Pieces without silence between them, with contours over all frames that they read.
 
-    f0: Hz of the song, 0 = unvoiced. asked: Hz that is to be sung, 0 = unvoiced.
+    f0: Hz of the song, 0 = unvoiced. target_f0: Hz that the voice is to sing, 0 = unvoiced.
     """
 
     pieces: list[Piece]
     f0: Array
-    asked: Array
+    target_f0: Array
 
     @property
     def start(self) -> int:
         return self.pieces[0].read_start
 
-    def of(self, piece: Piece, contour: Array) -> Array:
+    def part(self, piece: Piece, contour: Array) -> Array:
+        """Return the frames of a contour that a piece reads."""
         return contour[piece.read_start - self.start : piece.read_stop - self.start]
 
 
@@ -124,17 +125,18 @@ class Converter:
     ) -> Conversion:
         """Write `output`, whole or not at all.
 
-        Raises: BadInput for a source that cannot be read, OSError of the storage, UserError where
-        the settings do not suit the song.
+        Raises: BadInput: when the source cannot be read; OSError: when the storage fails;
+        UserError: when the settings do not suit the song.
         """
         begun, cpu = time.perf_counter(), time.process_time()
         with decoder.decode(source, self.sample_rate, self.config.resample) as decoded:
-            task = _Task(self, decoded, progress)
+            song = _SongConversion(self, decoded, progress)
+            song.analyse()
             with SongFile(
                 output, self.config.output, decoded, self.config.resample, self.sample_rate
             ) as file:
-                for sound in task.sing():
-                    file.write(sound)
+                for wav in song.sing():
+                    file.write(wav)
             return Conversion(
                 song_id=song_id,
                 source=source,
@@ -142,19 +144,25 @@ class Converter:
                 sample_rate=self.sample_rate,
                 hop_length=self.hop_length,
                 num_samples=file.num_samples,
-                f0=task.contour(lambda stretch: stretch.f0),
-                f0_asked=task.contour(lambda stretch: stretch.asked),
-                notices=(*task.notices, *file.notices),
-                pieces=len(task.pieces),
-                gain_db=task.gain_db,
+                f0=song.contour(lambda stretch: stretch.f0),
+                target_f0=song.contour(lambda stretch: stretch.target_f0),
+                notices=(*song.notices, *file.notices),
+                pieces=len(song.pieces),
+                gain_db=song.gain_db,
                 peak=file.peak,
                 wall_s=time.perf_counter() - begun,
                 cpu_s=time.process_time() - cpu,
             )
 
 
-class _Task:
-    """One song while it is converted."""
+class _SongConversion:
+    """The conversion of one song: `analyse` all of it, then `sing` it piece by piece.
+
+    pieces: parts of the song that sing, in order. stretches: the same, with their f0.
+    gain_db: gain of the whole song, 0 where each piece has its own.
+    key: semitones that the enhancer sings lower by.
+    statistics: mean and variance of the song's units, where the voice learnt normalised ones.
+    """
 
     def __init__(self, converter: Converter, decoded: Decoded, progress: Progress) -> None:
         self.progress = progress
@@ -162,39 +170,50 @@ class _Task:
         self.rate, self.hop = converter.sample_rate, converter.hop_length
         self.song = decoded.wav
         self.notices: list[str] = []
+        self.pieces: list[Piece] = []
+        self.stretches: list[_Stretch] = []
+        self.gain_db = 0.0
+        self.key = 0.0
+        self.statistics: UnitStatistics | None = None
+
+    def analyse(self) -> None:
+        """Slice the song, measure its loudness, estimate f0 and choose the transposition.
+
+        Raises: UserError: when pitch.transpose is auto and the speaker's range is not known.
+        """
         self.pieces = self._plan()
         reading = measure_loudness(self.song, self.rate, self.config.loudness)
         self.gain_db = reading.gain_db if self.config.loudness.per == "song" else 0.0
         if not self.pieces:
             self.notices.append("the song is silent throughout")
-        found = [(pieces, self._f0(pieces)) for pieces in stretches(self.pieces)]
-        semitones = self._semitones([f0 for _, f0 in found])
-        self.stretches = [_Stretch(p, f0, transpose(f0, semitones)) for p, f0 in found]
+        groups = [(pieces, self._f0(pieces)) for pieces in stretches(self.pieces)]
+        semitones = self._semitones([f0 for _, f0 in groups])
+        self.stretches = [_Stretch(p, f0, transpose(f0, semitones)) for p, f0 in groups]
         self.key = self._vocoder_key()
         self.statistics = self._statistics()
-        self._warn_of_height()
+        self._warn_of_high_pitch()
 
     def sing(self) -> Iterator[Array]:
-        """The converted song at the voice's rate, as long as the song, in order."""
+        """Yield the converted song at the voice's rate, as long as the song, in order."""
         joiner = Joiner(self.hop)
-        energies = np.zeros(2)  # of the song, and of what is sung in its place
+        energies = np.zeros(2)  # of the song, and of the converted song
         envelope = EnvelopeMix(self.config.output.envelope, self.rate)
-        given = 0
+        written = 0
         for stretch in self.stretches:
             for piece, wav in self._sing_stretch(stretch):
-                sound = joiner.add(piece, wav)[: len(self.song) - given]
-                song = self.song[given : given + len(sound)]
-                energies += [np.square(each, dtype=np.float64).sum() for each in (song, sound)]
-                yield envelope.push(sound, song)
-                given += len(sound)
-                self._done_half(piece)
-        rest = joiner.finish(len(self.song))[: max(0, len(self.song) - given)]
-        yield envelope.push(rest, self.song[given:])
+                converted = joiner.add(piece, wav)[: len(self.song) - written]
+                song = self.song[written : written + len(converted)]
+                energies += [np.square(each, dtype=np.float64).sum() for each in (song, converted)]
+                yield envelope.push(converted, song)
+                written += len(converted)
+                self._report_half(piece)
+        rest = joiner.finish(len(self.song))[: max(0, len(self.song) - written)]
+        yield envelope.push(rest, self.song[written:])
         yield envelope.finish()
-        self._warn_of_level(*energies)
+        self._warn_of_level_difference(*energies)
 
     def contour(self, of: Callable[[_Stretch], Array]) -> Array:
-        """(F,) of the whole song, 0 where it is silent or unvoiced."""
+        """Return a contour (F,) of the whole song, 0 where it is silent or unvoiced."""
         frames = -(-len(self.song) // self.hop)
         contour = np.zeros(frames, np.float32)
         for stretch in self.stretches:
@@ -202,8 +221,8 @@ class _Task:
             contour[first:last] = of(stretch)[first - stretch.start : last - stretch.start]
         return contour
 
-    def _done_half(self, piece: Piece) -> None:
-        """Pieces are worked on twice: their f0 is found, and they are sung."""
+    def _report_half(self, piece: Piece) -> None:
+        """Report half a piece as done: each is worked on twice, for its f0 and to sing it."""
         self.progress((piece.stop - piece.start) * self.hop / self.rate / 2)
 
     def _plan(self) -> list[Piece]:
@@ -224,8 +243,8 @@ class _Task:
         own = read_frames(self.song, piece.start, piece.stop, self.hop)
         return measure_loudness(own, self.rate, self.config.loudness).gain_db
 
-    def _heard(self, piece: Piece, gain_db: float, context: bool = True) -> Array:
-        """The samples that f0 and units are made of, as a shard would have them."""
+    def _normalised(self, piece: Piece, gain_db: float, context: bool = True) -> Array:
+        """Return the samples (T,) that f0 and units read, as a shard would have them."""
         start = piece.read_start if context else piece.start
         stop = piece.read_stop if context else piece.stop
         wav = apply_gain(read_frames(self.song, start, stop, self.hop), gain_db)
@@ -239,78 +258,83 @@ class _Task:
         base = pieces[0].read_start
         contour = np.zeros(pieces[-1].read_stop - base, np.float32)
         for piece in pieces:
-            heard = self._heard(piece, self._gain_of(piece))
-            f0 = estimate_f0(heard, self.rate, self.config.f0, piece.frames)
+            wav = self._normalised(piece, self._gain_of(piece))
+            f0 = estimate_f0(wav, self.rate, self.config.f0, piece.frames)
             first = piece.start if piece.joined else piece.read_start
             contour[first - base : piece.read_stop - base] = f0[first - piece.read_start :]
-            self._done_half(piece)
+            self._report_half(piece)
         return contour
 
     def _semitones(self, contours: Sequence[Array]) -> float:
-        asked = self.config.pitch.transpose
-        if asked != "auto":
-            return float(asked)
+        setting = self.config.pitch.transpose
+        if setting != "auto":
+            return float(setting)
         if self.models.target_hz is None:
-            why = "several speakers sing" if self.config.voice.mix else "the voice does not know"
-            raise UserError(
-                f"pitch.transpose is auto, but how high is not known: {why}; give a number of "
-                "semitones"
+            why = (
+                "several speakers are mixed"
+                if self.config.voice.mix
+                else "the voice does not record its speaker's range"
             )
-        sung = np.concatenate([*contours, np.zeros(0, np.float32)])
-        if not (sung > 0).any():
+            raise UserError(f"pitch.transpose is auto, but {why}; set it to a number of semitones")
+        f0 = np.concatenate([*contours, np.zeros(0, np.float32)])
+        if not (f0 > 0).any():
             return 0.0
-        semitones = semitones_between(sung, self.models.target_hz)
+        semitones = semitones_between(f0, self.models.target_hz)
         self.notices.append(f"transposed by {semitones:+d} semitones")
         return semitones
 
     def _vocoder_key(self) -> float:
-        """Semitones that the enhancer sings lower by: the same for all of the song."""
+        """Return the semitones that the enhancer sings lower by, the same for the whole song."""
         key = self.config.enhancer.adaptive_key
         if key is not None:
             return key
-        highest = max((float(each.asked.max()) for each in self.stretches), default=0.0)
+        highest = max((float(each.target_f0.max()) for each in self.stretches), default=0.0)
         return automatic_key(torch.tensor([highest]))
 
     def _statistics(self) -> UnitStatistics | None:
-        """Of the song's units, where the voice learnt from units of mean 0 and variance 1."""
+        """Return the statistics of the song's units, where the voice learnt normalised units."""
         if self.config.encoder.normalize != "song":
             return None
         statistics = UnitStatistics()
         for piece in self.pieces:
-            statistics.add(self._encode(self._heard(piece, self._gain_of(piece), context=False)))
+            statistics.add(
+                self._encode(self._normalised(piece, self._gain_of(piece), context=False))
+            )
         return statistics
 
-    def _warn_of_height(self) -> None:
-        asked = np.concatenate([each.asked for each in self.stretches] + [np.zeros(1, np.float32)])
-        share = (asked > HIGHEST_HZ).sum() / max(1, (asked > 0).sum())
+    def _warn_of_high_pitch(self) -> None:
+        contours = [each.target_f0 for each in self.stretches]
+        target_f0 = np.concatenate([*contours, np.zeros(1, np.float32)])
+        share = (target_f0 > HIGHEST_HZ).sum() / max(1, (target_f0 > 0).sum())
         if share > 0:
             self.notices.append(
                 f"{100 * share:.2g} % of the voiced frames lie above {HIGHEST_HZ:.0f} Hz, where "
                 "the networks do not tell pitches apart; transpose downwards"
             )
 
-    def _warn_of_level(self, song: float, sung: float) -> None:
-        decibels = 10 * np.log10(sung / song) if min(song, sung) > 0 else 0.0
-        if abs(decibels) > LEVELS_APART_DB and self.config.output.envelope == 0:
+    def _warn_of_level_difference(self, song: float, converted: float) -> None:
+        """Compare the energy of the song and of the converted song."""
+        decibels = 10 * np.log10(converted / song) if min(song, converted) > 0 else 0.0
+        if abs(decibels) > MAX_LEVEL_DIFFERENCE_DB and self.config.output.envelope == 0:
             than = "softer" if decibels < 0 else "louder"
             self.notices.append(
-                f"the voice sings {abs(decibels):.0f} dB {than} than the song; output.envelope "
-                "draws it to the song's loudness"
+                f"the voice sings {abs(decibels):.0f} dB {than} than the song; set "
+                "output.envelope to follow the song's loudness"
             )
 
     def _sing_stretch(self, stretch: _Stretch) -> Iterator[tuple[Piece, Array]]:
-        """The sound of all that each piece reads, its gain undone."""
-        asked = stretch.asked.astype(np.float64)
-        filled = fill_unvoiced(asked, self.rate, self.hop).astype(np.float32)
+        """Yield each piece and its converted samples, over all that it reads, its gain undone."""
+        target_f0 = stretch.target_f0.astype(np.float64)
+        filled = fill_unvoiced(target_f0, self.rate, self.hop).astype(np.float32)
         melody = filled.copy()
-        voiced = (asked > 0).astype(np.float32)
-        chance = KeyedNoise([zlib.crc32(f"{self.config.voice.seed} {stretch.start}".encode())])
-        phase = vocoder_phase = first_phase(torch.zeros(1, 1), chance).double()
+        voiced = (target_f0 > 0).astype(np.float32)
+        noise = KeyedNoise([zlib.crc32(f"{self.config.voice.seed} {stretch.start}".encode())])
+        phase = vocoder_phase = first_phase(torch.zeros(1, 1), noise).double()
         reached = stretch.start
         for piece in stretch.pieces:
             gain_db = self._gain_of(piece)
-            heard = self._heard(piece, gain_db)
-            inputs = self._inputs(piece, heard, stretch.of(piece, voiced))
+            normalised = self._normalised(piece, gain_db)
+            inputs = self._inputs(piece, normalised, stretch.part(piece, voiced))
             if self.config.pitch.predict:
                 self._predict(stretch, piece, inputs, filled, melody)
             between = melody[reached - stretch.start : piece.read_start - stretch.start]
@@ -320,10 +344,10 @@ class _Task:
                     torch.from_numpy(between), self.rate, self.hop, self.key, vocoder_phase
                 )
             reached = piece.read_start
-            f0 = stretch.of(piece, melody)
+            f0 = stretch.part(piece, melody)
             wav = self._sing(piece, inputs, f0, phase)
             if self.config.units.second_pass:
-                again = self._inputs(piece, self._quantised(wav), stretch.of(piece, voiced))
+                again = self._inputs(piece, self._quantised(wav), stretch.part(piece, voiced))
                 wav = self._sing(piece, again, f0, phase)
             if self.models.enhancer is not None:
                 wav = self._enhance(self.models.enhancer, piece, wav, f0, vocoder_phase)
@@ -333,8 +357,8 @@ class _Task:
     def _source_rate(self) -> int:
         return self.models.network.config.source_rate
 
-    def _inputs(self, piece: Piece, heard: Array, voiced: Array) -> _Inputs:
-        plain = self._encode(heard)
+    def _inputs(self, piece: Piece, wav: Array, voiced: Array) -> _Inputs:
+        plain = self._encode(wav)
         if self.statistics is not None:
             plain = self.statistics.apply(plain)
         plain = unpack_units(pack_units(plain), plain.shape[1])  # what a shard keeps of them
@@ -349,29 +373,29 @@ class _Task:
         return _Inputs(
             units=torch.from_numpy(np.ascontiguousarray(units.T))[None].to(device),
             voiced=torch.from_numpy(voiced)[None].to(device),
-            volume=torch.from_numpy(volume_of(heard, self.hop))[None].to(device),
+            volume=torch.from_numpy(volume_of(wav, self.hop))[None].to(device),
             speaker=torch.from_numpy(mix)[None].to(device),
         )
 
-    def _encode(self, heard: Array) -> Array:
-        """Units (F, D), before the song's mean and variance are made 0 and 1."""
+    def _encode(self, wav: Array) -> Array:
+        """Return units (F, D), before the song's mean and variance are made 0 and 1."""
         cfg = replace(self.config.encoder, normalize="none")
         encoder, resampling = self.models.encoder, self.config.resample
-        (units,) = encode_units([heard], [""], self.rate, encoder, cfg, resampling)
+        (units,) = encode_units([wav], [""], self.rate, encoder, cfg, resampling)
         return units
 
     def _predict(
         self, stretch: _Stretch, piece: Piece, inputs: _Inputs, filled: Array, melody: Array
     ) -> None:
-        """Put the voice's own guess into `melody`, from where the last piece ended on."""
-        given = torch.from_numpy(stretch.of(piece, filled))[None].to(self.models.device)
-        found = self.models.network.predict_f0(
-            inputs.units, given, inputs.voiced, inputs.speaker, inputs.volume_of(self.models)
+        """Put the voice's own f0 into `melody`, from the end of the last piece on."""
+        f0 = torch.from_numpy(stretch.part(piece, filled))[None].to(self.models.device)
+        predicted = self.models.network.predict_f0(
+            inputs.units, f0, inputs.voiced, inputs.speaker, inputs.volume_of(self.models)
         )
         first = piece.start if piece.joined else piece.read_start
-        there = slice(first - stretch.start, piece.read_stop - stretch.start)
-        melody[there] = found[0].cpu().numpy()[first - piece.read_start :]
-        stretch.asked[there] = np.where(stretch.asked[there] > 0, melody[there], 0)
+        frames = slice(first - stretch.start, piece.read_stop - stretch.start)
+        melody[frames] = predicted[0].cpu().numpy()[first - piece.read_start :]
+        stretch.target_f0[frames] = np.where(stretch.target_f0[frames] > 0, melody[frames], 0)
 
     def _sing(self, piece: Piece, inputs: _Inputs, f0: Array, phase: Tensor) -> Array:
         device = self.models.device
@@ -395,7 +419,7 @@ class _Task:
     ) -> Array:
         silent_s = self.config.enhancer.silence_front - piece.read_start * self.hop / self.rate
         name = f"{self.config.voice.seed} {piece.read_start} vocoder"
-        sung, rate = enhancer.enhance(
+        enhanced, rate = enhancer.enhance(
             torch.from_numpy(wav),
             self.rate,
             torch.from_numpy(f0),
@@ -405,13 +429,13 @@ class _Task:
             noise=KeyedNoise([zlib.crc32(name.encode())], self.models.device),
             phase=phase,
         )
-        out = resample(sung.cpu().numpy(), rate, self.rate, self.config.resample)[: len(wav)]
+        out = resample(enhanced.cpu().numpy(), rate, self.rate, self.config.resample)[: len(wav)]
         return np.pad(out, (0, len(wav) - len(out)))
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What a network sings a piece from, on its device, but for the pitch."""
+    """Inputs of the network for a piece, on its device, without the pitch."""
 
     units: Tensor  # (1, D, F)
     voiced: Tensor  # (1, F)

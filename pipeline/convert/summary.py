@@ -22,7 +22,7 @@ _MOST_LINES = 50
 def show_conversion(console: Console, conversion: Conversion, page: Path | None = None) -> None:
     """The closing lines of a song's conversion. page: its report."""
     seconds = len(conversion.f0) * conversion.hop_length / conversion.sample_rate
-    sung = conversion.f0_asked[conversion.f0_asked > 0]
+    sung = conversion.target_f0[conversion.target_f0 > 0]
     lines = [
         f"song     {conversion.source}, {seconds:.1f} s, in pieces: {conversion.pieces}",
         f"to sing  {_range(sung)}",
@@ -42,7 +42,7 @@ def summary_of(conversion: Conversion) -> dict[str, Any]:
     values = {
         field.name: getattr(conversion, field.name)
         for field in dataclasses.fields(conversion)
-        if field.name not in ("f0", "f0_asked")
+        if field.name not in ("f0", "target_f0")
     }
     paths = {name: str(values[name]) for name in ("source", "output")}
     return values | paths

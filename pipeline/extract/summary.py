@@ -1,4 +1,4 @@
-"""The short tables that end a run."""
+"""The closing tables of extract and verify."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_SONGS = 50
 
 
 def summary(outcome: ExtractOutcome) -> dict[str, Any]:
-    """The numbers of the closing table, as `--json` writes them."""
+    """Return the numbers of the closing table, as `--json` writes them."""
     account, work = outcome.account, outcome.work
     total_s = sum(work.stage_s.values())
     work_s = max(1e-9, work.wall_s - work.start_up_s)
@@ -50,7 +50,7 @@ def write_summary(path: Path, outcome: ExtractOutcome) -> None:
 
 
 def show_summary(console: Console, outcome: ExtractOutcome, dataset: Path) -> None:
-    """What `extract` did: songs by fate and reason, hours, clips, shards, speed, stages."""
+    """Print the result of a run: songs by status and reason, hours, clips, shards, speed."""
     numbers = summary(outcome)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("songs", f"{numbers['songs']} planned, {numbers['kept']} kept")
@@ -59,7 +59,7 @@ def show_summary(console: Console, outcome: ExtractOutcome, dataset: Path) -> No
             table.add_row("", f"{count} {status}: {escape(reason)}")
     table.add_row("audio", f"{numbers['hours_in']:.3f} h in, {numbers['hours_kept']:.3f} h kept")
     for reason, seconds in sorted(numbers["dropped_s"].items()):
-        table.add_row("", f"{seconds:.1f} s left out: {escape(reason)}")
+        table.add_row("", f"{seconds:.1f} s dropped: {escape(reason)}")
     table.add_row("clips", f"{numbers['clips']} in {numbers['shards']} shards")
     if outcome.work.tasks_run:
         table.add_row(
@@ -81,7 +81,7 @@ def show_summary(console: Console, outcome: ExtractOutcome, dataset: Path) -> No
 
 
 def show_verification(console: Console, result: Verification) -> None:
-    """What `verify` found, with every song that is not in the dataset and why."""
+    """Print the result of verify, with the songs that are not in the dataset and why."""
     account = result.account
     _show_left_out(console, account)
     console.print(

@@ -1,4 +1,4 @@
-"""The balance of a run: planned songs against the latest entry of each."""
+"""The balance of a run: planned songs against the latest ledger entry of each."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Generic, Protocol, TypeVar
 KEPT, FILTERED, QUARANTINED = "kept", "filtered", "quarantined"
 
 
-class Fate(Protocol):
-    """What every entry of a ledger says of its song."""
+class Entry(Protocol):
+    """An entry of a ledger: the status of a song, and the reason for it."""
 
     @property
     def status(self) -> str: ...
@@ -18,12 +18,12 @@ class Fate(Protocol):
     def reason(self) -> str | None: ...
 
 
-E = TypeVar("E", bound=Fate)
+E = TypeVar("E", bound=Entry)
 
 
 @dataclass
 class Balance(Generic[E]):
-    """The latest entry of every song, and what does not balance."""
+    """The latest entry of every song, and the problems in the account."""
 
     planned: int = 0
     entries: dict[str, E] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from typing import TextIO
 
 from pipeline.errors import UserError, first_names
 
-# Read by libsndfile; the rest needs ffmpeg. The content decides in the end, not the name.
+# Names of files to list. Whether a file can be decoded, its content decides.
 AUDIO_SUFFIXES = frozenset(
     ".wav .wave .rf64 .w64 .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf "
     ".m4a .m4b .aac .wma .mp4 .mkv .mov .webm .avi .ape .wv .tta .ac3".split()
@@ -25,7 +25,7 @@ MANIFEST_SUFFIXES = frozenset({".csv", ".jsonl"})
 
 @dataclass(frozen=True, slots=True)
 class ListedSong:
-    """One song of the corpus, as listed. `path` is relative to the corpus, or absolute."""
+    """A song of the corpus, as listed. path: relative to the corpus, or absolute."""
 
     song_id: str
     speaker: str
@@ -37,7 +37,7 @@ class ListedSong:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Everything found at `root`: its songs in order of song_id, and what was passed over."""
+    """A listed corpus: its songs in order of song_id, and the files and links passed over."""
 
     root: Path
     songs: list[ListedSong]
@@ -46,7 +46,7 @@ class Corpus:
 
 
 def song_id_of(path: bytes) -> str:
-    """The `/`-separated NFC name of a relative path; bytes that are not UTF-8 become `\\xNN`."""
+    """Return the `/`-separated NFC name of a path; bytes that are not UTF-8 become `\\xNN`."""
     text = os.fsdecode(path).replace(os.sep, "/").lstrip("/")
     return unicodedata.normalize(
         "NFC", text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -54,33 +54,35 @@ def song_id_of(path: bytes) -> str:
 
 
 def list_corpus(path: Path, speaker: str | None = None) -> Corpus:
-    """Songs of a folder tree (`root/SPEAKER/.../song.wav`) or of a manifest (CSV or JSONL).
+    """List the songs of a folder tree (`root/SPEAKER/.../song.wav`) or of a CSV or JSONL manifest.
 
     speaker: name for every song, whatever folder it lies in.
-    Raises: UserError when nothing is there, a song has no speaker, or two names are one after NFC.
+
+    Raises: UserError: when there is no song, a song has no speaker, or two names are the same in
+    NFC.
     """
     path = path.absolute()
     if speaker is not None:
         speaker = unicodedata.normalize("NFC", _writable(speaker, "--speaker").strip())
         if not speaker:
-            raise UserError("--speaker is empty; it must name the speaker of the whole corpus")
+            raise UserError("--speaker is empty; name the speaker of the whole corpus")
     if path.is_dir():
         corpus = _list_folder(path, speaker)
     elif path.suffix.lower() in MANIFEST_SUFFIXES and path.is_file():
         corpus = _list_manifest(path, speaker)
     elif path.exists():
-        raise UserError(f"{path} is neither a folder nor a .csv or .jsonl manifest")
+        raise UserError(f"{path} is neither a folder nor a .csv or .jsonl manifest; name one")
     else:
-        raise UserError(f"there is no corpus at {path}")
+        raise UserError(f"there is no corpus at {path}; name a folder or a manifest")
     if not corpus.songs:
         folder = path if speaker is not None else path / "SPEAKER"
-        raise UserError(f"no audio files in {path}; expected {folder}/song.wav (or .flac, …)")
+        raise UserError(f"no audio files in {path}; put them at {folder}/song.wav (or .flac, …)")
     corpus.songs.sort(key=lambda song: (song.song_id, song.path))
     for one, other in zip(corpus.songs, corpus.songs[1:], strict=False):
         if one.song_id == other.song_id:
             raise UserError(
-                f"two files have one name after Unicode normalisation (NFC): {one.path!r} and "
-                f"{other.path!r}; rename one of them"
+                f"{one.path!r} and {other.path!r} have the same name in Unicode NFC; rename one of "
+                "them"
             )
     return corpus
 
@@ -106,19 +108,19 @@ def _list_folder(root: Path, speaker: str | None) -> Corpus:
 def _walk(
     root: bytes, relative: bytes, above: list[tuple[int, int]], corpus: Corpus
 ) -> Iterator[tuple[bytes, os.stat_result]]:
-    """Audio files under `relative`, symbolic links followed unless they lead back up."""
+    """Yield audio files under `relative`; follow symbolic links unless they lead back up."""
     folder = os.path.join(root, relative)
     try:
         stat = os.stat(folder)
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
+        with os.scandir(folder) as listing:
+            entries = sorted(listing, key=lambda entry: entry.name)
     except OSError as error:
         shown = os.path.join(os.fsdecode(root), song_id_of(relative))
         raise UserError(f"cannot list the folder {shown}: {error.strerror}") from error
     above = [*above, (stat.st_dev, stat.st_ino)]
     for entry in entries:
         if entry.name.startswith(b"."):
-            continue  # .ipynb_checkpoints, ._song.wav, .git are nobody's speakers
+            continue  # .ipynb_checkpoints, ._song.wav, .git
         inside = os.path.join(relative, entry.name)
         suffix = os.fsdecode(os.path.splitext(entry.name)[1]).lower()
         try:
@@ -166,14 +168,14 @@ def _list_manifest(manifest: Path, speaker: str | None) -> Corpus:
             stat = os.stat(root / name)
             size, mtime_ns = stat.st_size, stat.st_mtime_ns
         except OSError:
-            size, mtime_ns = 0, 0  # planned all the same, so that it is quarantined and not lost
+            size, mtime_ns = 0, 0  # planned, so that it is quarantined and not lost
         who = unicodedata.normalize("NFC", who)
         corpus.songs.append(ListedSong(song_id, who, split, os.fsencode(name), size, mtime_ns))
     return corpus
 
 
 def _text(row: dict[str, object], key: str, where: str) -> str:
-    """What a manifest's row says; "" where it says nothing."""
+    """Return the text of a manifest's cell; "" where it is absent."""
     value = row.get(key)
     if value is None:
         return ""
@@ -183,13 +185,13 @@ def _text(row: dict[str, object], key: str, where: str) -> str:
 
 
 def _writable(text: str, what: str) -> str:
-    """`text`, refused where it can neither name a file nor be written to a dataset."""
+    """Return `text`, which must be able to name a file and be written to a dataset."""
     if "\0" in text:
-        raise UserError(f"{what} holds a NUL byte")
+        raise UserError(f"{what} has a NUL byte; remove it")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{what} holds half a character (a lone surrogate)") from error
+        raise UserError(f"{what} has a lone surrogate, which is no character") from error
     return text
 
 
@@ -215,7 +217,7 @@ def _read_manifest(manifest: Path) -> Iterator[tuple[int, dict[str, object]]]:
 
 
 def _read_csv(manifest: Path, file: TextIO) -> Iterator[tuple[int, dict[str, object]]]:
-    """Rows by column, each with the line it begins in."""
+    """Yield each row by column, with the line that it begins in."""
     rows = csv.reader(file, strict=True)
     line = 1
     try:
@@ -239,7 +241,7 @@ def not_listed(corpus: Corpus) -> list[str]:
     notices = []
     if corpus.ignored:
         kinds = ", ".join(f"{suffix} {n}" for suffix, n in corpus.ignored.most_common(6))
-        notices.append(f"files that are not audio by name were left alone: {kinds}")
+        notices.append(f"files that are not named like audio were skipped: {kinds}")
     if corpus.loops:
-        notices.append(f"links that lead back up were not followed: {first_names(corpus.loops)}")
+        notices.append(f"links that lead back up were skipped: {first_names(corpus.loops)}")
     return notices

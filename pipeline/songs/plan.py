@@ -1,8 +1,8 @@
 """Songs into tasks: written once before any work, append-only afterwards.
 
 A plan is a pure function of the songs (names, sizes, header durations) and of `task_minutes`, so
-two machines that see one corpus make one plan. Later files add tasks; a later row set for a task
-index that exists already replaces that task (its songs changed and it is to be redone).
+two machines make the same plan for the same corpus. Later files add tasks. A task index that comes
+again in a later file replaces the earlier task, whose songs changed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PLAN_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class PlannedSong:
-    """A song as it was when it was planned. duration_s by its header, 0 when that is unreadable."""
+    """A song as it was planned. duration_s: from its header; 0 when that is unreadable."""
 
     song_id: str
     speaker: str
@@ -71,7 +71,7 @@ class Task:
 
     @property
     def task_id(self) -> str:
-        """Identity of the task's content: a shard whose footer holds another one is not its."""
+        """Identity of the task's songs; the shard of the task has the same in its footer."""
         digest = hashlib.sha256()
         for song in self.songs:
             digest.update(repr((song.song_id, song.speaker, song.size, song.mtime_ns)).encode())
@@ -79,7 +79,7 @@ class Task:
 
 
 def default_task_minutes(corpus_minutes: float) -> float:
-    """Minutes of audio in a task: a 64th of the corpus, within 1 and 20.
+    """Return the minutes of audio in a task: a 64th of the corpus, within 1 and 20.
 
     Small corpora still spread over the cores of a workstation, and a shard of 20 minutes (50 MB of
     FLAC) keeps the work lost to a dead worker, and its memory, small.
@@ -90,7 +90,7 @@ def default_task_minutes(corpus_minutes: float) -> float:
 def make_tasks(
     songs: Iterable[tuple[str, PlannedSong]], task_minutes: float, first_index: int = 0
 ) -> list[Task]:
-    """Balanced tasks of about `task_minutes`, longest first, from (split, song) pairs.
+    """Return balanced tasks of about `task_minutes`, longest first, from (split, song) pairs.
 
     Longest-processing-time rule: each song, longest first, goes to the shortest task so far.
     """
@@ -119,6 +119,7 @@ def make_tasks(
 
 
 def plan_files(dataset: Path) -> list[Path]:
+    """Return the files of the plan, oldest first."""
     return sorted((dataset / "plan").glob("plan-*.parquet"))
 
 
@@ -137,7 +138,7 @@ def append_plan(dataset: Path, tasks: Sequence[Task]) -> Path:
 
 
 def load_plan(dataset: Path) -> dict[int, Task]:
-    """Tasks by index, in order; later plan files replace tasks of the same index."""
+    """Return the tasks by index, in order; later plan files replace tasks of the same index."""
     tasks: dict[int, Task] = {}
     for path in plan_files(dataset):
         columns = pq.read_table(path).to_pydict()
@@ -163,9 +164,10 @@ def load_plan(dataset: Path) -> dict[int, Task]:
 def plan_songs(
     corpus: Corpus, sources: Sequence[ListedSong], decode: DecodeConfig, scratch_folder: str | None
 ) -> dict[str, tuple[str, PlannedSong]]:
-    """(split, song) by song_id, durations read from the headers in a limited child process.
+    """Return (split, song) by song_id, with durations from the headers.
 
-    A header that cannot be read gives 0 s: the song is planned, and quarantined when it is decoded.
+    A limited child process reads them. A header that it cannot read gives 0 s: the song is planned,
+    and quarantined when it is decoded.
     """
     from pipeline.storage.scratch import Scratch
 

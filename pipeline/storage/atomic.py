@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the faults of the storage."""
+"""Files that are written whole or not at all, and faults of the storage."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pipeline.errors import StorageFault, UserError
 
 
 def commit_file(dataset: Path, relative: str, write: Callable[[BinaryIO], Any]) -> Path:
-    """Write `dataset/relative` so that it is there whole or not at all.
+    """Write `dataset/relative`, whole or not at all.
 
-    Raises: OSError of the storage; the half-written file is removed.
+    Raises: OSError: when the storage fails, after the half-written file is removed.
     """
     final = dataset / relative
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -37,14 +37,14 @@ def commit_file(dataset: Path, relative: str, write: Callable[[BinaryIO], Any]) 
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers of `commit_file` left half-written."""
+    """Remove half-written files of killed writers."""
     if (folder / ".tmp").is_dir():
         for path in (folder / ".tmp").iterdir():
             path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in `folder` on the disk. Raises OSError of the storage."""
+    """Flush the names in `folder` to the disk. Raises: OSError: when the storage fails."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -62,22 +62,23 @@ def write_info(folder: Path, name: str, info: dict[str, Any]) -> None:
 
 
 def read_info(path: Path) -> dict[str, Any]:
-    """What `write_info` wrote of a run's settings. Raises: UserError when it is none of ours."""
+    """Read what `write_info` wrote. Raises: UserError: when it is not a file of Cantor."""
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(info, dict) or not {"fingerprint", "settings"} <= info.keys():
-        raise UserError(f"{path} is not the {path.name} of this program")
+        raise UserError(f"{path} is not the {path.name} of this program; name another folder")
     return info
 
 
 def is_disk_full(error: OSError) -> bool:
+    """Return True when the disk is full, or the user's share of it."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def storage_fault(error: OSError) -> StorageFault:
-    """What a failing disk means for the person running the job."""
+    """Return the error that tells the user about a failing disk."""
     where = f" at {error.filename}" if error.filename else ""
     if is_disk_full(error):
         return StorageFault(f"no space left{where}; free some")

@@ -16,14 +16,14 @@ _LOCK_WAIT_S = 5.0
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold FOLDER/.lock. A run that died held no lock: the system releases it.
+    """Lock a folder for the block, by FOLDER/.lock. The system releases the lock of a dead process.
 
-    Raises: UserError when another run has it for some seconds.
+    Raises: UserError: when another process keeps the lock for some seconds.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{folder} is a file where a folder should be; name another") from error
+        raise UserError(f"{folder} is a file; name a folder") from error
     with (folder / ".lock").open("a+") as file:
         deadline = time.monotonic() + _LOCK_WAIT_S
         while True:

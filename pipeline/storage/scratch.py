@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class Scratch:
-    """A folder for decoded PCM. Those of dead processes are swept when a new one is made."""
+    """A scratch folder for decoded PCM. Making one removes those of dead processes."""
 
     def __init__(self, parent: str | None) -> None:
         root = Path(parent or tempfile.gettempdir()) / f"cantor-scratch-{os.getuid()}"
@@ -18,19 +18,19 @@ class Scratch:
         with (root / ".lock").open("ab") as door:  # one at a time: a new folder is not locked yet
             fcntl.flock(door, fcntl.LOCK_EX)
             for old in root.iterdir():
-                if old.is_dir() and not _is_held(old):
+                if old.is_dir() and not _is_in_use(old):
                     shutil.rmtree(old, ignore_errors=True)
             self.folder = Path(tempfile.mkdtemp(dir=root))
-            self._held = (self.folder / ".lock").open("ab")
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = (self.folder / ".lock").open("ab")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._held.close()
+        self._lock.close()
 
 
-def _is_held(folder: Path) -> bool:
-    """A living process owns this scratch folder."""
+def _is_in_use(folder: Path) -> bool:
+    """Return True when a living process has this scratch folder."""
     with (folder / ".lock").open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -310,7 +310,7 @@ def test_folders_that_would_eat_each_other_are_refused(
     (tmp_path / "odd" / "plan").mkdir(parents=True)
     with pytest.raises(UserError, match="name another folder"):
         convert(songs, tmp_path / "odd")
-    with pytest.raises(UserError, match=r"no audio files in .*expected .*odd/song\.wav"):
+    with pytest.raises(UserError, match=r"no audio files in .*put them at .*odd/song\.wav"):
         convert(tmp_path / "odd", tmp_path / "out")
     with pytest.raises(UserError, match="FLAC has no floats"):
         convert(songs, tmp_path / "out", "output.format=flac", "output.subtype=FLOAT")

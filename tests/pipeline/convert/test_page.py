@@ -52,7 +52,7 @@ def a_conversion(folder: Path) -> Conversion:
         hop_length=HOP,
         num_samples=len(wav),
         f0=sung.f0[:frames],
-        f0_asked=sung.f0[at] * np.float32(4 / 3),
+        target_f0=sung.f0[at] * np.float32(4 / 3),
         notices=(),
         pieces=1,
         gain_db=2.5,

@@ -123,8 +123,8 @@ def test_manifests_in_csv_and_jsonl_agree(tmp_path: Path) -> None:
         ("path,speaker\na.wav,\n", "line 2: 'speaker'"),
         ("path,speaker,split\na.wav,ann,a/b\n", "line 2: split"),
         ("path,speaker\na.wav,ann\na.wav,bob\n", "line 3: a.wav was named in line 2"),
-        ("path,speaker\na\0.wav,ann\n", "line 2: 'path' holds a NUL"),
-        ("path,speaker\na.wav,a\0nn\n", "line 2: 'speaker' holds a NUL"),
+        ("path,speaker\na\0.wav,ann\n", "line 2: 'path' has a NUL"),
+        ("path,speaker\na.wav,a\0nn\n", "line 2: 'speaker' has a NUL"),
         ('path,speaker\na.wav,ann\n\n"b.wav,bob\nc.wav,bob\n', "line 4: .*quote"),
         ("path,speaker\na.wav," + "x" * 200_000 + "\n", "line 2: field larger"),
         ('path,"speaker\na.wav,ann\n', "line 1: .*quote"),
@@ -144,9 +144,9 @@ def test_a_faulty_manifest_names_the_line(tmp_path: Path, text: str, words: str)
         (r'{"path": "a.wav", "speaker": 3}', "'speaker' must be text, not 3"),
         (r'{"path": ["a.wav"], "speaker": "ann"}', "'path' must be text"),
         (r'{"path": "a.wav", "speaker": "ann", "split": 0}', "'split' must be text"),
-        (r'{"path": "a\u0000.wav", "speaker": "ann"}', "'path' holds a NUL"),
-        (r'{"path": "\ud800.wav", "speaker": "ann"}', "'path' holds half a character"),
-        (r'{"path": "a.wav", "speaker": "\udcff"}', "'speaker' holds half a character"),
+        (r'{"path": "a\u0000.wav", "speaker": "ann"}', "'path' has a NUL"),
+        (r'{"path": "\ud800.wav", "speaker": "ann"}', "'path' has a lone surrogate"),
+        (r'{"path": "a.wav", "speaker": "\udcff"}', "'speaker' has a lone surrogate"),
         ('{"path": ' + "1" * 5000 + "}", "digits"),
         ("[]", "not a JSON object"),
     ],
@@ -190,5 +190,5 @@ def test_the_speaker_given_for_all_is_stripped_and_normalised(tmp_path: Path) ->
         for empty in ("", "  "):
             with pytest.raises(UserError, match="--speaker is empty"):
                 list_corpus(path, empty)
-        with pytest.raises(UserError, match="--speaker holds half a character"):
+        with pytest.raises(UserError, match="--speaker has a lone surrogate"):
             list_corpus(path, "\udcff")
