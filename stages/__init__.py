@@ -1,1 +1,1 @@
-"""What is done to a song: pure functions on arrays, each with its frozen config beside it."""
+"""Signal processing of a song: pure functions on arrays, each with its frozen config beside it."""

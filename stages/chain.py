@@ -1,4 +1,4 @@
-"""One song through all the stages: extraction, re-extraction and conversion call this.
+"""The chain of stages that one song passes; extraction, re-extraction and conversion call it.
 
     decode + resample -> slice -> loudness -> quantise -> FLAC, quality
 
@@ -28,7 +28,7 @@ from stages.types import Array
 
 @dataclass(frozen=True, kw_only=True)
 class AudioConfig:
-    """What a clip's samples are: rate in Hz, integer subtype they are quantised to."""
+    """Sample format of the clips: rate in Hz, integer subtype."""
 
     sample_rate: int = 44100
     subtype: Subtype = "PCM_16"
@@ -42,7 +42,7 @@ class AudioConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ChainConfig:
-    """Settings of every stage up to the units: what two runs must share to agree on clips."""
+    """Settings of every stage up to the units. Two runs with equal settings make equal clips."""
 
     audio: AudioConfig = field(default_factory=AudioConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
@@ -55,7 +55,7 @@ class ChainConfig:
 
 @dataclass(frozen=True)
 class Clip:
-    """A stretch of a song between silences, as a trainer will see it."""
+    """A stretch of a song between silences; one training example."""
 
     span: Span
     flac: bytes  # the T samples, gain applied, as integers of `audio.subtype`
@@ -64,7 +64,7 @@ class Clip:
 
 
 class StageClock:
-    """Wall seconds spent in each stage, for the summary of a run."""
+    """Wall-clock seconds spent in each stage, for the summary of a run."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -80,7 +80,7 @@ class StageClock:
 
 @dataclass(frozen=True)
 class PreparedSong:
-    """All clips of one song, in order, and an account of what was left out."""
+    """All clips of one song, in order, and what was dropped from it."""
 
     clips: list[Clip]
     header: Header
@@ -94,29 +94,30 @@ class PreparedSong:
         return self.num_samples / self.sample_rate
 
     def why_empty(self) -> tuple[Reason, str]:
-        """The main reason, and words for it, why a readable song gave no clip."""
+        """Return the main reason why a readable song has no clips, and a message."""
         return why_empty(self.dropped, self.duration_s)
 
 
 def why_empty(dropped: Sequence[Dropped], duration_s: float) -> tuple[Reason, str]:
-    """The main reason, and words for it, why a song of which this was left out has no clip."""
+    """Return the main reason why a song with these drops has no clips, and a message."""
     others = [drop for drop in dropped if drop.reason is not Reason.SILENCE]
     if not dropped:
-        return Reason.TOO_SHORT, "the song holds no sample"
+        return Reason.TOO_SHORT, "the song has no samples"
     if not others:
-        return Reason.SILENT, f"all {duration_s:.2f} s lie below the silence threshold"
+        return Reason.SILENT, f"all {duration_s:.2f} s are below the silence threshold"
     main = max(others, key=lambda drop: (drop.seconds, drop.reason))
     parts = ", ".join(f"{drop.reason} {drop.seconds:.2f} s" for drop in dropped)
-    return main.reason, f"nothing of its {duration_s:.2f} s is kept ({parts})"
+    return main.reason, f"none of its {duration_s:.2f} s is kept ({parts})"
 
 
 def prepare_song(
     path: bytes, decoder: Decoder, cfg: ChainConfig, clock: StageClock
 ) -> PreparedSong:
-    """Clips of the audio file at `path`, in order.
+    """Decode the audio file at `path` and cut it into clips, in order.
 
-    Raises: BadInput when the file is broken; OSError when the storage is. A song of which nothing
-    is kept has no clips; `dropped` says why.
+    A song of which nothing is kept has no clips; `dropped` says why.
+
+    Raises: BadInput: when the file is broken; OSError: when the storage fails.
     """
     rate = cfg.audio.sample_rate
     with clock.stage("decode"):

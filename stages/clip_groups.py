@@ -1,4 +1,4 @@
-"""Clips in groups, so that a long song's clips are not all held decoded at once."""
+"""Groups of clips, so that the clips of a long song are not all in memory at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _GROUP_S = 600.0
 
 
 def in_groups(clips: Iterable[Array], sample_rate: int) -> Iterator[list[Array]]:
-    """Clips (T,), in order, about ten minutes of audio at a time."""
+    """Yield the clips (T,) in order, in groups of about ten minutes of audio."""
     group: list[Array] = []
     for clip in clips:
         group.append(clip)

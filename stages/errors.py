@@ -1,8 +1,8 @@
-"""What can be wrong with a song, in words that appear in ledgers and reports.
+"""Reasons why a song or clip is left out, as ledgers and reports name them.
 
-A broken file raises `BadInput`, and its song is quarantined. A song that is fine but that the
-settings leave out is filtered: it has no clips, and `Dropped` says why. Everything else that a
-stage raises is a bug of ours or a fault of the storage.
+A broken file raises `BadInput`, and its song is quarantined. A readable song that the settings
+exclude is filtered: it has no clips, and `Dropped` says why. Any other exception of a stage is a
+bug in Cantor or a fault of the storage.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from enum import StrEnum
 
 
 class Reason(StrEnum):
-    """Why a song or a clip is not in the dataset."""
+    """The reason why a song or a clip is not in the dataset."""
 
-    # quarantined: the input is at fault
+    # quarantined: the input is broken
     EMPTY = "empty_file"
     MISSING = "missing"
     CHANGED = "changed_since_planned"
@@ -29,7 +29,7 @@ class Reason(StrEnum):
     TIMED_OUT = "timed_out"
     OUT_OF_MEMORY = "out_of_memory"
     CRASHED = "crashed"
-    # filtered: the input is fine, a setting leaves it out
+    # filtered: the input is fine, a setting excludes it
     SILENT = "silent"
     SILENCE = "silence"
     TOO_SHORT = "too_short"
@@ -44,7 +44,7 @@ class Reason(StrEnum):
 
 
 class BadInput(Exception):
-    """The song cannot be used: it is quarantined with this reason and detail."""
+    """An error of the input file; its song is quarantined with this reason and detail."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(reason, detail)  # both arguments, so that it survives pickling

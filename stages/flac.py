@@ -1,4 +1,4 @@
-"""A clip's samples as FLAC bytes and back, without loss."""
+"""FLAC encoding and decoding of a clip's samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COMPRESSION_LEVEL = 0.5
 
 
 def encode_flac(samples: NDArray[np.integer[Any]], sample_rate: int, subtype: Subtype) -> bytes:
-    """samples: (T,) int16, or int32 that holds 24-bit values, as `stages.pcm.quantise` gives."""
+    """Encode samples (T,): int16, or 24-bit values in int32, as `stages.pcm.quantise` returns."""
     buffer = io.BytesIO()
     if subtype == "PCM_24":
         samples = samples.astype(np.int32) << 8  # libsndfile keeps the upper 24 of 32 bits
@@ -28,9 +28,9 @@ def encode_flac(samples: NDArray[np.integer[Any]], sample_rate: int, subtype: Su
 
 
 def decode_flac(data: bytes, subtype: Subtype) -> NDArray[np.integer[Any]]:
-    """(T,) integers, exactly those given to `encode_flac`.
+    """Decode to (T,) integers, exactly those given to `encode_flac`.
 
-    Raises: soundfile.LibsndfileError when the bytes are damaged.
+    Raises: LibsndfileError: when the bytes are damaged (soundfile's exception).
     """
     dtype = "int16" if subtype == "PCM_16" else "int32"
     samples: NDArray[np.integer[Any]] = sf.read(io.BytesIO(data), dtype=dtype)[0]

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from stages.types import Array
 
 Track = tuple[NDArray[np.float64], NDArray[np.float64]]
-"""An f0 contour on its own clock: Hz, 0 = unvoiced, and when each value holds; both (N,)."""
+"""An f0 contour on its own clock: Hz, 0 = unvoiced, and the position of each value; both (N,)."""
 
-_ANOTHER_NOTE = math.sqrt(2)  # half an octave from one value to the next is no glide
+_MAX_STEP = math.sqrt(2)  # ratio of neighbours; half an octave or more is not a glide
 
 
 def num_frames(num_samples: int, hop_length: int) -> int:
-    """Frames of a clip: the whole hops in it."""
+    """Return the number of frames of a clip: its whole hops."""
     return num_samples // hop_length
 
 
@@ -31,24 +31,24 @@ def resize_contour(
     hop_length: int,
     mode: Literal["linear", "nearest"] = "linear",
 ) -> Array:
-    """Puts an f0 contour that has its own clock on the frame clock.
+    """Resample an f0 contour from its own clock to the frame clock.
 
-    f0: (N,) in Hz, 0 = unvoiced. positions: (N,) samples at which those values hold, ascending.
+    f0: (N,) in Hz, 0 = unvoiced. positions: (N,) the sample of each value, ascending.
     Returns float32 (n_frames,).
 
-    `linear` blends two neighbours that are both voiced and less than half an octave apart, in Hz;
-    elsewhere the nearer one decides alone, so nothing is ever blended across a gap, and an octave
-    error does not become a fifth. `nearest` always takes the nearer one (the later of two equally
-    near). Half a step of the source beyond either end is unvoiced.
+    `linear` interpolates in Hz between two voiced neighbours less than half an octave apart.
+    Elsewhere it takes the nearer value, so it never interpolates across a gap and never turns an
+    octave error into a fifth. `nearest` always takes the nearer value (the later one of a tie).
+    Frames more than half a source step beyond either end are unvoiced.
     """
     source = np.asarray(f0, dtype=np.float64)
     at = np.asarray(positions, dtype=np.float64)
     if source.shape != at.shape or source.ndim != 1:
-        raise ValueError(f"a contour {source.shape} does not fit its positions {at.shape}")
+        raise ValueError(f"f0 {source.shape} and positions {at.shape} must be equal and 1-D")
     if len(source) == 0:
         return np.zeros(n_frames, dtype=np.float32)
     target = np.arange(n_frames) * float(hop_length)
-    if len(source) == 1:  # no step to measure by: it reaches half a hop
+    if len(source) == 1:  # there is no source step: the value reaches half a hop
         inside = np.abs(target - at[0]) <= hop_length / 2
         return np.where(inside, source[0], 0.0).astype(np.float32)
 
@@ -61,7 +61,7 @@ def resize_contour(
         out = nearest
     else:
         blend = a + np.clip(weight, 0.0, 1.0) * (b - a)
-        one_note = np.maximum(a, b) < _ANOTHER_NOTE * np.minimum(a, b)
-        out = np.where(one_note, blend, nearest)
+        close = np.maximum(a, b) < _MAX_STEP * np.minimum(a, b)
+        out = np.where(close, blend, nearest)
     out[(weight < -0.5) | (weight > 1.5)] = 0.0
     return out.astype(np.float32)

@@ -1,4 +1,4 @@
-"""How loud a song is, and the one gain that brings it to the target.
+"""Loudness of a song, and the gain that brings it to the target.
 
 Loudness and true peak follow ITU-R BS.1770-4. Both are measured in blocks, so memory does not grow
 with the song.
@@ -17,7 +17,7 @@ from scipy.signal import sosfilt
 from stages.types import Array, Samples
 
 GATING_BLOCK_S = 0.4
-GATING_STEP = 0.25  # of a block: they overlap by 75 %
+GATING_STEP = 0.25  # of a block: blocks overlap by 75 %
 ABSOLUTE_GATE_LUFS = -70.0
 RELATIVE_GATE_LU = -10.0
 READ_STEPS = 40  # gating steps filtered at a time: 4 s
@@ -30,11 +30,11 @@ READ_PEAK_BLOCKS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class LoudnessConfig:
-    """What a song or a clip is brought to.
+    """Settings of loudness normalisation.
 
     mode: "lufs" = integrated loudness `target_lufs`, with the gain lowered until the true peak is
-    at most `true_peak_db`; "peak" = the largest sample becomes 1.0, as so-vits-svc's resample.py
-    does; "none" = measured only. per: one gain for a song, or one for each of its clips.
+    at most `true_peak_db`; "peak" = the largest sample becomes 1.0, as in so-vits-svc's
+    resample.py; "none" = measure only. per: one gain for a song, or one for each of its clips.
     """
 
     mode: Literal["lufs", "peak", "none"] = "lufs"
@@ -55,7 +55,7 @@ class LoudnessConfig:
 
 @dataclass(frozen=True)
 class LoudnessReading:
-    """Measured before gain. `note` says in words why there is no loudness, else it is empty."""
+    """Levels before the gain. `note` explains a missing loudness; else it is empty."""
 
     loudness_lufs: float  # integrated; nan when there is none
     peak_db: float  # true peak in dBTP; -inf for digital silence
@@ -64,10 +64,10 @@ class LoudnessReading:
 
 
 def measure_loudness(wav: Samples, sample_rate: int, cfg: LoudnessConfig) -> LoudnessReading:
-    """Loudness and true peak of `wav` (T,), and the gain that `cfg` asks for.
+    """Measure loudness and true peak of `wav` (T,) and compute the gain for `cfg`.
 
     Input that is too short or too quiet for a loudness (under 0.4 s; no block above -70 LUFS) keeps
-    its level: gain 0 dB in mode "lufs". Digital silence keeps its level in mode "peak", too.
+    its level in mode "lufs" (0 dB). Digital silence keeps its level in mode "peak".
     """
     loudness = integrated_loudness(wav, sample_rate)
     sample_peak, true_peak = peaks(wav)
@@ -87,15 +87,15 @@ def measure_loudness(wav: Samples, sample_rate: int, cfg: LoudnessConfig) -> Lou
 
 
 def apply_gain(wav: Array, gain_db: float) -> Array:
-    """Samples (T,) times the gain, rounded once to float32."""
+    """Multiply samples (T,) by the gain, rounding once to float32."""
     return (wav * np.float64(10.0 ** (gain_db / 20.0))).astype(np.float32)
 
 
 def integrated_loudness(wav: Samples, sample_rate: int, *, read_steps: int = READ_STEPS) -> float:
-    """Gated loudness of mono `wav` (T,) in LUFS; nan when it has none.
+    """Measure the gated loudness of mono `wav` (T,) in LUFS; nan when it has none.
 
     Equals pyloudnorm's `Meter.integrated_loudness` (BS.1770-4, eq. 1 to 7), which needs the whole
-    song in memory; the same bits for every `read_steps`.
+    song in memory. The result is bit-identical for every `read_steps`.
     """
     if len(wav) < GATING_BLOCK_S * sample_rate:
         return math.nan
@@ -113,12 +113,11 @@ def integrated_loudness(wav: Samples, sample_rate: int, *, read_steps: int = REA
 
 
 def peaks(wav: Samples) -> tuple[float, float]:
-    """Sample peak and true peak of `wav` (T,), linear; (0, 0) for silence.
+    """Measure sample peak and true peak of `wav` (T,), linear; (0, 0) for silence.
 
-    The true peak is the largest of the samples and of three points between each two (BS.1770-4,
-    annex 2, four-fold oversampling), the song continued by zeros at both ends. Only stretches
-    whose samples are large enough to hide a higher point between them are interpolated: |sum h x|
-    <= sum |h| * max |x|, so none is missed.
+    The true peak is the largest magnitude after four-fold oversampling (BS.1770-4, annex 2), with
+    zeros before and after the song. Only stretches that can exceed the highest peak so far are
+    interpolated; the bound |sum h x| <= sum |h| * max |x| makes this exact.
     """
     block_peaks = _block_peaks(wav)
     sample_peak = highest = float(block_peaks.max())
@@ -137,7 +136,7 @@ def peaks(wav: Samples) -> tuple[float, float]:
 
 
 def _block_peaks(wav: Samples) -> NDArray[np.float64]:
-    """Largest magnitude in each PEAK_BLOCK_SAMPLES, from HALF_TAPS before the song to after it."""
+    """Return the peak of each PEAK_BLOCK_SAMPLES, from HALF_TAPS before the song to after it."""
     num_blocks = -(-(len(wav) + 2 * HALF_TAPS) // PEAK_BLOCK_SAMPLES)
     block_peaks = np.empty(num_blocks)
     for first in range(0, num_blocks, READ_PEAK_BLOCKS):
@@ -149,7 +148,7 @@ def _block_peaks(wav: Samples) -> NDArray[np.float64]:
 
 
 def _read_padded(wav: Samples, start: int, stop: int) -> NDArray[np.float64]:
-    """Samples [start, stop) of the song continued by zeros at both ends."""
+    """Read samples [start, stop), with zeros before and after the song."""
     piece = np.zeros(stop - start)
     inside = wav[max(0, start) : max(0, stop)]
     lead = max(0, -start)
@@ -158,7 +157,7 @@ def _read_padded(wav: Samples, start: int, stop: int) -> NDArray[np.float64]:
 
 
 def _interpolator() -> NDArray[np.float64]:
-    """Taps (3, 2 * HALF_TAPS) for the points 1/4, 1/2 and 3/4 of the way to the next sample.
+    """Build the taps (3, 2 * HALF_TAPS) for points 1/4, 1/2 and 3/4 of the way to the next sample.
 
     Sinc with a Kaiser window (beta 3.4), unity gain at 0 Hz; within 0.15 dB up to 0.45 of the
     sample rate (20 kHz at 44.1 kHz). Column c weighs the sample that lies c - HALF_TAPS + 1 after
@@ -175,18 +174,18 @@ _INTERPOLATOR = _interpolator()
 
 
 def _gating_block_power(wav: Samples, sample_rate: int, read_steps: int) -> NDArray[np.float64]:
-    """Mean square of the K-weighted song in each block of 400 ms (BS.1770-4, eq. 1 and 3)."""
+    """Return the mean square of the K-weighted song per 400 ms block (BS.1770-4, eq. 1 and 3)."""
     duration_s = len(wav) / sample_rate
     step_s = GATING_BLOCK_S * GATING_STEP
     index = np.arange(int(np.round((duration_s - GATING_BLOCK_S) / step_s)) + 1)
-    # The order of operations is pyloudnorm's: it decides which way a boundary is rounded.
+    # The order of operations is pyloudnorm's, so that block boundaries round the same way.
     starts = (GATING_BLOCK_S * (index * GATING_STEP) * sample_rate).astype(np.int64)
     stops = (GATING_BLOCK_S * (index * GATING_STEP + 1) * sample_rate).astype(np.int64)
     stops = np.minimum(stops, len(wav))
     edges = np.unique(np.concatenate([starts, stops]))
     sections = _k_weighting(sample_rate)
     state = np.zeros((len(sections), 2))
-    energy = np.zeros(len(edges))  # between an edge and the next; the last holds nothing
+    energy = np.zeros(len(edges))  # between an edge and the next; the last stays 0
     for first in range(0, len(edges) - 1, read_steps):
         last = min(first + read_steps, len(edges) - 1)
         piece = wav[int(edges[first]) : int(edges[last])].astype(np.float64)
@@ -198,10 +197,10 @@ def _gating_block_power(wav: Samples, sample_rate: int, read_steps: int) -> NDAr
 
 
 def _k_weighting(sample_rate: int) -> NDArray[np.float64]:
-    """Second-order sections (2, 6): a shelf of +4 dB above 1.5 kHz, then a high-pass at 38 Hz.
+    """Return the K-weighting filter as second-order sections (2, 6).
 
-    The analogue prototypes that pyloudnorm takes for BS.1770-4's two filters at any sample rate,
-    by the formulas of R. Bristow-Johnson's Audio EQ Cookbook.
+    A shelf of +4 dB above 1.5 kHz, then a high-pass at 38 Hz: pyloudnorm's analogue prototypes of
+    the two filters of BS.1770-4, by the formulas of R. Bristow-Johnson's Audio EQ Cookbook.
     """
     gain = 10.0 ** (4.0 / 40.0)
     angle = 2.0 * math.pi * 1500.0 / sample_rate

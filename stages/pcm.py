@@ -1,4 +1,4 @@
-"""Samples as integers of a PCM subtype, and back. One set of integers is what every stage reads."""
+"""Quantisation to a PCM subtype and back. All later stages read the quantised samples."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ _DTYPE: dict[Subtype, type[np.signedinteger[Any]]] = {"PCM_16": np.int16, "PCM_2
 
 
 def quantise(wav: Array, subtype: Subtype) -> NDArray[np.integer[Any]]:
-    """Float32 samples (T,) -> int16, or 24-bit values in int32: x * 2^(bits-1), half to even.
+    """Quantise float32 (T,) to int16, or 24-bit values in int32: x * 2^(bits-1), half to even.
 
-    Values outside [-1, 1) are clipped. Raises FloatingPointError for NaN.
+    Values outside [-1, 1) are clipped.
+
+    Raises: FloatingPointError: when a sample is NaN.
     """
     scale = np.float32(1 << (_BITS[subtype] - 1))
     steps = np.clip(np.rint(wav * scale), -scale, scale - 1)
@@ -27,5 +29,5 @@ def quantise(wav: Array, subtype: Subtype) -> NDArray[np.integer[Any]]:
 
 
 def dequantise(samples: NDArray[np.integer[Any]], subtype: Subtype) -> Array:
-    """Integers (T,) of `subtype` -> float32 in [-1, 1), exactly; `quantise` gives them back."""
+    """Convert integers (T,) of `subtype` to float32 in [-1, 1), exactly; `quantise` inverts it."""
     return samples.astype(np.float32) / np.float32(1 << (_BITS[subtype] - 1))

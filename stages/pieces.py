@@ -1,8 +1,9 @@
-"""A song in pieces: what a converter works on at a time, and how the pieces become one again.
+"""Pieces of a song: planning, reading and cross-fading them into one song again.
 
-Pieces lie on the frame clock of the whole song, so that neighbours agree on where a frame is. Each
-is read with context on both sides, and goes over into its neighbour, or into silence, in a fade
-around their boundary. Memory does not grow with the song.
+A converter works on one piece at a time. Pieces lie on the frame clock of the whole song, so that
+neighbours agree on the position of each frame. A piece is read with context on both sides and
+cross-fades into its neighbour, or fades to silence, around their boundary. Memory does not grow
+with the song.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from stages.types import Array, Samples
 class Piece:
     """Frames [start, stop) of a song; `pad` more are read on either side.
 
-    fade_in, fade_out: samples to each side of its boundaries over which it comes and goes.
-    joined: the piece before ends where this one starts; else there is silence before.
+    fade_in, fade_out: samples on each side of the first and the last boundary that the fade covers.
+    joined: the previous piece ends where this one starts; else silence comes before it.
     """
 
     start: int
@@ -33,28 +34,28 @@ class Piece:
 
     @property
     def read_start(self) -> int:
-        """May lie before the song."""
+        """First frame read; may lie before the song."""
         return self.start - self.pad
 
     @property
     def read_stop(self) -> int:
-        """May lie after the song."""
+        """One past the last frame read; may lie after the song."""
         return self.stop + self.pad
 
     @property
     def frames(self) -> int:
-        """That are read."""
+        """Number of frames read, padding included."""
         return self.read_stop - self.read_start
 
 
 def plan_pieces(
     spans: Sequence[Span], num_samples: int, hop_length: int, pad_samples: int, fade_samples: int
 ) -> list[Piece]:
-    """Pieces of the sounding `spans`, in order.
+    """Plan the pieces of the sounding `spans`, in order.
 
-    spans: of `stages.slice`, which cover the song. pad_samples: of context on each side, rounded up
-    to frames. fade_samples: the whole of a cross-fade; shorter where a piece, or the silence beside
-    it, is. At the ends of the song nothing fades.
+    spans: from `stages.slice`; they cover the song. pad_samples: context on each side, rounded up
+    to frames. fade_samples: length of a whole cross-fade; shorter where a piece or the silence next
+    to it is shorter. There is no fade at the ends of the song.
     """
     end = -(-num_samples // hop_length)
     bounds: list[list[int]] = []
@@ -88,18 +89,18 @@ def plan_pieces(
 
 
 def stretches(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """Pieces that follow each other without silence between them, together."""
-    found: list[list[Piece]] = []
+    """Group pieces that follow each other without silence between them."""
+    groups: list[list[Piece]] = []
     for piece in pieces:
         if piece.joined:
-            found[-1].append(piece)
+            groups[-1].append(piece)
         else:
-            found.append([piece])
-    return found
+            groups.append([piece])
+    return groups
 
 
 def read_frames(song: Samples, start: int, stop: int, hop_length: int) -> Array:
-    """The samples of frames [start, stop), which may lie beyond the song: there it is silent."""
+    """Read the samples of frames [start, stop), with zeros beyond the ends of the song."""
     first, last = start * hop_length, stop * hop_length
     inside = song[max(0, first) : max(0, min(last, len(song)))]
     wav = np.zeros(last - first, np.float32)
@@ -108,16 +109,16 @@ def read_frames(song: Samples, start: int, stop: int, hop_length: int) -> Array:
 
 
 class Joiner:
-    """Takes the sound of pieces in order, and gives that of the song."""
+    """Joins the audio of pieces, given in order, into the audio of the song."""
 
     def __init__(self, hop_length: int) -> None:
         self.hop_length = hop_length
-        self._given = 0  # samples
-        self._tail = np.zeros(0, np.float32)  # of the last piece, around its end, not faded yet
+        self._written = 0  # samples
+        self._tail = np.zeros(0, np.float32)  # around the end of the last piece, not faded yet
         self._fade = 0
 
     def add(self, piece: Piece, wav: Array) -> Array:
-        """Samples of the song that follow those given before. wav: of all that `piece` reads."""
+        """Return the next samples of the song. wav: the audio of all frames that `piece` reads."""
         hop = self.hop_length
         first, last = piece.start * hop, piece.stop * hop
         offset = piece.read_start * hop
@@ -128,41 +129,41 @@ class Joiner:
             lead = [self._end(), self._silence(first - piece.fade_in), _faded(head, rising=True)]
         body = wav[first + piece.fade_in - offset : last - piece.fade_out - offset]
         self._tail = wav[last - piece.fade_out - offset : last + piece.fade_out - offset]
-        self._given = last - piece.fade_out
+        self._written = last - piece.fade_out
         return np.concatenate([*lead, body])
 
     def finish(self, num_samples: int) -> Array:
-        """The rest of a song of so many samples. May be less than nothing: then the song is cut."""
+        """Return the rest of a song of `num_samples`; empty where more is already written."""
         return np.concatenate([self._end(), self._silence(num_samples)])
 
     def _end(self) -> Array:
-        """The last piece goes over into silence."""
-        self._given += len(self._tail)
+        """Fade the last piece to silence."""
+        self._written += len(self._tail)
         tail, self._tail = self._tail, np.zeros(0, np.float32)
         return _faded(tail, rising=False)
 
     def _silence(self, until: int) -> Array:
-        silence = np.zeros(max(0, until - self._given), np.float32)
-        self._given += len(silence)
+        silence = np.zeros(max(0, until - self._written), np.float32)
+        self._written += len(silence)
         return silence
 
 
 def crossfade(old: Array, new: Array) -> Array:
-    """(T,) from the one into the other at equal power, however alike the two are.
+    """Cross-fade (T,) from `old` into `new` at equal power, for any correlation of the two.
 
-    Where they are the same sound the gains add up to 1, where they have nothing in common their
-    squares do: correlation says what lies between.
+    For identical signals the gains add up to 1; for uncorrelated ones their squares do. In between
+    the measured correlation decides.
     """
     rising, falling = _gains(len(old))
     energy = float(np.sqrt(np.square(old).sum(dtype=np.float64) * np.square(new).sum(dtype=float)))
-    alike = float(np.dot(old.astype(np.float64), new)) / energy if energy > 0 else 0.0
-    level = np.sqrt(1 + 2 * max(0.0, alike) * rising * falling)
+    correlation = float(np.dot(old.astype(np.float64), new)) / energy if energy > 0 else 0.0
+    level = np.sqrt(1 + 2 * max(0.0, correlation) * rising * falling)
     both: Array = ((old * falling + new * rising) / level).astype(np.float32)
     return both
 
 
 def _gains(length: int) -> tuple[Array, Array]:
-    """A quarter of a sine and of a cosine."""
+    """Return the rising and the falling gain (length,): quarters of a sine and of a cosine."""
     angle = (np.arange(length) + 0.5) / max(1, length) * (np.pi / 2)
     return np.sin(angle).astype(np.float32), np.cos(angle).astype(np.float32)
 
@@ -177,5 +178,5 @@ def _nearest(sample: int, hop_length: int) -> int:
 
 
 def _fade(samples: int, own: int, beside: int, hop_length: int) -> int:
-    """To each side of a boundary between two stretches of so many frames."""
+    """Return the samples of a fade on each side of a boundary; own, beside: frames beside it."""
     return min(samples, own * hop_length, beside * hop_length) // 2

@@ -1,4 +1,4 @@
-"""From one sample rate to another, at once or block by block with the same result."""
+"""Sample rate conversion, at once or block by block with the same result."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from models.torchaudio_compat import import_torchaudio
 from stages.errors import BadInput, Reason
 from stages.types import Array
 
-BLOCK_SAMPLES = 1 << 16  # of input in one step of the torchaudio backend
-MAX_KERNEL_VALUES = 1 << 23  # torchaudio keeps one filter for each phase of the rates' ratio
+BLOCK_SAMPLES = 1 << 16  # input of one step of the torchaudio backend
+MAX_KERNEL_VALUES = 1 << 23  # torchaudio stores one filter for each phase of the ratio
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResampleConfig:
-    """How songs are resampled.
+    """Settings of the resampler.
 
-    backend: "soxr" (libsoxr, with its `quality`), or "torchaudio" (a Hann-windowed sinc that
-    reaches `lowpass_filter_width` zero crossings to each side; for models trained on such audio).
+    backend: "soxr" (libsoxr at `quality`), or "torchaudio" (a Hann-windowed sinc with
+    `lowpass_filter_width` zero crossings on each side; for models trained on such audio).
     The two differ near the upper band edge: do not mix them in one dataset.
     """
 
@@ -40,21 +40,21 @@ class ResampleConfig:
 
 
 class StreamResampler(Protocol):
-    """Takes a signal in blocks of any lengths; what it returns, joined, is the resampled signal."""
+    """Resampler of a signal in blocks of any length; its outputs, joined, are the result."""
 
     def push(self, block: Array, last: bool) -> Array:
-        """The next input (T,) -> the output that it completes. `last` once: the final block."""
+        """Take the next input (T,) and return finished output. `last`: this is the final block."""
         ...
 
 
 def resample(wav: Array, orig_rate: int, target_rate: int, cfg: ResampleConfig) -> Array:
-    """Samples (T,) at `orig_rate` -> ceil(T * target_rate / orig_rate) samples at `target_rate`.
+    """Resample (T,) at `orig_rate` to ceil(T * target_rate / orig_rate) samples at `target_rate`.
 
-    The length is librosa's, and torchaudio's where that does not suffer from its float32. Output k
-    lies at input k * orig_rate / target_rate; the signal is continued by zeros at both ends. Equal
-    rates return `wav` itself. Bit for bit what `stream_resampler` gives in blocks of any lengths.
+    The length equals librosa's, and torchaudio's except where its float32 rounds it wrong. Output k
+    lies at input k * orig_rate / target_rate, with zeros before and after the signal. For equal
+    rates `wav` itself is returned. Bit-identical to `stream_resampler` with blocks of any length.
 
-    Raises: BadInput (UNSUPPORTED) where the backend cannot hold the ratio of the rates.
+    Raises: BadInput: when the backend does not support the ratio of the rates (UNSUPPORTED).
     """
     if orig_rate == target_rate:
         return wav
@@ -62,9 +62,10 @@ def resample(wav: Array, orig_rate: int, target_rate: int, cfg: ResampleConfig) 
 
 
 def stream_resampler(orig_rate: int, target_rate: int, cfg: ResampleConfig) -> StreamResampler:
-    """`resample` for a signal that comes in blocks. Memory does not grow with its length.
+    """Return a resampler for a signal in blocks. Memory does not grow with the signal.
 
-    Raises: as `resample`.
+    Raises: BadInput: when the backend does not support the ratio of the rates (UNSUPPORTED);
+    ValueError: when a rate is not positive.
     """
     if orig_rate < 1 or target_rate < 1:
         raise ValueError(f"sample rates must be positive: {orig_rate} Hz to {target_rate} Hz")
@@ -74,21 +75,21 @@ def stream_resampler(orig_rate: int, target_rate: int, cfg: ResampleConfig) -> S
 
 
 class _Identity:
-    """Equal rates."""
+    """Pass-through for equal rates."""
 
     def push(self, block: Array, last: bool) -> Array:
         return block
 
 
 class _Soxr:
-    """libsoxr. It gives the same bits for any blocks, and rounds the length to the nearest."""
+    """libsoxr. Its output does not depend on the blocks; it rounds the length to the nearest."""
 
     def __init__(self, orig_rate: int, target_rate: int, cfg: ResampleConfig) -> None:
         self._length = _Length(orig_rate, target_rate)
         self._stream = soxr.ResampleStream(
             orig_rate, target_rate, 1, dtype="float32", quality=cfg.quality
         )
-        # One output more, so that the last one is computed where libsoxr would round it away.
+        # Input for one more output, because libsoxr may round the last one away.
         self._tail = np.zeros(-(-orig_rate // target_rate), np.float32)
 
     def push(self, block: Array, last: bool) -> Array:
@@ -102,24 +103,23 @@ class _Soxr:
 
 
 class _Torchaudio:
-    """`torchaudio.transforms.Resample` over blocks that start at fixed samples, with overlap.
+    """`torchaudio.transforms.Resample` over overlapping blocks that start at fixed samples.
 
-    Every block but the last has the same shape wherever the pushed ones end, so convolution runs
-    the same way and gives the same bits; they differ from those of one call on the whole signal
-    by rounding only.
+    Every block but the last has the same shape, wherever the pushed blocks end, so the convolution
+    gives the same bits. One call on the whole signal differs by rounding only.
     """
 
     def __init__(self, orig_rate: int, target_rate: int, cfg: ResampleConfig) -> None:
         self._length = _Length(orig_rate, target_rate)
-        # Reduced by their divisor: so many inputs are taken for so many outputs at each stride.
+        # The ratio in lowest terms: inputs and outputs of one stride.
         divisor = math.gcd(orig_rate, target_rate)
         self._stride_in, self._stride_out = orig_rate // divisor, target_rate // divisor
         reach = cfg.lowpass_filter_width * max(1.0, orig_rate / target_rate) / 0.99
         if self._stride_out * (self._stride_in + 2 * reach) > MAX_KERNEL_VALUES:
             raise BadInput(
                 Reason.UNSUPPORTED,
-                f"resample.backend=torchaudio cannot turn {orig_rate} Hz into {target_rate} Hz, "
-                "whose ratio has no small terms; resample.backend=soxr can",
+                f"resample.backend=torchaudio cannot convert {orig_rate} Hz to {target_rate} Hz: "
+                "the ratio has no small terms. Use resample.backend=soxr",
             )
         transforms = import_torchaudio().transforms
         self._transform = transforms.Resample(
@@ -144,7 +144,7 @@ class _Torchaudio:
         self._waiting = self._waiting[start:]
         self._length.written += sum(map(len, done))
         if last:
-            # torchaudio rounds a signal's end in float32: it must not lie where ours does.
+            # torchaudio rounds the end of a signal in float32, so it must not be the end here.
             after = np.zeros(self._context, np.float32)
             self._waiting = np.concatenate([self._waiting, after])
             while (unwritten := self._length.unwritten()) > 0:  # at most two steps are left
@@ -154,7 +154,7 @@ class _Torchaudio:
         return np.concatenate(done)
 
     def _convolve(self, piece: Array) -> Array:
-        """A step's input between its two contexts -> the step's output."""
+        """Resample the input of one step, given with context on both sides."""
         import torch
 
         resampled = self._transform(torch.from_numpy(np.ascontiguousarray(piece))).numpy()
@@ -163,7 +163,7 @@ class _Torchaudio:
 
 @dataclass
 class _Length:
-    """How many samples came in and went out, and how many are owed at the end."""
+    """Counts of samples read and written, and the number still to write at the end."""
 
     orig_rate: int
     target_rate: int

@@ -1,7 +1,7 @@
-"""Feature retrieval: units drawn towards those of a speaker, through an index of their frames.
+"""Feature retrieval: units are mixed with the nearest frames of a speaker from a faiss index.
 
-An index is two files: `NAME.index` of faiss, which holds the frames themselves, and `NAME.json`,
-which says what they are frames of.
+An index is two files: `NAME.index` of faiss, which contains the frames themselves, and `NAME.json`,
+which describes them.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _LONGEST_NAME = 200  # file names end at 255 bytes on most file systems
 
 
 class IndexFault(ValueError):
-    """What is wrong with an index, in a sentence for a person."""
+    """A missing or unusable index; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexNote:
-    """What an index holds: `vectors` frames of width `dim`, of `speaker`, by `encoder`.
+    """Description of an index: `vectors` frames of width `dim`, of `speaker`, by `encoder`.
 
-    frames: that the speaker had; more than `vectors` when the index was limited. kind: faiss'
-    factory string. nprobe: lists that a search looks into; None where there are no lists.
-    sha256: of the .index file.
+    frames: number that the speaker has; more than `vectors` when the index was limited. kind:
+    faiss' factory string. nprobe: lists that a search reads; None for an index without lists.
+    sha256: hash of the .index file.
     """
 
     encoder: str
@@ -50,24 +50,26 @@ class IndexNote:
 
 @dataclass(frozen=True)
 class SpeakerIndex:
-    """The frames of a speaker, to be searched."""
+    """A searchable index of the frames of one speaker."""
 
     note: IndexNote
     index: Any  # faiss.Index
 
     def search(self, units: Frames, k: int = 8) -> tuple[Frames, Frames]:
-        """The `k` nearest frames of each unit: (F, D) -> squared distances (F, k), nearest first,
-        and the frames (F, k, D). Where the index has or finds fewer: infinity, and zeros.
+        """Search the `k` nearest frames of each unit (F, D).
 
-        Raises ValueError for another width and for units that are not finite.
+        Returns squared distances (F, k), nearest first, and the frames (F, k, D). Missing
+        neighbours have infinite distance and zero frames.
+
+        Raises: ValueError: when the units have another width or are not finite.
         """
         if units.ndim != 2 or units.shape[1] != self.note.dim:
             raise ValueError(
-                f"units are {units.shape}; the index of {self.note.encoder} takes "
+                f"units have shape {units.shape}; the index of {self.note.encoder} needs "
                 f"(F, {self.note.dim})"
             )
         if not np.isfinite(units).all():
-            raise ValueError("units are NaN or infinite")
+            raise ValueError("units contain NaN or infinity")
         queries = np.ascontiguousarray(units, np.float32)
         squares, places, frames = self.index.search_and_reconstruct(queries, k)
         missing = places < 0
@@ -77,24 +79,26 @@ class SpeakerIndex:
         return squares, frames
 
     def blend(self, units: Frames, k: int = 8) -> Frames:
-        """The mean of the `k` nearest frames of each unit, weighted by 1 / squared distance^2, as
-        RVC and so-vits-svc weight them: (F, D) -> (F, D). A frame that is equal counts alone; a
-        unit for which nothing is found stays."""
+        """Replace each unit by the weighted mean of its `k` nearest frames: (F, D) -> (F, D).
+
+        The weight is 1 / (squared distance)^2, as in RVC and so-vits-svc. A frame equal to the unit
+        counts alone; a unit without any neighbour is unchanged.
+        """
         squares, frames = self.search(units, k)
         nearest = squares[:, :1]  # scaling by it keeps the weights finite
         with np.errstate(invalid="ignore", divide="ignore"):
             weights = np.where(squares == nearest, 1.0, (nearest / squares) ** 2)
         weights[~np.isfinite(squares)] = 0
         total = weights.sum(1, keepdims=True)
-        found = total[:, 0] > 0
+        matched = total[:, 0] > 0
         blended = units.astype(np.float32)
-        share = weights[found] / total[found]
-        blended[found] = np.einsum("fk,fkd->fd", share, frames[found])
+        share = weights[matched] / total[matched]
+        blended[matched] = np.einsum("fk,fkd->fd", share, frames[matched])
         return blended
 
 
 def index_files(folder: Path, speaker: str) -> tuple[Path, Path]:
-    """The .index and the .json of a speaker, whose name may hold anything."""
+    """Return the paths of the .index and the .json of a speaker; the name may be any text."""
     name = quote(speaker, safe=" ")
     if name.startswith("."):  # hidden, or a folder
         name = "%2E" + name[1:]
@@ -108,10 +112,11 @@ def note_to_json(note: IndexNote) -> str:
 
 
 def load_index(folder: str | Path, speaker: str) -> SpeakerIndex:
-    """The index of `speaker` in `folder`. The caller compares its note's encoder and checkpoint
-    with those that it uses.
+    """Load the index of `speaker` in `folder`.
 
-    Raises IndexFault when there is none, and when its two files are not of one making.
+    The caller compares the note's encoder and checkpoint with its own.
+
+    Raises: IndexFault: when there is none or its two files do not belong together.
     """
     faiss = import_faiss()
     index_path, note_path = index_files(Path(folder), speaker)
@@ -121,17 +126,20 @@ def load_index(folder: str | Path, speaker: str) -> SpeakerIndex:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as error:
         raise IndexFault(
-            f"{folder} has no index of speaker '{speaker}' ({error.filename} is not there)"
+            f"{folder} has no index of speaker '{speaker}' ({error.filename} does not exist)"
         ) from error
     except (ValueError, TypeError) as error:
-        raise IndexFault(f"{note_path} is not the note of an index: {error}") from error
+        raise IndexFault(f"{note_path} does not describe an index: {error}") from error
     if sha256 != note.sha256:  # faiss may crash on a damaged file
-        raise IndexFault(f"{index_path} is not the file that {note_path.name} is about")
+        raise IndexFault(f"{index_path} is not the file that {note_path.name} describes")
     return SpeakerIndex(note, faiss.read_index(str(index_path)))
 
 
 def import_faiss() -> Any:
-    """faiss, which is optional. Raises IndexFault that says what to install."""
+    """Import faiss, an optional dependency.
+
+    Raises: IndexFault: when it is not installed.
+    """
     try:
         import faiss
     except ImportError as error:

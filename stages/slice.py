@@ -1,8 +1,7 @@
-"""Where a song is cut: at its silences, and where it sings longer than a clip may be.
+"""Slicing of a song at its silences, and of spans that are longer than a clip may be.
 
-The silences are found as openvpi/audio-slicer and so-vits-svc find them, sample for sample, from
-the RMS of frames of 4 hops. What those lack is added: forced cuts of long spans, and memory
-that does not grow with the song.
+The silences are those of openvpi/audio-slicer and so-vits-svc, sample for sample, from the RMS of
+frames of 4 hops. Added are forced cuts of long spans, and memory that does not grow with the song.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ BLOCK_SAMPLES = 1 << 18
 
 @dataclass(frozen=True, kw_only=True)
 class SliceConfig:
-    """Where a song is cut. Durations in milliseconds, the threshold in dBFS of a frame's RMS.
+    """Settings of the slicer. Durations in milliseconds, the threshold in dBFS of a frame's RMS.
 
     The first five and their defaults are audio-slicer's. `max_length_ms` None leaves long spans
-    whole, as audio-slicer does. `min_kept_ms` is what `kept_spans` asks of a clip.
+    whole, as audio-slicer does. `min_kept_ms` is the length that `kept_spans` requires of a clip.
     """
 
     threshold_db: float = -40.0
@@ -40,8 +39,8 @@ class SliceConfig:
             raise ValueError(f"slice.threshold_db is {self.threshold_db}; it must be finite")
         if not self.min_length_ms >= self.min_interval_ms >= self.hop_ms >= 1:
             raise ValueError(
-                "slice.min_length_ms >= slice.min_interval_ms >= slice.hop_ms >= 1 must hold; they "
-                f"are {self.min_length_ms}, {self.min_interval_ms} and {self.hop_ms}"
+                "slice.min_length_ms >= slice.min_interval_ms >= slice.hop_ms >= 1 is required; "
+                f"they are {self.min_length_ms}, {self.min_interval_ms} and {self.hop_ms}"
             )
         if self.max_silence_kept_ms < self.hop_ms:
             raise ValueError(
@@ -76,20 +75,20 @@ class _Frames(NamedTuple):
 
 
 def slice_silence(wav: Samples, sample_rate: int, cfg: SliceConfig) -> list[Span]:
-    """Spans that cover `wav` (T,) in order, without gap or overlap.
+    """Slice `wav` (T,) into spans that cover it in order, without gap or overlap.
 
     A cut without removal is a silent span of length zero. With `max_length_ms=None` the spans
     equal those of so-vits-svc's `Slicer.slice` on the same mono samples, its quirks included
-    (tests/golden/preprocessing). Two-dimensional input is not supported (there the original mixes
-    up channels and samples). Otherwise sounding spans longer than `max_length_ms` are cut at quiet
-    frames into pieces that are neither longer nor, where their length allows it, shorter than a
-    third of it or than `min_kept_ms`. An empty song is one sounding span of length zero.
+    (tests/golden/preprocessing). Two-dimensional input is not supported (the original mixes up
+    channels and samples there). Otherwise sounding spans longer than `max_length_ms` are cut at
+    quiet frames. Their pieces are at most that long and, where possible, at least a third of it and
+    at least `min_kept_ms`. An empty song is one sounding span of length zero.
 
     Source: openvpi/audio-slicer, class Slicer; so-vits-svc, inference/slicer.py.
     """
     frames = _frames(sample_rate, cfg)
     rms = rms_frames(wav, sample_rate, cfg)
-    # The original compares samples with frames here; kept, so that cuts are the same.
+    # The original compares samples with frames here; the same is done for equal cuts.
     whole = len(wav) <= frames.min_length
     silences = [] if whole else _silences(rms, cfg.threshold_db, frames)
     spans = _cover(silences, len(wav), frames.hop_length)
@@ -109,9 +108,9 @@ def slice_silence(wav: Samples, sample_rate: int, cfg: SliceConfig) -> list[Span
 def kept_spans(
     spans: list[Span], sample_rate: int, cfg: SliceConfig
 ) -> tuple[list[Span], list[tuple[Span, Reason]]]:
-    """Which spans become clips, and which are dropped and why (SILENCE or TOO_SHORT).
+    """Split spans into those that become clips and those dropped as SILENCE or TOO_SHORT.
 
-    Spans of length zero are in neither list: they hold nothing.
+    Spans of length zero are in neither list.
     """
     kept, dropped = [], []
     for span in spans:
@@ -128,10 +127,10 @@ def kept_spans(
 
 
 def is_silent(wav: Samples, sample_rate: int, cfg: SliceConfig) -> bool:
-    """No frame of `wav` reaches the threshold; a constant offset is no sound.
+    """Check that no frame of `wav` reaches the threshold, ignoring a constant offset.
 
-    A song that is silent throughout but shorter than `max_silence_kept_ms` is one sounding span to
-    the algorithm, which keeps so much silence around a sound that is not there.
+    `slice_silence` returns a silent song shorter than `max_silence_kept_ms` as one sounding span,
+    because it keeps that much silence beside every cut.
     """
     threshold = 10 ** (cfg.threshold_db / 20)
     seconds = (wav[start : start + sample_rate] for start in range(0, len(wav), sample_rate))
@@ -144,10 +143,10 @@ def is_silent(wav: Samples, sample_rate: int, cfg: SliceConfig) -> bool:
 def rms_frames(
     wav: Samples, sample_rate: int, cfg: SliceConfig, *, block_samples: int = BLOCK_SAMPLES
 ) -> NDArray[np.float64]:
-    """RMS (F,) of frames centred at multiples of the hop, the song padded with zeros.
+    """Compute the RMS (F,) of frames centred at multiples of the hop, zeros around the song.
 
     The frames of `librosa.feature.rms(center=True, pad_mode="constant")` in float64. Reads `wav` in
-    blocks of about `block_samples`; the result is the same bits for every block size, because
+    blocks of about `block_samples`. The result is bit-identical for every block size, because
     squares are summed in cells of one hop that start at the same samples in every block.
     """
     frames = _frames(sample_rate, cfg)
@@ -189,14 +188,14 @@ def _frames(sample_rate: int, cfg: SliceConfig) -> _Frames:
 def _silences(
     rms: NDArray[np.float64], threshold_db: float, frames: _Frames
 ) -> list[tuple[int, int]]:
-    """Silences to take out, in order: (first, last) frame, equal where nothing is taken out."""
+    """Find the silences to remove, in order: (first, last) frame; equal for a bare cut."""
     keep = frames.max_silence_kept
     silences: list[tuple[int, int]] = []
     clip_start = 0
     for first, stop in _runs_below(rms, 10 ** (threshold_db / 20)):
         if stop == len(rms):
             if stop - first >= frames.min_interval:
-                # One past the last frame, so that the silence reaches the song's end.
+                # One past the last frame, so that the silence reaches the end of the song.
                 silences.append((_quietest(rms, first, first + keep), stop + 1))
             continue
         length = stop - first
@@ -206,7 +205,7 @@ def _silences(
         if length <= keep:
             left = right = _quietest(rms, first, stop)
         else:
-            # The original looks between these two as well, to no effect.
+            # The original also searches between these two, without effect.
             left = _quietest(rms, first, first + keep)
             right = _quietest(rms, stop - keep, stop)
         silences.append((0 if first == 0 else left, right))
@@ -215,7 +214,7 @@ def _silences(
 
 
 def _runs_below(rms: NDArray[np.float64], threshold: float) -> list[tuple[int, int]]:
-    """Runs [first, stop) of frames below the threshold."""
+    """Return the runs [first, stop) of frames below the threshold."""
     below = np.zeros(len(rms) + 2, dtype=np.int8)
     below[1:-1] = rms < threshold
     edges = np.diff(below)
@@ -224,12 +223,12 @@ def _runs_below(rms: NDArray[np.float64], threshold: float) -> list[tuple[int, i
 
 
 def _quietest(rms: NDArray[np.float64], first: int, last: int) -> int:
-    """Index of the smallest of the frames first to last, both included; the first of equals."""
+    """Return the index of the quietest frame from first to last inclusive; the first of a tie."""
     return first + int(rms[first : last + 1].argmin())
 
 
 def _cover(silences: list[tuple[int, int]], num_samples: int, hop_length: int) -> list[Span]:
-    """Silences in frames -> spans in samples over the whole song."""
+    """Convert silences in frames to spans in samples that cover the song."""
     spans: list[Span] = []
     position = 0
     for first, last in silences:
@@ -246,11 +245,11 @@ def _cover(silences: list[tuple[int, int]], num_samples: int, hop_length: int) -
 def _cut_long(
     span: Span, rms: NDArray[np.float64], hop_length: int, longest: int, shortest: int
 ) -> list[Span]:
-    """A sounding span in pieces of at most `longest` samples, cut at their quietest frames.
+    """Cut a sounding span at quiet frames into pieces of at most `longest` samples.
 
-    Each cut is the quietest frame that leaves at least `floor` samples on its left and a rest
-    that can again be cut into pieces of `floor` to `longest`. Where no frame does (a window of
-    less than a hop, or `shortest` above half of `longest`), the rest is halved, cut in thirds, ...
+    Each cut is the quietest frame that leaves at least `floor` samples before it and a rest that
+    can again be cut into pieces of `floor` to `longest`. Where no frame does (a window of less than
+    a hop, or `shortest` above half of `longest`), the rest is cut into equal parts.
     """
     floor = max(1, shortest, longest // 3)
     start, stop, _ = span

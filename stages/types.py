@@ -15,7 +15,7 @@ Array = NDArray[np.float32]
 
 
 class Samples(Protocol):
-    """Mono float32 samples (T,) that are read by slicing: an array, or a `PcmFile`."""
+    """Mono float32 samples (T,) read by slicing: an array or a `PcmFile`."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, span: slice, /) -> Array: ...
@@ -24,7 +24,7 @@ class Samples(Protocol):
 class PcmFile:
     """Mono float32 samples (T,) in a headerless little-endian file.
 
-    Each slice is read into a fresh array, so a 10-hour song costs disk and not memory.
+    Each slice is read into a new array, so a 10-hour song takes disk space and no memory.
     Contiguous slices only (`wav[start:stop]`).
     """
 
@@ -44,5 +44,5 @@ class PcmFile:
 
 
 def blocks(wav: Samples, block_samples: int) -> list[tuple[int, int]]:
-    """Spans [start, stop) that cover `wav` in order, each of at most `block_samples`."""
+    """Return spans [start, stop) that cover `wav` in order, each of at most `block_samples`."""
     return [(i, min(i + block_samples, len(wav))) for i in range(0, len(wav), block_samples)]

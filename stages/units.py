@@ -1,4 +1,4 @@
-"""Units: a clip as a sequence of vectors by an encoder, and how they lie in a shard."""
+"""Units: encoding clips as sequences of content vectors, and packing them for a shard."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:  # torch is slow to import, and settings are read without it
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSettings:
-    """How an encoder makes units, and what is done to them.
+    """Settings of an encoder and of the post-processing of its units.
 
-    checkpoint: a file or folder of weights; None where the encoder needs none.
-    device: "auto" is CUDA where there is any.
-    dtype: what its network computes in; float16 moves units by 0.1 %, bfloat16 by 1 %.
-    int8: its matrix products in 8 bits, on CPUs.
-    normalize_wav: clips brought to mean 0 and variance 1 first; None: as the name's models expect.
-    normalize: "song" brings every dimension to mean 0 and variance 1 over all clips of a song.
-    codebook: a file of centres; the id of the nearest one is stored in place of each frame.
+    checkpoint: file or folder of weights; None where the encoder needs none.
+    device: "auto" is CUDA where available.
+    dtype: precision of the network; float16 changes units by 0.1 %, bfloat16 by 1 %.
+    int8: run matrix products in 8 bits, on CPUs.
+    normalize_wav: normalise clips to mean 0 and variance 1 first; None: the default of the name.
+    normalize: "song" normalises every dimension to mean 0 and variance 1 over the clips of a song.
+    codebook: file of centres; the id of the nearest one is stored in place of each frame.
     """
 
     checkpoint: str | None = None
@@ -42,13 +42,13 @@ class EncoderSettings:
     codebook: str | None = None
 
     def meaning(self) -> dict[str, Any]:
-        """Of what makes units that other centres are near to: all that is not the default."""
+        """Non-default settings that change unit values; a codebook depends on them."""
         named = {"normalize": self.normalize, "normalize_wav": self.normalize_wav}
         defaults = EncoderSettings()
         return {key: value for key, value in named.items() if value != getattr(defaults, key)}
 
     def options(self) -> dict[str, Any]:
-        """What `load_encoder` is told beyond checkpoint and device: all that is not the default."""
+        """Non-default options for `load_encoder`, beyond checkpoint and device."""
         options: dict[str, Any] = {}
         if self.dtype != "float32":
             options["dtype"] = self.dtype
@@ -61,7 +61,7 @@ class EncoderSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig(EncoderSettings):
-    """Which encoder makes the units, and how."""
+    """Settings of the encoder that makes the units, with its name."""
 
     name: str = "mfcc"
 
@@ -74,15 +74,15 @@ def encode_units(
     cfg: EncoderSettings,
     resample_cfg: ResampleConfig,
 ) -> list[NDArray[np.float32]]:
-    """Units of each clip, float32 (F, D), D and the frame clock being the encoder's.
+    """Encode each clip as units, float32 (F, D); the encoder defines D and the frame clock.
 
     clips: (T,) each, at `sample_rate`. song_of: the song id of each; with normalize="song" all
     clips of a song must be in one call.
 
-    Raises ValueError for a clip that the encoder refuses.
+    Raises: ValueError: when the encoder refuses a clip.
     """
     if len(clips) != len(song_of):
-        raise ValueError(f"{len(clips)} clips, but songs for {len(song_of)}")
+        raise ValueError(f"{len(clips)} clips, but {len(song_of)} song ids")
     units: list[NDArray[np.float32]] = []
     for wavs in groups_of_wavs(clips, sample_rate, encoder.sample_rate, resample_cfg):
         units += [frames.numpy() for frames in encoder.encode(wavs)]
@@ -92,20 +92,20 @@ def encode_units(
 def groups_of_wavs(
     clips: Sequence[Array], sample_rate: int, target_rate: int, resample_cfg: ResampleConfig
 ) -> Iterator[list[Tensor]]:
-    """Clips (T,) at `target_rate`, in order, about ten minutes of audio at a time.
+    """Yield the clips (T,) at `target_rate`, in order, in groups of about ten minutes of audio.
 
-    A clip that resamples to nothing is one sample of silence.
+    A clip that resamples to nothing becomes one sample of silence.
     """
     import torch
 
     resampled = (resample(clip, sample_rate, target_rate, resample_cfg) for clip in clips)
     for group in in_groups(resampled, target_rate):
-        # A clip of two samples may resample to none.
+        # A clip of two samples can resample to none.
         yield [torch.tensor(wav if len(wav) else np.zeros(1), dtype=torch.float32) for wav in group]
 
 
 class UnitStatistics:
-    """Mean and variance of each dimension of the units of a song, which come clip by clip."""
+    """Running mean and variance of each dimension of the units of a song."""
 
     def __init__(self) -> None:
         self._frames = 0
@@ -113,7 +113,7 @@ class UnitStatistics:
         self._squares: NDArray[np.float64] | float = 0.0  # of differences from the mean, summed
 
     def add(self, units: NDArray[np.float32]) -> None:
-        """Of a clip, (F, D). Source: Chan, Golub and LeVeque (1979)."""
+        """Add the units (F, D) of a clip. Source: Chan, Golub and LeVeque (1979)."""
         if not len(units):
             return
         wide = units.astype(np.float64)
@@ -125,9 +125,9 @@ class UnitStatistics:
         self._frames = frames
 
     def apply(self, units: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(F, D) at mean 0 and variance 1; a dimension that never changes becomes 0."""
+        """Normalise units (F, D) to mean 0 and variance 1; a constant dimension becomes 0."""
         std = np.sqrt(self._squares / max(1, self._frames))
-        # What moves by no more than float32 rounding (1e-7 of itself) is not blown up to 1.
+        # A dimension that varies by float32 rounding only (1e-7 of its value) counts as constant.
         varies = std > 1e-6 * np.abs(self._mean)
         scale = np.where(varies, 1 / np.where(varies, std, 1.0), 0.0)
         return ((units - self._mean) * scale).astype(np.float32)
@@ -143,32 +143,35 @@ def _normalize(
 
 
 def pack_units(units: NDArray[np.float32]) -> bytes:
-    """(F, D) as it lies in a shard: float16 little-endian, row by row.
+    """Pack units (F, D) for a shard: float16 little-endian, row by row.
 
-    Raises OverflowError, naming dimension and value, for what float16 cannot hold.
+    Raises: OverflowError: when a value exceeds float16 (the message names it).
     """
     with np.errstate(over="ignore"):
         half = units.astype("<f2")
     if not np.isfinite(half).all():
         frame, dim = np.argwhere(~np.isfinite(half))[0]
         raise OverflowError(
-            f"units hold {units[frame, dim]:g} in dimension {dim} of frame {frame}; "
-            f"a shard stores float16, which ends at 65504"
+            f"units have {units[frame, dim]:g} in dimension {dim} of frame {frame}; "
+            f"a shard stores float16, whose largest value is 65504"
         )
     return half.tobytes()
 
 
 def unpack_units(data: bytes, dim: int) -> NDArray[np.float32]:
-    """What `pack_units` packed: float32 (F, dim). ValueError where `dim` does not divide it."""
+    """Unpack the bytes of `pack_units` to float32 (F, dim).
+
+    Raises: ValueError: when the number of bytes does not fit `dim`.
+    """
     if dim < 1 or len(data) % (2 * dim):
-        raise ValueError(f"{len(data)} bytes are no float16 frames of width {dim}")
+        raise ValueError(f"{len(data)} bytes are not float16 frames of width {dim}")
     return np.frombuffer(data, dtype="<f2").reshape(-1, dim).astype(np.float32)
 
 
 def pack_ids(ids: NDArray[np.integer[Any]]) -> bytes:
-    """(F,) ids of a codebook's centres as they lie in a shard: int16 little-endian.
+    """Pack codebook ids (F,) for a shard: int16 little-endian.
 
-    Raises OverflowError for an id that int16 cannot hold.
+    Raises: OverflowError: when an id exceeds int16.
     """
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) <= 32767:
         raise OverflowError(f"ids from {ids.min()} to {ids.max()}; a shard stores 0 to 32767")
@@ -176,7 +179,10 @@ def pack_ids(ids: NDArray[np.integer[Any]]) -> bytes:
 
 
 def unpack_ids(data: bytes) -> NDArray[np.int16]:
-    """What `pack_ids` packed: int16 (F,). ValueError for an odd number of bytes."""
+    """Unpack the bytes of `pack_ids` to int16 (F,).
+
+    Raises: ValueError: when the number of bytes is odd.
+    """
     if len(data) % 2:
-        raise ValueError(f"{len(data)} bytes are no int16 ids")
+        raise ValueError(f"{len(data)} bytes are not int16 ids")
     return np.frombuffer(data, dtype="<i2").astype(np.int16)

@@ -1,4 +1,4 @@
-"""One vector a clip that tells its singer: the x-vector of a speaker-verification network."""
+"""Speaker embeddings: one x-vector per clip from a speaker-verification network."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ if TYPE_CHECKING:  # torch is slow to import, and settings are read without it
 
 @dataclass(frozen=True, kw_only=True)
 class XvectorConfig:
-    """Whether clips get a speaker embedding. checkpoint: a file or folder of weights; None: none.
+    """Settings of the speaker embedding of clips.
 
-    device: "auto" is CUDA where there is any.
+    checkpoint: file or folder of weights; None turns the embedding off.
+    device: "auto" is CUDA where available.
     """
 
     checkpoint: str | None = None
@@ -31,7 +32,7 @@ class XvectorConfig:
 def embed_clips(
     clips: Sequence[Array], sample_rate: int, model: XVector, resample_cfg: ResampleConfig
 ) -> list[NDArray[np.float32]]:
-    """The embedding of each clip, float32 (E,). clips: (T,) each, at `sample_rate`."""
+    """Return the embedding of each clip, float32 (E,). clips: (T,) each, at `sample_rate`."""
     embeddings: list[NDArray[np.float32]] = []
     for wavs in groups_of_wavs(clips, sample_rate, model.sample_rate, resample_cfg):
         embeddings += [embedding.numpy() for embedding in model.embed(wavs)]

@@ -26,7 +26,7 @@ FILES = [
 DANGLING = re.compile(
     r"(Of|What|Where|Whose|Which|That|As|Whether|By|With|From|To|How|When)\b", re.IGNORECASE
 )
-RAISES = re.compile(r"[A-Z]\w+: when .+")
+RAISES = re.compile(r"_?[A-Z]\w+: when .+")
 
 
 def _docstrings(path: Path) -> Iterator[tuple[str, str]]:

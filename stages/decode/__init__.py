@@ -1,4 +1,4 @@
-"""Untrusted audio bytes -> mono float32 PCM, parsed in a child process and never in this one."""
+"""Decoding of untrusted audio bytes to mono float32 PCM, in a limited child process."""
 
 from stages.decode.decoder import DecodeConfig, Decoded, Decoder, Header
 

@@ -1,9 +1,9 @@
 """The decode child: the only process that parses foreign audio bytes. `Decoder` starts it.
 
-Reads requests from stdin, one JSON object a line, and answers on stdout: {"probe": [path, ...]}
-with one line a file, {"decode": path, ...} with lines of progress and then one of outcome. Outcomes
-are `done`, `bad` (the file is at fault) and `fault` (the storage is). It exits when stdin closes or
-its parent dies, with OUT_OF_MEMORY_EXIT when memory runs out, with a traceback on a defect of ours.
+It reads requests from stdin, one JSON object a line, and answers on stdout: {"probe": [path, ...]}
+with one line per file, {"decode": path, ...} with progress lines and then one outcome. Outcomes are
+`done`, `bad` (a fault of the file) and `fault` (a fault of the storage). It exits when stdin closes
+or its parent dies, with OUT_OF_MEMORY_EXIT when memory runs out, and with a traceback on a bug.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ from stages.types import Array
 
 Block = NDArray[np.float32]  # (T, C)
 
-BLOCK_VALUES = 1 << 17  # samples times channels read at once: 3 s of mono at 44.1 kHz
+BLOCK_VALUES = 1 << 17  # samples times channels of one block: 3 s of mono at 44.1 kHz
 MIN_RATE_HZ, MAX_RATE_HZ = 1000, 1_000_000
-HEAD_BYTES = 4096  # read at once, since headers are read in many small pieces
-FLAC_RATIO = 0.6  # of the raw size, for the rare file whose header does not state its length
-UNKNOWN_FRAMES = 2**62  # libsndfile says SF_COUNT_MAX
-MPEG_WITHOUT_COUNT = ("MPEG_LAYER_I", "MPEG_LAYER_II")  # their length is an estimate
+HEAD_BYTES = 4096  # cached, because headers are read in many small pieces
+FLAC_RATIO = 0.6  # assumed compression, for the rare header without a length
+UNKNOWN_FRAMES = 2**62  # libsndfile returns SF_COUNT_MAX
+MPEG_WITHOUT_COUNT = ("MPEG_LAYER_I", "MPEG_LAYER_II")  # libsndfile estimates their length
 SF_UNSUPPORTED_ENCODING = 4
 SFE_MALLOC_FAILED = 17
-SFE_BAD_FILE = 7  # "not a regular file": what libsndfile says of an MP3 without one whole frame
+SFE_BAD_FILE = 7  # "not a regular file": libsndfile's error for an MP3 without a whole frame
 
 
 class GuardedFile:
-    """A regular file, as a file object for libsndfile that keeps the storage's faults for us.
+    """A file object for libsndfile over a regular file, which records storage faults.
 
-    libsndfile sees what `present` says. A callback cannot raise through C, so a failing read looks
-    like the end of the file there, and `check` raises it.
+    `present` sets the view that libsndfile gets. A callback cannot raise through C, so a failed
+    read looks like the end of the file there, and `check` raises the fault.
     """
 
     def __init__(self, path: bytes) -> None:
@@ -74,11 +74,14 @@ class GuardedFile:
         self._head = self.read_at(0, HEAD_BYTES)
 
     def present(self, prefix: bytes, start: int) -> None:
-        """Let libsndfile see `prefix` and then the file from `start` on."""
+        """Show libsndfile `prefix` and then the file from `start` on."""
         self._prefix, self._start, self._at = prefix, start, 0
 
     def read_at(self, offset: int, count: int) -> bytes:
-        """Bytes of the file itself. Raises OSError."""
+        """Read bytes of the file itself.
+
+        Raises: OSError: when the storage fails.
+        """
         if offset + count <= len(self._head):
             return self._head[offset : offset + count]
         try:
@@ -115,12 +118,15 @@ class GuardedFile:
         return self._at
 
     def check(self) -> None:
-        """Raise the storage's fault, if a read met one."""
+        """Raise the recorded storage fault, if any."""
         if self.fault is not None:
             raise self.fault
 
     def read_through(self) -> None:
-        """Read every byte, for a fault that another program met and swallowed. Raises OSError."""
+        """Read every byte, to surface a fault that another program hid.
+
+        Raises: OSError: when the storage fails.
+        """
         offset = 0
         while data := self.read_at(offset, 1 << 20):
             offset += len(data)
@@ -135,8 +141,8 @@ class GuardedFile:
 class OnePassSound(soundfile.SoundFile):  # type: ignore[misc]
     """A SoundFile that is read once, from start to end.
 
-    soundfile seeks after every read of a seekable file; libsndfile fails that at the end of a FLAC
-    file that does not state its length, and the last block is lost.
+    soundfile seeks after every read of a seekable file. At the end of a FLAC file without a stated
+    length libsndfile fails that seek, and the last block would be lost.
     """
 
     def seekable(self) -> bool:
@@ -145,17 +151,20 @@ class OnePassSound(soundfile.SoundFile):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Song:
-    """An opened file."""
+    """An opened audio file."""
 
     header: Header
-    declared: int | None  # samples per channel that it must decode to, if it tells
-    tolerance: int  # by which a correct file may differ from that
-    blocks: Callable[[int], Iterator[Block]]  # of at most so many samples
+    declared: int | None  # samples per channel that it must decode to, if stated
+    tolerance: int  # samples by which a correct file may differ from that
+    blocks: Callable[[int], Iterator[Block]]  # blocks of at most the given number of samples
 
 
 @contextlib.contextmanager
 def open_song(path: bytes, cfg: DecodeConfig, thorough: bool) -> Iterator[Song]:
-    """Raises BadInput for what the header shows; `thorough`: for what all Ogg pages show."""
+    """Open an audio file; `thorough`: also check all Ogg pages.
+
+    Raises: BadInput: when the header shows that the file cannot be used.
+    """
     with contextlib.closing(GuardedFile(path)) as source:
         container = foreign_container(source.read_at)
         if container is None:
@@ -172,7 +181,7 @@ def open_song(path: bytes, cfg: DecodeConfig, thorough: bool) -> Iterator[Song]:
 
 @contextlib.contextmanager
 def _open_native(source: GuardedFile, thorough: bool) -> Iterator[Song | None]:
-    """Through libsndfile. None for a chain of Ogg streams, of which it reads only the first."""
+    """Open with libsndfile; None for chained Ogg streams, of which it reads only the first."""
     claim = read_claim(source.read_at, source.size)
     if claim == NO_CLAIM:
         claim = mp3_claim(source.read_at, source.size, thorough)
@@ -228,7 +237,10 @@ def _native_blocks(source: GuardedFile, sound: OnePassSound, block_samples: int)
 
 
 def _scan_ogg(source: GuardedFile, after: str = "") -> bool:
-    """Whether streams follow one another. Raises BadInput where the last one was cut."""
+    """Check for chained Ogg streams.
+
+    Raises: BadInput: when the last stream is truncated.
+    """
     pages = scan_ogg(source.read_at, source.size)
     if pages.flaw:
         raise BadInput(Reason.TRUNCATED, f"the Ogg file {pages.flaw}{after}")
@@ -275,13 +287,13 @@ def _check_song(song: Song, cfg: DecodeConfig) -> None:
     if header.channels > cfg.max_channels:
         raise BadInput(
             Reason.TOO_MANY_CHANNELS,
-            f"{header.channels} channels, decode.max_channels allows {cfg.max_channels}",
+            f"it has {header.channels} channels; decode.max_channels is {cfg.max_channels}",
         )
     if not MIN_RATE_HZ <= header.sample_rate <= MAX_RATE_HZ:
-        raise BadInput(Reason.UNSUPPORTED, f"a sample rate of {header.sample_rate} Hz")
+        raise BadInput(Reason.UNSUPPORTED, f"its sample rate is {header.sample_rate} Hz")
     if song.declared == 0:
-        raise BadInput(Reason.EMPTY, "a header and no samples")
-    if song.declared is not None:  # an estimate is nothing to refuse a song for
+        raise BadInput(Reason.EMPTY, "it has a header and no samples")
+    if song.declared is not None:  # a song is not refused for an estimate
         _check_length(header.duration_s, cfg)
 
 
@@ -289,7 +301,7 @@ def _check_length(seconds: float, cfg: DecodeConfig) -> None:
     if seconds > cfg.max_hours * 3600:
         raise BadInput(
             Reason.TOO_LONG,
-            f"{seconds / 3600:.2f} hours or more, decode.max_hours allows {cfg.max_hours:g}",
+            f"it lasts {seconds / 3600:.2f} hours or more; decode.max_hours is {cfg.max_hours:g}",
         )
 
 
@@ -311,12 +323,14 @@ def decode(
 ) -> dict[str, Any]:
     """Write one channel of `path` to `out` at `target_rate` Hz: float32, little-endian.
 
-    Calls `progress` with the seconds decoded so far. Raises BadInput.
+    Calls `progress` with the seconds decoded so far.
+
+    Raises: BadInput: when the file is broken, not supported or beyond a limit.
     """
     with open_song(path, cfg, thorough=True) as song, open(out, "wb", buffering=0) as file:
         rate = song.header.sample_rate
         resampler = stream_resampler(rate, target_rate, resample_cfg)
-        waiting: Array | None = None  # one block behind: the resampler must know the last one
+        waiting: Array | None = None  # one block behind, because the last one must be marked
         total = written = bad = first_bad = 0
         try:
             for block in song.blocks(max(1, BLOCK_VALUES // song.header.channels)):
@@ -335,7 +349,7 @@ def decode(
         if song.declared is not None and abs(total - song.declared) > song.tolerance:
             raise BadInput(Reason.TRUNCATED, _lengths(song, total))
         if waiting is None:
-            raise BadInput(Reason.EMPTY, "a header and no samples")
+            raise BadInput(Reason.EMPTY, "it has a header and no samples")
         if bad:
             raise BadInput(
                 Reason.NOT_FINITE,
@@ -348,9 +362,10 @@ def decode(
 
 
 def _with_lengths(stop: BadInput, song: Song, total: int) -> BadInput:
-    """What ended decoding after `total` samples; an unreadable rest makes a truncated song."""
+    """Return the error that ended decoding; an unreadable rest means a truncated song."""
     if stop.reason is Reason.UNREADABLE and total < (song.declared or 0):
-        return BadInput(Reason.TRUNCATED, f"{_lengths(song, total)} or little more; {stop.detail}")
+        lengths = f"{_lengths(song, total)} or a little more"
+        return BadInput(Reason.TRUNCATED, f"{lengths}; {stop.detail}")
     return stop
 
 
@@ -363,7 +378,7 @@ def _lengths(song: Song, total: int) -> str:
 
 
 def down_mix(block: Block, channels: str) -> Array:
-    """One channel (T,) of a block (T, C), always a fresh array. "mean" of all, or the "first"."""
+    """Mix a block (T, C) down to a new array (T,): the "mean" of the channels or the "first"."""
     wav: Array = block[:, 0].copy()
     if channels == "mean" and block.shape[1] > 1:
         for c in range(1, block.shape[1]):
@@ -400,7 +415,7 @@ def _done(header: Header) -> dict[str, Any]:
 def main() -> None:
     _die_with(int(sys.argv[2]))
     cfg = DecodeConfig(**json.loads(sys.argv[1]))
-    # The conversation keeps its own descriptor; what a C library prints goes to stderr.
+    # Replies have their own descriptor; anything that a C library prints goes to stderr.
     replies = os.dup(1)
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -460,14 +475,14 @@ def _path(name: str) -> bytes:
 
 
 def _die_with(parent: int) -> None:
-    """Have the kernel end this process when its parent ends, even while a decoder hangs."""
+    """Let the kernel kill this process when its parent ends, even while a decoder hangs."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(0)
 
 
 def _limit_memory(memory_mb: int | None) -> None:
-    """Cap the address space at what is loaded plus `memory_mb`; None lifts the cap."""
+    """Limit the address space to its current size plus `memory_mb`; None removes the limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = hard
     if memory_mb is not None:

@@ -1,7 +1,7 @@
-"""The parent's side: asks the decode child, replaces it when it dies, says what a file did to it.
+"""The parent's side of decoding: starts, queries and replaces the decode child.
 
-Bytes of unknown origin are parsed by C libraries that crafted files have crashed, hung and bloated
-before. So a persistent child process does it, under limits; this process never opens the file.
+C libraries that parse audio can crash, hang or use too much memory on crafted files. So a
+persistent child process parses them, under limits; this process never opens the file.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ AudioPath = bytes | str | Path
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """How a file becomes one channel of samples, and what it may cost.
+    """Settings and limits of decoding a file to one channel of samples.
 
-    A header must be read within `timeout_s`. Decoding must, after `timeout_s` of grace, keep ahead
-    of `MIN_SPEED` times real time: a song of D seconds has `timeout_s + D / MIN_SPEED` seconds in
-    all. D is what has been decoded so far, so a header cannot buy time to hang by claiming hours.
-    `memory_mb` is address space beyond that of the idle child: 64 are enough for libsndfile and
+    A header must be read within `timeout_s`. After `timeout_s`, decoding must be faster than
+    `MIN_SPEED` times real time: a song of D seconds has `timeout_s + D / MIN_SPEED` seconds in all.
+    D counts decoded seconds, so a header that claims hours does not extend the limit.
+    `memory_mb` is address space beyond that of the idle child: 64 is enough for libsndfile and
     soxr, 256 for ffmpeg and common formats.
     """
 
@@ -53,18 +53,18 @@ class DecodeConfig:
         if self.memory_mb < 1:
             raise ValueError(f"decode.memory_mb must be at least 1, not {self.memory_mb}")
         if not 0 < self.max_hours <= 1000:
-            raise ValueError(f"decode.max_hours must lie in (0, 1000], not {self.max_hours}")
+            raise ValueError(f"decode.max_hours must be in (0, 1000], not {self.max_hours}")
 
 
-MIN_SPEED = 4.0  # times real time; one core does about 100
-STARTUP_S = 120.0  # for the child to import numpy from a cold or remote disk
-BATCH_CHARS = 32768  # of paths in one request of probe_many
+MIN_SPEED = 4.0  # times real time; one core reaches about 100
+STARTUP_S = 120.0  # time for the child to import numpy from a cold or remote disk
+BATCH_CHARS = 32768  # total length of the paths in one request of probe_many
 OUT_OF_MEMORY_EXIT = 77
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of itself. `num_samples` per channel; an estimate if it does not tell."""
+    """Properties from a file's header. `num_samples`: per channel; estimated if not stated."""
 
     sample_rate: int
     channels: int
@@ -78,7 +78,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A song at the target rate in a scratch file, which `close` (or leaving `with`) deletes."""
+    """A song at the target rate in a scratch file; `close` (or leaving `with`) deletes it."""
 
     wav: PcmFile
     header: Header
@@ -95,14 +95,14 @@ class Decoded:
 
 
 class Decoder:
-    """Reads headers and songs in one persistent child process, started at first use.
+    """Reader of headers and songs in one persistent child process, started at first use.
 
-    The child is replaced after a crash, a hang or a broken limit. A crash in a child that has read
-    other files proves nothing about the last one, so that file is tried again in a new child.
+    The child is replaced after a crash, a hang or an exceeded limit. If a child crashes that has
+    read other files before, the last file may not be the cause; it is tried again in a new child.
     For one thread at a time; the child dies with the thread that started it.
 
-    Storage faults (EIO, ESTALE, a full scratch disk) raise OSError, what the file is to blame for
-    BadInput, a defect of ours in the child RuntimeError with its traceback.
+    Storage faults (EIO, ESTALE, a full scratch disk) raise OSError, faults of the file BadInput,
+    and a bug in the child RuntimeError with its traceback.
     """
 
     def __init__(self, cfg: DecodeConfig, scratch: Path) -> None:
@@ -112,14 +112,20 @@ class Decoder:
         self._child: _Child | None = None
 
     def probe(self, path: AudioPath) -> Header:
-        """The header of one file. Raises BadInput."""
+        """Read the header of one file.
+
+        Raises: BadInput: when the file is broken or not supported.
+        """
         (outcome,) = self.probe_many([path])
         if isinstance(outcome, BadInput):
             raise outcome
         return outcome
 
     def probe_many(self, paths: Iterable[AudioPath]) -> Iterator[Header | BadInput]:
-        """The headers of many files, in order, in constant memory. Poison costs only itself."""
+        """Read the headers of many files, in order, in constant memory.
+
+        A file that crashes the child does not affect the others.
+        """
         batch: list[str] = []
         size = 0
         for path in paths:
@@ -131,7 +137,10 @@ class Decoder:
         yield from self._probe_batch(batch)
 
     def decode(self, path: AudioPath, target_rate: int, resample_cfg: ResampleConfig) -> Decoded:
-        """One channel of `path` at `target_rate` Hz in a scratch file. Raises BadInput."""
+        """Decode one channel of `path` to `target_rate` Hz into a scratch file.
+
+        Raises: BadInput: when the file is broken, not supported or beyond a limit.
+        """
         out = self.scratch / f"song-{secrets.token_hex(8)}.f32"
         request = {
             "decode": _name(path),
@@ -149,7 +158,7 @@ class Decoder:
 
     @property
     def child_pid(self) -> int | None:
-        """Process id of the child, None before the first use."""
+        """Process id of the child; None before the first use."""
         return None if self._child is None else self._child.pid
 
     def close(self) -> None:
@@ -183,7 +192,7 @@ class Decoder:
                 if lost.reason is Reason.TIMED_OUT or child.answers == 0:
                     raise BadInput(lost.reason, lost.detail) from None
             except BaseException:
-                self.close()  # interrupted within a conversation
+                self.close()  # interrupted between request and reply
                 raise
 
     def _probe_batch(self, names: list[str]) -> list[Header | BadInput]:
@@ -208,7 +217,7 @@ class Decoder:
 
 
 def _name(path: AudioPath) -> str:
-    """Absolute path as text for JSON; bytes that are not UTF-8 become lone surrogates."""
+    """Return the absolute path as text for JSON; bytes other than UTF-8 become lone surrogates."""
     name = os.fsencode(path)
     if not os.path.isabs(name):
         name = os.path.join(os.getcwdb(), name)
@@ -216,7 +225,7 @@ def _name(path: AudioPath) -> str:
 
 
 class _LostError(Exception):
-    """The child is dead, stuck or out of memory."""
+    """The child died, hung or ran out of memory."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(reason, detail)
@@ -225,7 +234,7 @@ class _LostError(Exception):
 
 
 class _Child:
-    """A process that runs `stages.decode.child`, and the conversation with it: lines of JSON."""
+    """A process that runs `stages.decode.child`, and its protocol of JSON lines."""
 
     def __init__(self, cfg: DecodeConfig, scratch: Path) -> None:
         self.cfg = cfg
@@ -251,10 +260,10 @@ class _Child:
         os.set_blocking(self._stdin, False)
         try:
             if self._line(time.monotonic() + STARTUP_S) != {"kind": "ready"}:
-                raise RuntimeError("the decode child does not speak this version's protocol")
+                raise RuntimeError("the decode child uses another protocol version")
         except _LostError as lost:
             self.kill()
-            raise RuntimeError(f"the decode child does not start: {lost.detail}") from None
+            raise RuntimeError(f"the decode child did not start: {lost.detail}") from None
         except BaseException:
             self.kill()
             raise
@@ -279,7 +288,11 @@ class _Child:
                 raise self._death() from None
 
     def reply(self) -> dict[str, Any]:
-        """The next final answer. Raises what the child reports, or _LostError."""
+        """Wait for the next final answer.
+
+        Raises: BadInput: when the child reports a fault of the file; OSError: when it reports one
+        of the storage; _LostError: when it is lost.
+        """
         began = time.monotonic()
         decoded_s = 0.0
         while True:
@@ -295,7 +308,7 @@ class _Child:
             return message
 
     def kill(self) -> None:
-        """End the child, and the ffmpeg that may run in its process group, at once."""
+        """Kill the child and any ffmpeg in its process group."""
         with self._process, self._stderr:  # closes the pipes and waits
             if self.alive:
                 os.killpg(self.pid, signal.SIGKILL)
@@ -322,27 +335,27 @@ class _Child:
             )
 
     def _death(self) -> Exception:
-        """Why the child closed its end: a lost child, or a defect of ours."""
+        """Explain why the child closed its pipe: it is lost, or it has a bug."""
         try:
             code = self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
-            return RuntimeError(f"the decode child closed its pipe and lives\n{self._last_words()}")
+            return RuntimeError(f"the decode child closed its pipe but runs\n{self._stderr_tail()}")
         if code == OUT_OF_MEMORY_EXIT:
-            limit = f"more than decode.memory_mb={self.cfg.memory_mb} were needed to decode it"
+            limit = f"decoding it needs more than decode.memory_mb={self.cfg.memory_mb}"
             return _LostError(Reason.OUT_OF_MEMORY, limit)
         if code < 0:
-            crash = f"{signal.Signals(-code).name} while reading it. {self._last_words()}"
+            crash = f"{signal.Signals(-code).name} while reading it. {self._stderr_tail()}"
             return _LostError(Reason.CRASHED, crash.strip())
-        return RuntimeError(f"the decode child failed (exit code {code}):\n{self._last_words()}")
+        return RuntimeError(f"the decode child failed (exit code {code}):\n{self._stderr_tail()}")
 
-    def _last_words(self) -> str:
+    def _stderr_tail(self) -> str:
         size = os.fstat(self._stderr.fileno()).st_size
-        words = os.pread(self._stderr.fileno(), 2048, max(0, size - 2048))
-        return words.decode("utf-8", "replace").strip()
+        tail = os.pread(self._stderr.fileno(), 2048, max(0, size - 2048))
+        return tail.decode("utf-8", "replace").strip()
 
 
 def _environment() -> dict[str, str]:
-    """One thread a library, and the modules that this process sees, however it came to see them."""
+    """Return the child's environment: one thread per library, and this process's module path."""
     root = str(Path(__file__).resolve().parents[2])
     path = [entry for entry in sys.path if entry]
     if root not in path:

@@ -1,8 +1,8 @@
-"""The formats that libsndfile cannot read (m4a, aac, wma, video), through the program `ffmpeg`.
+"""Decoding of formats that libsndfile cannot read (m4a, aac, wma, video) with `ffmpeg`.
 
-A file reaches ffmpeg only when its first bytes are those of a container known here, and ffmpeg is
-told which one: it never guesses, so a playlist or a script in disguise is not followed. Runs inside
-the decode child, under its limits.
+A file is given to ffmpeg only when its first bytes match a container listed here, and with that
+container's name. ffmpeg never guesses, so it does not follow a disguised playlist or script. Runs
+inside the decode child, under its limits.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ CAF_CODECS_OF_LIBSNDFILE = (b"lpcm", b"alac", b"ulaw", b"alaw")
 TOLERANCE_S = 0.5  # containers state milliseconds, and codec delay is counted differently
 TOLERANCE_RATIO = 0.01
 ASSUMED_BYTES_PER_S = 16000  # 128 kbit/s, where the container states no duration
-OUT_OF_MEMORY_SIGNS = ("Cannot allocate memory", "failed to map segment")
+OUT_OF_MEMORY_MESSAGES = ("Cannot allocate memory", "failed to map segment")
 PR_SET_PDEATHSIG = 1
 
 
 def foreign_container(read: Read) -> str | None:
-    """ffmpeg's name for a container that libsndfile does not read; None for anything else."""
+    """Return ffmpeg's name of a container that libsndfile does not read, else None."""
     head = read(skip_id3(read), 1024)
     for offset, magic, name in CONTAINERS:
         if head[offset : offset + len(magic)] == magic:
@@ -72,24 +72,27 @@ def foreign_container(read: Read) -> str | None:
 
 @dataclass(frozen=True)
 class Foreign:
-    """An ffmpeg at work."""
+    """A running ffmpeg process and the properties of its stream."""
 
     sample_rate: int
     channels: int
-    num_samples: int | None  # per channel, where the container tells a duration
-    exact: bool  # whether that is the duration of this stream
+    num_samples: int | None  # per channel, where the container states a duration
+    exact: bool  # the stated duration is that of this stream
     codec: str
     process: subprocess.Popen[bytes]
     messages: IO[bytes]
 
     @property
     def tolerance(self) -> int:
-        """Samples by which a correct file may differ from its container's statement."""
+        """Samples by which a correct file may differ from its container's duration."""
         stated_s = (self.num_samples or 0) / self.sample_rate
         return int(self.sample_rate * max(TOLERANCE_S, TOLERANCE_RATIO * stated_s))
 
     def blocks(self, block_samples: int) -> Iterator[NDArray[np.float32]]:
-        """Float32 blocks (T, C) of at most `block_samples`. Raises BadInput when ffmpeg fails."""
+        """Yield float32 blocks (T, C) of at most `block_samples`.
+
+        Raises: BadInput: when ffmpeg fails.
+        """
         frame_bytes = 4 * self.channels
         while data := _read_fully(self.process, block_samples * frame_bytes):
             whole = len(data) // frame_bytes * frame_bytes
@@ -99,7 +102,7 @@ class Foreign:
             raise _failure(self.messages, code)
 
     def close(self) -> None:
-        """End ffmpeg, whatever it is doing."""
+        """Kill ffmpeg and release its pipes."""
         self.process.kill()
         self.process.wait()
         assert self.process.stdout is not None
@@ -108,18 +111,21 @@ class Foreign:
 
 
 def open_foreign(path: bytes, container: str) -> Foreign:
-    """Start ffmpeg on the first audio stream of `path`. Raises BadInput."""
+    """Start ffmpeg on the first audio stream of `path`.
+
+    Raises: BadInput: when ffmpeg is missing or cannot open the file.
+    """
     program = shutil.which("ffmpeg")
     if program is None:
         raise BadInput(
             Reason.NEEDS_FFMPEG,
-            f"this is a {container} file, which needs ffmpeg: install it (for example "
-            "`apt-get install ffmpeg`) so that it is on PATH of every machine that decodes",
+            f"decoding a {container} file needs ffmpeg: install it on every machine that decodes "
+            "(for example `apt-get install ffmpeg`) and make sure that it is on PATH",
         )
     messages = tempfile.TemporaryFile()
     command: list[str | bytes] = [program, "-nostdin", "-hide_banner", "-nostats", "-threads", "1"]
     command += ["-protocol_whitelist", "file,pipe", "-f", container, "-i", b"file:" + path]
-    # WAVE on the pipe: its header tells rate and channels before the first sample.
+    # WAVE on the pipe: its header states rate and channels before the first sample.
     command += ["-map", "0:a:0", "-c:a", "pcm_f32le", "-f", "wav", "pipe:1"]
     process = subprocess.Popen(
         command,
@@ -157,7 +163,7 @@ def _read_fully(process: subprocess.Popen[bytes], count: int) -> bytes:
 
 
 def _pipe_header(process: subprocess.Popen[bytes]) -> tuple[int, int] | None:
-    """Channels and rate from ffmpeg's WAVE header, leaving the pipe at its first sample."""
+    """Read channels and rate from ffmpeg's WAVE header, up to the first sample."""
     if len(_read_fully(process, 12)) < 12:
         return None
     channels = sample_rate = 0
@@ -175,7 +181,7 @@ def _seconds(hours: str, minutes: str, seconds: str) -> float:
 
 
 def _is_exact(banner: str) -> bool:
-    """Whether the container's duration is no guess, and not that of another stream (video)."""
+    """Check that the container's duration is not estimated and not another stream's (video)."""
     source = re.split("^Stream mapping:", banner, maxsplit=1, flags=re.MULTILINE)[0]
     streams = len(re.findall(r"^ *Stream #0:", source, re.MULTILINE))
     return streams - source.count("(attached pic)") == 1 and "Estimating duration" not in source
@@ -189,13 +195,13 @@ def _text(messages: IO[bytes], tail: bool = False) -> str:
 
 
 def _failure(messages: IO[bytes], code: int) -> BadInput:
-    """ffmpeg's last words, without the address that it puts before them."""
+    """Return the error for ffmpeg's last message, without its address prefix."""
     if code < 0:
-        return BadInput(Reason.CRASHED, f"ffmpeg was ended by {signal.Signals(-code).name}")
+        return BadInput(Reason.CRASHED, f"ffmpeg was killed by {signal.Signals(-code).name}")
     lines = [line for line in _text(messages, tail=True).splitlines() if line.strip()]
     words = re.sub(r"^\[.*?\] |^file:.*: ", "", lines[-1]) if lines else "no message"
     reason = Reason.UNREADABLE
-    if any(sign in words for sign in OUT_OF_MEMORY_SIGNS):
+    if any(message in words for message in OUT_OF_MEMORY_MESSAGES):
         reason = Reason.OUT_OF_MEMORY
     elif code in (126, 127):  # the program itself does not start
         reason = Reason.NEEDS_FFMPEG

@@ -1,14 +1,14 @@
-"""What the header of an audio file declares about its length, read without libsndfile.
+"""Lengths that audio headers declare, read without libsndfile.
 
-libsndfile silently clamps a header that claims more than the file holds, so a download that stopped
-half way would look like a shorter song. These parsers read the claim itself. They are pure Python,
-read a few hundred bytes, and call a structure they do not understand "no claim", never an error.
+libsndfile silently clamps a header that claims more than the file has, so a partial download would
+look like a shorter song. These parsers read the claim itself. They are pure Python, read a few
+hundred bytes, and return "no claim" for an unknown structure, never an error.
 
-    wav, rf64, w64, aiff, au, caf   bytes of audio declared against bytes in the file: exact
-    flac                            libsndfile knows (STREAMINFO) and does not clamp: exact
-    ogg (vorbis, opus)              nothing declared; `scan_ogg` looks for the last page's flag
+    wav, rf64, w64, aiff, au, caf   declared bytes of audio against bytes in the file: exact
+    flac                            libsndfile reads STREAMINFO and does not clamp: exact
+    ogg (vorbis, opus)              nothing declared; `scan_ogg` checks the last page's flag
     mp3                             see `stages.decode.mp3`
-    anything else                   what libsndfile says
+    anything else                   libsndfile's length
 
 Sources: Microsoft RIFF and RFC 2361; EBU Tech 3306 (RF64); Apple AIFF-C 1991 and CAF 1.0; Sony
 Wave64; RFC 3533 (Ogg).
@@ -27,33 +27,33 @@ Read = Callable[
 
 @dataclass(frozen=True)
 class Claim:
-    """A header's statement, and how libsndfile must see the file to read all of it."""
+    """The length that a header declares, and how libsndfile must see the file to read all of it."""
 
-    num_samples: int | None = None  # per channel, None where the header does not tell
-    num_bytes: int = 0  # of audio declared, where the format counts bytes
-    held_bytes: int = 0  # of those, in the file
-    estimate: int | None = None  # samples per channel, where nothing is declared
-    prefix: bytes = b""  # libsndfile is given this and then the file from `start` on
+    num_samples: int | None = None  # per channel; None if not declared
+    num_bytes: int = 0  # declared bytes of audio, where the format counts bytes
+    present_bytes: int = 0  # of those, in the file
+    estimate: int | None = None  # samples per channel, if nothing is declared
+    prefix: bytes = b""  # libsndfile reads this and then the file from `start` on
     start: int = 0
 
     @property
     def shortage(self) -> str | None:
-        """In words, that the file ends before the audio that its header promises."""
-        if self.held_bytes >= self.num_bytes:
+        """Message for a file with less audio than its header declares, else None."""
+        if self.present_bytes >= self.num_bytes:
             return None
         if self.num_samples:
-            held = self.num_samples * self.held_bytes // self.num_bytes
-            return f"the header declares {self.num_samples} samples, the file holds {held}"
-        return f"the header declares {self.num_bytes} bytes, the file holds {self.held_bytes}"
+            present = self.num_samples * self.present_bytes // self.num_bytes
+            return f"the header declares {self.num_samples} samples, the file has {present}"
+        return f"the header declares {self.num_bytes} bytes, the file has {self.present_bytes}"
 
 
 NO_CLAIM = Claim()
 UNKNOWN_BYTES = 2**62  # 64-bit sizes from here on are placeholders
-MAX_CHUNKS = 1000  # a file with more chunks before its audio is not one we can judge
+MAX_CHUNKS = 1000  # a file with more chunks before its audio gives no claim
 
 
 def read_claim(read: Read, size: int) -> Claim:
-    """The claim of a file of `size` bytes."""
+    """Read the claim of a file of `size` bytes."""
     head = read(0, 16)
     if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE":
         return _wave(read, size, ">" if head[:4] == b"RIFX" else "<")
@@ -69,7 +69,7 @@ def read_claim(read: Read, size: int) -> Claim:
 
 
 def _is_placeholder(count: int) -> bool:
-    """Whether a 32-bit size was written by a program that could not seek back to correct it.
+    """Check for a 32-bit size from a program that could not seek back to correct it.
 
     0 and 0xFFFFFFFF (ffmpeg), 0x7FFFF000 and 0x7F000000 (sox), 0x7FFFFFFF or 0x80000000 (arecord),
     some with the length of their headers added or subtracted.
@@ -82,10 +82,14 @@ def _is_placeholder(count: int) -> bool:
     )
 
 
-def _claim(declared: int, held: int, frame_bytes: int | None) -> Claim:
-    """`frame_bytes`: of one sample of all channels; None for codecs that pack many into a block."""
+def _claim(declared: int, present: int, frame_bytes: int | None) -> Claim:
+    """Build a claim of bytes. `frame_bytes`: of one sample of all channels; None: block codec."""
     samples = declared // frame_bytes if frame_bytes else None
-    return Claim(num_samples=samples, num_bytes=declared, held_bytes=max(0, min(declared, held)))
+    return Claim(
+        num_samples=samples,
+        num_bytes=declared,
+        present_bytes=max(0, min(declared, present)),
+    )
 
 
 # ---- RIFF/WAVE, RF64 ----------------------------------------------------------------------------
@@ -97,7 +101,7 @@ WAVE_EXTENSIBLE = 0xFFFE
 def _wave(read: Read, size: int, endian: str) -> Claim:
     riff_size = struct.unpack(endian + "I", read(4, 4))[0]
     frame_bytes: int | None = None
-    long_at, long_data = 0, 0  # RF64: where its 64-bit data size stands, and that size
+    long_at, long_data = 0, 0  # RF64: position of its 64-bit data size, and that size
     at = 12
     for _ in range(MAX_CHUNKS):
         chunk = read(at, 48)
@@ -111,24 +115,24 @@ def _wave(read: Read, size: int, endian: str) -> Claim:
             frame_bytes = _wave_frame_bytes(body, count, endian)
         elif name == b"data":
             start = at + 8
-            held = size - start
+            present = size - start
             if count == 0xFFFFFFFF and 0 < long_data < UNKNOWN_BYTES:
-                return _claim(long_data, held, frame_bytes)
+                return _claim(long_data, present, frame_bytes)
             if count == 0 and riff_size > start - 8 and not _is_placeholder(riff_size):
-                return _claim(0, held, frame_bytes)  # truly empty: the RIFF goes on behind it
-            if not _is_placeholder(count) or 0 < count <= held:
-                return _claim(count, held, frame_bytes)
-            # Up to the end of the file, which libsndfile does too, but not if it sees a zero.
-            claim = _claim(held, held, frame_bytes)
+                return _claim(0, present, frame_bytes)  # truly empty: the RIFF continues after it
+            if not _is_placeholder(count) or 0 < count <= present:
+                return _claim(count, present, frame_bytes)
+            # Read up to the end of the file. libsndfile does so too, unless the size is 0.
+            claim = _claim(present, present, frame_bytes)
             if long_at:
-                return _patched(claim, read, long_at, struct.pack("<Q", held))
+                return _patched(claim, read, long_at, struct.pack("<Q", present))
             return _patched(claim, read, start - 4, b"\xff\xff\xff\xff")
         at += 8 + count + count % 2
     return NO_CLAIM
 
 
 def _patched(claim: Claim, read: Read, at: int, field: bytes) -> Claim:
-    """The claim of a file that libsndfile shall see with `field` at byte `at` of its header."""
+    """Make a claim present the file to libsndfile with `field` at byte `at` of its header."""
     prefix = read(0, at) + field
     return replace(claim, prefix=prefix, start=len(prefix))
 
@@ -148,7 +152,7 @@ AIFC_FIXED_WIDTH = b"NONE twos sowt in24 in32 fl32 FL32 fl64 FL64 raw  alaw ALAW
 
 def _aiff(read: Read, size: int) -> Claim:
     comm: tuple[int, int | None] | None = None  # samples, bytes a frame
-    sound: tuple[int, int, int] | None = None  # where its size stands, size, where its audio starts
+    sound: tuple[int, int, int] | None = None  # position of its size, size, start of the audio
     at = 12
     for _ in range(MAX_CHUNKS):
         chunk = read(at, 32)
@@ -171,14 +175,15 @@ def _aiff(read: Read, size: int) -> Claim:
         return NO_CLAIM
     samples, frame_bytes = comm
     size_at, count, start = sound
-    declared, held = count - (start - size_at - 4), size - start
-    if declared > held and _is_placeholder(count):
-        return _claim(held, held, frame_bytes)
-    if declared <= 0 < held and samples == 0:
-        return _patched(_claim(held, held, frame_bytes), read, size_at, b"\xff\xff\xff\xff")
+    declared, present = count - (start - size_at - 4), size - start
+    if declared > present and _is_placeholder(count):
+        return _claim(present, present, frame_bytes)
+    if declared <= 0 < present and samples == 0:
+        claim = _claim(present, present, frame_bytes)
+        return _patched(claim, read, size_at, b"\xff\xff\xff\xff")
     if frame_bytes and not _is_placeholder(samples):
-        return _claim(samples * frame_bytes, held, frame_bytes)
-    return _claim(declared, held, frame_bytes)
+        return _claim(samples * frame_bytes, present, frame_bytes)
+    return _claim(declared, present, frame_bytes)
 
 
 # ---- AU, CAF, Wave64 ----------------------------------------------------------------------------
@@ -232,33 +237,33 @@ def _wave64(read: Read, size: int) -> Claim:
 
 @dataclass(frozen=True)
 class OggPages:
-    """What the pages of an Ogg file show."""
+    """Result of a scan of the pages of an Ogg file."""
 
-    flaw: str | None  # what is wrong with its end, in words
-    chained: bool  # streams follow one another; libsndfile reads the first and stops
+    flaw: str | None  # message about a damaged end
+    chained: bool  # streams follow one another; libsndfile reads only the first
 
 
 def scan_ogg(read: Read, size: int) -> OggPages:
-    """Walk all pages of an Ogg file, reading their headers only.
+    """Scan the headers of all pages of an Ogg file.
 
-    Ogg declares no length. Its last page carries the end-of-stream flag, so a file that stops
-    before it, or inside a page, was cut.
+    Ogg declares no length. Its last page carries the end-of-stream flag, so a file that ends before
+    it, or inside a page, is truncated.
     """
     at = flags = 0
-    begun = chained = False  # begun: past the first pages, each of which opens a stream
+    begun = chained = False  # begun: past the first pages, which open streams
     while at < size:
         page = read(at, 27 + 255)
-        if page[:4] != b"OggS":  # damage, or bytes of others behind the last page
+        if page[:4] != b"OggS":  # damage, or foreign bytes after the last page
             step = page.find(b"OggS", 1)
             at += step if step > 0 else max(1, len(page) - 3)
             continue
         table = page[27 : 27 + page[26]] if len(page) >= 27 else b""
         length = 27 + len(table) + sum(table)
         if not table or len(table) < page[26] or at + length > size:
-            return OggPages("stops inside a page", chained)
+            return OggPages("ends inside a page", chained)
         flags = page[5]
         opens = bool(flags & 2)
         chained |= begun and opens
         begun |= not opens
         at += length
-    return OggPages(None if flags & 4 else "has no page that ends the stream", chained)
+    return OggPages(None if flags & 4 else "has no end-of-stream page", chained)

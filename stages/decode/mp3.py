@@ -1,9 +1,9 @@
-"""How many frames an MP3 has, and how libsndfile can be made to read all of them.
+"""Frame counts of MP3 files, and a Xing tag that makes libsndfile read all frames.
 
-libsndfile trusts a Xing or Info tag. Without one it takes the length from the bit rate of the first
-frame and stops reading there: a file of variable rate loses its end (5/6 of one measured). It does
-not know VBRI tags, and of MP3s laid end to end it reads the first. So these are shown to it behind
-a Xing frame of ours, which states the number of frames that a VBRI tag declares or that we counted.
+libsndfile trusts a Xing or Info tag. Without one it computes the length from the bit rate of the
+first frame and stops there, so a file of variable bit rate loses its end (5/6 of one measured). It
+ignores VBRI tags, and reads only the first of concatenated MP3s. So it is given such files behind
+an added Xing frame with the number of frames, from the VBRI tag or counted.
 
 Sources: ISO 11172-3 and 13818-3; Xing/LAME and Fraunhofer VBRI tags as encoders write them.
 """
@@ -23,10 +23,10 @@ KBPS = {
 RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
 SEARCH = 1 << 16  # bytes in which the first frame must appear
 WINDOW = 1 << 20  # bytes read at once while counting
-FOLLOWERS = 3  # frames in a row that are no accident
-SAMPLED = 400  # frames whose mean length gives the estimate when no count is declared
+FOLLOWERS = 3  # further frames in a row that confirm a frame
+SAMPLED = 400  # frames whose mean length is used to estimate a missing count
 MAX_TAGS = 100
-TOLERANCE = 2 * 1152  # samples: delay and padding of encoder and decoder, where no tag states them
+TOLERANCE = 2 * 1152  # samples of encoder and decoder delay and padding, if no tag states them
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,16 @@ class Frame:
     header: bytes  # 4 bytes
     length: int  # bytes
     samples: int  # per channel
-    side_bytes: int  # of side information, after which a Xing tag stands
+    side_bytes: int  # length of the side information; a Xing tag follows it
 
     @property
     def kind(self) -> int:
-        """MPEG version and layer: what does not change within a stream."""
+        """MPEG version and layer, which are constant within a stream."""
         return self.header[1] & 0xFE
 
 
 def parse_frame(header: bytes) -> Frame | None:
-    """Of 4 bytes; None when they are no header of a layer III frame of a stated rate."""
+    """Parse 4 bytes; None unless they are a layer III frame header with a stated bit rate."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
         return None
     version, rate_index, kbps_index = header[1] >> 3 & 3, header[2] >> 2 & 3, header[2] >> 4
@@ -60,7 +60,7 @@ def parse_frame(header: bytes) -> Frame | None:
 
 
 def skip_id3(read: Read) -> int:
-    """Byte behind the ID3v2 tags at the start of a file; 0 without one."""
+    """Return the offset after the ID3v2 tags at the start of a file; 0 without any."""
     at = 0
     for _ in range(MAX_TAGS):
         length = _id3_length(read(at, 10))
@@ -71,9 +71,9 @@ def skip_id3(read: Read) -> int:
 
 
 def mp3_claim(read: Read, size: int, thorough: bool) -> Claim:
-    """The claim of an MP3; `NO_CLAIM` where libsndfile reads it well, or it is none.
+    """Read the claim of an MP3; `NO_CLAIM` if libsndfile reads it correctly or it is not an MP3.
 
-    `thorough`: count the frames where no tag does, which reads the whole file; else estimate.
+    `thorough`: without a tag, count the frames, which reads the whole file; else estimate.
     """
     begin = skip_id3(read)
     window = read(begin, SEARCH)
@@ -81,10 +81,10 @@ def mp3_claim(read: Read, size: int, thorough: bool) -> Claim:
         return NO_CLAIM
     if begin == 0 and not (window[:1] == b"\xff" and window[1:2] >= b"\xe0"):
         return NO_CLAIM
-    found = _first_frame(window)
-    if found is None:
+    first = _first_frame(window)
+    if first is None:
         return NO_CLAIM
-    at, frame = found
+    at, frame = first
     tag = window[at + 4 + frame.side_bytes :][:16]
     is_xing = tag[:4] in (b"Xing", b"Info")
     if is_xing and len(tag) == 16:
@@ -104,12 +104,12 @@ def mp3_claim(read: Read, size: int, thorough: bool) -> Claim:
 
 
 def _presented(frame: Frame, frames: int, start: int) -> Claim:
-    """`frames` frames from byte `start` on, behind a tag that says so."""
+    """Return the claim that presents `frames` frames from byte `start` on behind a Xing tag."""
     return Claim(num_samples=frames * frame.samples, prefix=_xing(frame, frames), start=start)
 
 
 def _xing(frame: Frame, frames: int) -> bytes:
-    """A silent frame with a Xing tag that declares `frames`; else like `frame`, at the top rate."""
+    """Build a silent frame like `frame`, at the top bit rate, with a Xing tag for `frames`."""
     header = bytearray(frame.header)
     header[1] |= 1  # no CRC
     header[2] = header[2] & 0x0D | 14 << 4  # the highest bit rate: room for the tag; no padding
@@ -120,7 +120,7 @@ def _xing(frame: Frame, frames: int) -> bytes:
 
 
 def _first_frame(window: bytes) -> tuple[int, Frame] | None:
-    """Offset and header of the first frame that others of the same kind follow."""
+    """Find the first frame that is followed by others of its kind: offset and header."""
     at = window.find(b"\xff")
     while at >= 0:
         frame = parse_frame(window[at : at + 4])
@@ -131,7 +131,7 @@ def _first_frame(window: bytes) -> tuple[int, Frame] | None:
 
 
 def _has_followers(window: bytes, at: int, frame: Frame) -> bool:
-    """Whether frames of one kind come right behind `frame`, which is at `at`, or the end does."""
+    """Check that frames of one kind, or the end, directly follow `frame`, which is at `at`."""
     for _ in range(FOLLOWERS):
         at += frame.length
         follower = parse_frame(window[at : at + 4])
@@ -142,7 +142,7 @@ def _has_followers(window: bytes, at: int, frame: Frame) -> bool:
 
 
 def _mean_length(window: bytes) -> float:
-    """Bytes of a frame, of the first in `window`."""
+    """Return the mean length in bytes of the first frames in `window`."""
     at = count = 0
     while count < SAMPLED and (frame := parse_frame(window[at : at + 4])):
         count += 1
@@ -151,7 +151,7 @@ def _mean_length(window: bytes) -> float:
 
 
 def _count_frames(read: Read, size: int, at: int, first: Frame) -> int:
-    """Whole frames of the kind of `first` from byte `at` on; what lies between is passed over."""
+    """Count whole frames of the kind of `first` from byte `at` on, skipping other bytes."""
     count = base = 0
     window = b""
     while at < size:
@@ -165,13 +165,13 @@ def _count_frames(read: Read, size: int, at: int, first: Frame) -> int:
         elif length := _id3_length(window[here : here + 10]):
             at += length
         else:
-            found = _first_frame(window[here : here + SEARCH])
-            at += (found[0] or found[1].length) if found else SEARCH // 2
+            resync = _first_frame(window[here : here + SEARCH])
+            at += (resync[0] or resync[1].length) if resync else SEARCH // 2
     return count
 
 
 def _id3_length(head: bytes) -> int:
-    """Bytes of the ID3v2 tag that begins so; 0 when none does."""
+    """Return the length in bytes of the ID3v2 tag that starts with `head`; 0 if there is none."""
     if len(head) < 10 or head[:3] != b"ID3" or max(head[6:10]) > 127:
         return 0
     length = head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]

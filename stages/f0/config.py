@@ -21,42 +21,42 @@ METHODS: dict[str, str] = {
     "rmvpe": "stages.f0.rmvpe:rmvpe",
 }
 NETWORKS = ("crepe", "crepe-tiny", "fcpe", "rmvpe")  # they take all clips at once, in batches
-_ENSEMBLE = ("crepe-tiny", "dio", "fcpe")  # docs/f0.md says why
-_PEERS = ("praat", "dio", "harvest", "crepe", "fcpe", "rmvpe")  # what so-vits-svc has too
+_ENSEMBLE = ("crepe-tiny", "dio", "fcpe")  # reasons in docs/f0.md
+_SOVITS_METHODS = ("praat", "dio", "harvest", "crepe", "fcpe", "rmvpe")  # also in so-vits-svc
 
 
 @dataclass(frozen=True, kw_only=True)
 class F0Config(PostConfig):
-    """How the pitch of a clip is estimated, and what is done to it afterwards.
+    """Settings of f0 estimation and of the post-processing of a contour.
 
-    f0_min, f0_max: searched range in Hz; what an estimator finds outside it counts as unvoiced.
+    f0_min, f0_max: search range in Hz; values outside it count as unvoiced.
 
     voicing_threshold: 0 to 1, higher means fewer voiced frames; None is the method's own default.
       praat, praat-cc: strength (correlation) that a voiced candidate must reach in Praat's path;
         0.6.
-      dio, harvest: correlation of two periods around the frame with themselves one period later;
+      dio, harvest: correlation of two periods around the frame with the signal one period later;
         WORLD has no such measure, and None keeps every frame that WORLD calls voiced.
       pyin: probability that the frame is voiced; None leaves the decision to the hidden Markov
         model, whose path does not follow that probability (0.1 is already strict).
-      crepe, crepe-tiny: the network's activation on the path that it takes; 0.5.
-      fcpe, rmvpe: the network's largest activation of the frame; 0.3 and 0.03. torchfcpe's own
-        0.006 voices a quarter of what is unvoiced in real singing.
+      crepe, crepe-tiny: the network's activation along the decoded path; 0.5.
+      fcpe, rmvpe: the network's largest activation in the frame; 0.3 and 0.03. torchfcpe's own
+        0.006 marks a quarter of the unvoiced frames of real singing as voiced.
       crepe, fcpe, rmvpe with align=peer: so-vits-svc's 0.05.
-      ensemble: every method of `ensemble` keeps its own default; None is the only choice.
+      ensemble: every method of `ensemble` keeps its own default; only None is allowed.
 
-    device: of the networks; "auto" is CUDA where there is any.
+    device: device of the networks; "auto" is CUDA where available.
 
-    checkpoint: file of weights of rmvpe, alone or in an ensemble; the other networks' weights come
+    checkpoint: weights file of rmvpe, alone or in an ensemble; the other networks' weights come
       with their packages.
 
-    ensemble: the methods whose contours the method "ensemble" combines; None is crepe-tiny, dio and
-      fcpe with that method, and the only choice with others.
+    ensemble: the methods that the method "ensemble" combines; None means crepe-tiny, dio and fcpe.
+      Must be None with any other method.
 
-    crepe_hop_ms: crepe and crepe-tiny look at the clip this often; None: at every frame.
+    crepe_hop_ms: hop of crepe and crepe-tiny; None: the frame clock.
 
-    align: "sample" puts frame i at sample i * hop_length for every method. "peer" gives the numbers
-      of so-vits-svc before it fills unvoiced frames (`stages.f0.sovits_compat`): its Praat contour
-      is about 0.8 hop late, its WORLD contours drift by one hop over a clip.
+    align: "sample" puts frame i at sample i * hop_length for every method. "peer" reproduces
+      so-vits-svc's values before it fills unvoiced frames (`stages.f0.sovits_compat`): its Praat
+      contour is about 0.8 hop late, its WORLD contours drift by one hop over a clip.
     """
 
     method: str = "fcpe"  # a name of METHODS, or "ensemble"
@@ -89,11 +89,11 @@ class F0Config(PostConfig):
             )
         self._settle_ensemble()
         if self.checkpoint is not None and "rmvpe" not in self.members:
-            raise ValueError(f"f0.checkpoint must be empty: {self.method} reads no file of weights")
+            raise ValueError(f"f0.checkpoint must be empty: {self.method} has no weights file")
         if self.checkpoint is None and "rmvpe" in self.members:
             raise ValueError(
-                "f0.checkpoint must name a file of RMVPE's weights (rmvpe.pt or rmvpe.onnx); none "
-                "comes with this program"
+                "f0.checkpoint must name RMVPE's weights (rmvpe.pt or rmvpe.onnx); they do not "
+                "come with Cantor. See docs/f0.md"
             )
         if self.crepe_hop_ms is not None:
             if not 1 <= self.crepe_hop_ms <= 1000:
@@ -103,10 +103,12 @@ class F0Config(PostConfig):
             if not {"crepe", "crepe-tiny"} & set(self.members):
                 raise ValueError(f"f0.crepe_hop_ms must be empty: {self.method} is not crepe")
         if self.align == "peer" and self.crepe_hop_ms is not None:
-            raise ValueError("f0.crepe_hop_ms must be empty with f0.align=peer, which has its own")
-        if self.align == "peer" and self.method not in _PEERS:
-            names = ", ".join(_PEERS)
-            raise ValueError(f"f0.align=peer exists for {names}; so-vits has no {self.method}")
+            raise ValueError("f0.crepe_hop_ms must be empty with f0.align=peer")
+        if self.align == "peer" and self.method not in _SOVITS_METHODS:
+            names = ", ".join(_SOVITS_METHODS)
+            raise ValueError(
+                f"f0.align=peer supports {names}; so-vits-svc does not have {self.method}"
+            )
 
     def _settle_ensemble(self) -> None:
         if self.method != "ensemble":
@@ -120,20 +122,22 @@ class F0Config(PostConfig):
         object.__setattr__(self, "ensemble", members)
         for name in members:
             if name not in METHODS:
-                raise ValueError(f"f0.ensemble names '{name}'; it may name {', '.join(METHODS)}")
+                raise ValueError(f"f0.ensemble has '{name}'; choose from {', '.join(METHODS)}")
         if len(members) < 2 or len(set(members)) < len(members):
             raise ValueError(
-                f"f0.ensemble must name two methods or more, each once, not {list(members)}"
+                f"f0.ensemble must list two or more different methods, not {list(members)}"
             )
         if self.voicing_threshold is not None:
-            raise ValueError("f0.voicing_threshold must be empty: an ensemble has a vote in place")
+            raise ValueError(
+                "f0.voicing_threshold must be empty with f0.method=ensemble, which votes instead"
+            )
 
     @property
     def members(self) -> tuple[str, ...]:
-        """The methods that run."""
+        """Names of the methods that run."""
         return (self.method,) if self.ensemble is None else self.ensemble
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """Those of them that are networks, which a GPU makes quicker."""
+        """Names of the methods that are networks, which a GPU speeds up."""
         return tuple(name for name in self.members if name in NETWORKS)

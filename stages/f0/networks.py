@@ -1,4 +1,4 @@
-"""Networks of f0: their weights, their one sample rate, and those that this process has loaded."""
+"""f0 networks: their weights, their sample rate, and the cache of loaded ones."""
 
 from __future__ import annotations
 
@@ -17,32 +17,34 @@ from stages.resample import ResampleConfig, resample
 from stages.types import Array
 
 SAMPLE_RATE = 16000
-_RESAMPLING = ResampleConfig(backend="torchaudio", lowpass_filter_width=128)  # as so-vits-svc's
+_RESAMPLING = ResampleConfig(backend="torchaudio", lowpass_filter_width=128)  # as in so-vits-svc
 
 
 def at_16k(wavs: Iterable[Array], sample_rate: int) -> list[Array]:
-    """Clips (T,) as all of the networks hear them.
+    """Resample clips (T,) to the 16 kHz that all networks need.
 
-    Raises ValueError for a rate that has no small terms in common with 16 kHz.
+    Raises: ValueError: when the ratio of the rates has no small terms.
     """
     try:
         return [resample(wav, sample_rate, SAMPLE_RATE, _RESAMPLING) for wav in wavs]
     except BadInput as error:
         raise ValueError(
-            f"crepe, fcpe and rmvpe cannot bring {sample_rate} Hz to {SAMPLE_RATE} Hz, which have "
-            "no small ratio: choose a usual audio.sample_rate (44100, 48000), or another f0.method"
+            f"crepe, fcpe and rmvpe cannot resample {sample_rate} Hz to {SAMPLE_RATE} Hz: the "
+            "ratio has no small terms. Use a common audio.sample_rate (44100, 48000) or another "
+            "f0.method"
         ) from error
 
 
 def every_10_ms(contours: Iterable[NDArray[np.float64]], sample_rate: int) -> list[Track]:
-    """Contours (F,) of fcpe or rmvpe, whose frame j belongs to sample 160 j at 16 kHz."""
+    """Attach positions to contours (F,) whose frame j lies at sample 160 j at 16 kHz."""
     return [(f0, np.arange(len(f0), dtype=np.float64) * (0.01 * sample_rate)) for f0 in contours]
 
 
 def network(method: str, cfg: F0Config) -> Any:
-    """The network of crepe, crepe-tiny, fcpe or rmvpe on `cfg.device`, kept for the next call.
+    """Load crepe, crepe-tiny, fcpe or rmvpe on `cfg.device`, or return the loaded network.
 
-    Raises ValueError for weights that are not there or not its own, and a device that is not there.
+    Raises: ValueError: when weights are missing or belong to another network, or the device is
+    missing.
     """
     from models.device import resolve_device  # torch takes seconds to import
 
@@ -53,9 +55,9 @@ def network(method: str, cfg: F0Config) -> Any:
 
 
 def check_network(method: str, cfg: F0Config) -> None:
-    """Refuse weights that are not there or not the method's; reads names and shapes at most.
+    """Check a method's weights without loading them; reads at most names and shapes.
 
-    Raises ValueError.
+    Raises: ValueError: when the weights are missing or belong to another network.
     """
     path = weights(method, cfg)
     if method == "rmvpe":
@@ -65,12 +67,15 @@ def check_network(method: str, cfg: F0Config) -> None:
 
 
 def weights(method: str, cfg: F0Config) -> Path:
-    """The method's file of weights. Raises ValueError where there is none."""
+    """Return the path of the method's weights.
+
+    Raises: ValueError: when the file does not exist.
+    """
     if method == "rmvpe":
         path = Path(cfg.checkpoint or "")
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
-            raise ValueError(f"checkpoint {path} {what}; name a file rmvpe.pt or rmvpe.onnx")
+            raise ValueError(f"f0.checkpoint {path} {what}; it must be rmvpe.pt or rmvpe.onnx")
         return path
     if method == "fcpe":
         from models.f0.fcpe import bundled_fcpe
@@ -83,7 +88,7 @@ def weights(method: str, cfg: F0Config) -> Path:
 
 @functools.lru_cache(maxsize=4)
 def _loaded(method: str, path: Path, size: int, changed_ns: int, device: str) -> Any:
-    """The network; size and changed_ns tell a file from another one in its place."""
+    """Load the network once; size and changed_ns detect a replaced file."""
     if method == "rmvpe":
         from models.f0.rmvpe import load_rmvpe
 

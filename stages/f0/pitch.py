@@ -1,6 +1,6 @@
-"""Pitch as singing voice conversion programs pass it on: cleaning, MIDI numbers, their resizing.
+"""Pitch helpers of singing voice conversion: cleaning, MIDI numbers, resizing.
 
-The functions are those of the article "SO-VITS-SVC 源码解析 7" (its VitsSvc), under its names.
+The functions and their names are those of the article "SO-VITS-SVC 源码解析 7" (its VitsSvc).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ _MOSTLY_UNVOICED = 0.9
 def clean_pitch(
     pitch: NDArray[np.floating] | NDArray[np.integer], unvoiced: float = 0.0
 ) -> NDArray[np.floating] | NDArray[np.integer]:
-    """A track (F,) of which more than 90 % is unvoiced becomes unvoiced as a whole.
+    """Mark a track (F,) as unvoiced throughout if more than 90 % of it is.
 
-    unvoiced: the value that marks such frames: 0 in Hz, 1 in mel bins (`f0_to_coarse`). The article
-    looks for 1, which its f0 in Hz never holds, so there the function never acts; what it means is
-    to drop the few stray frames of a track without a voice. The track itself is left as it is.
+    This drops the stray frames of a track without a voice. unvoiced: the value of unvoiced frames:
+    0 in Hz, 1 in mel bins (`f0_to_coarse`). The article compares with 1, which f0 in Hz never is,
+    so there the function has no effect. The input is not modified.
     """
     if np.count_nonzero(pitch == unvoiced) > _MOSTLY_UNVOICED * len(pitch):
         return np.full_like(pitch, unvoiced)
@@ -26,7 +26,7 @@ def clean_pitch(
 
 
 def f0_to_pitch(f0: NDArray[np.floating]) -> NDArray[np.float64]:
-    """MIDI numbers of f0 in Hz, any shape: 69 is 440 Hz, a semitone is 1; NaN where unvoiced (0).
+    """Convert f0 in Hz, any shape, to MIDI numbers: 69 is 440 Hz; NaN where unvoiced (0).
 
     The article gives -inf there. MIDI number 0 is a pitch (8.2 Hz), so it cannot mark silence.
     """
@@ -36,10 +36,10 @@ def f0_to_pitch(f0: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def resize2d_f0(f0: NDArray[np.floating], n_frames: int) -> NDArray[np.float64]:
-    """A contour (N,) in Hz as n_frames, linear, each value i at i * n_frames / N; 0 = unvoiced.
+    """Resize a contour (N,) in Hz to n_frames, linearly, value i at i * n_frames / N; 0 = unvoiced.
 
     Unvoiced neighbours win, so each voiced run loses its edge. `stages.frames.resize_contour` keeps
-    edges and knows when each value holds; this one is for the numbers of so-vits-svc.
+    edges and uses the position of each value; this function reproduces so-vits-svc.
     """
     at = np.arange(n_frames) * len(f0) / n_frames
     gaps = np.where(f0 < 0.001, np.nan, f0)

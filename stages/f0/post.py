@@ -1,4 +1,4 @@
-"""What may be done to a contour after it is estimated; each step is off unless it is asked for."""
+"""Post-processing of a contour; every step is off by default."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from stages.types import Array
 _LEVEL_WINDOW_S = 0.05
 _WEIGHTING_TAIL_S = 0.25  # by then the filter's impulse response is 100 dB down
 
-_OCTAVE_TOLERANCE = 3.0  # semitones: vibrato and glides go on while the octave is wrong
-_LONGEST_STRAY_S = 0.1  # a singer's leap lasts longer than an estimator's slip
-_SHORT_GAP_S = 0.05  # neighbours beyond a longer gap tell nothing
+_OCTAVE_TOLERANCE = 3.0  # semitones: vibrato and glides continue during an octave error
+_LONGEST_STRAY_S = 0.1  # a singer's leap lasts longer than an octave error
+_SHORT_GAP_S = 0.05  # neighbours across a longer gap are not compared
 
 
 @dataclass(frozen=True, kw_only=True)
 class PostConfig:
-    """Steps in the order in which they are taken.
+    """Settings of the post-processing, in the order of its steps.
 
-    gate, gate_db: frames whose level lies below gate_db (dBFS) become unvoiced. "rms" is the level
-      as it is, "a-weighted" as the ear weighs it (IEC 61672); `levels_db` says over what time.
-    repair_octaves: stretches of at most 0.1 s that lie one or two octaves from both neighbours move
-      back; a leap that stays is left alone.
-    median_ms: a median over as much of each voiced run; whole odd numbers of frames.
+    gate, gate_db: frames with a level below gate_db (dBFS) become unvoiced. "rms" is the plain
+      level, "a-weighted" the level after A-weighting (IEC 61672), both over 50 ms (`levels_db`).
+    repair_octaves: stretches of at most 0.1 s that lie one or two octaves from both neighbours are
+      moved back; a lasting leap is kept.
+    median_ms: width of a median filter over each voiced run; rounded to an odd number of frames.
     min_voiced_ms: shorter voiced runs become unvoiced.
     interpolate: unvoiced frames get the straight line in log f0 between their voiced neighbours,
-      the ends are held; then no 0 is left to tell voiced from unvoiced.
+      and the nearest value at the ends. No 0 is left then to tell voiced from unvoiced.
     """
 
     gate: Literal["none", "rms", "a-weighted"] = field(default="none", metadata={"neutral": "none"})
@@ -42,25 +42,28 @@ class PostConfig:
     interpolate: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ValueError naming the key that is out of range."""
+        """Check the ranges.
+
+        Raises: ValueError: when a key is out of range (the message names it).
+        """
         if not -120 <= self.gate_db <= 0:
-            raise ValueError(f"f0.gate_db must lie between -120 and 0 dBFS, not {self.gate_db}")
+            raise ValueError(f"f0.gate_db must be between -120 and 0 dBFS, not {self.gate_db}")
         for name in ("median_ms", "min_voiced_ms"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1000:
-                raise ValueError(f"f0.{name} must lie above 0 and up to 1000 ms, not {value}")
+                raise ValueError(f"f0.{name} must be above 0 and at most 1000 ms, not {value}")
 
 
 def refine(f0: Array, wav: Array, sample_rate: int, hop_length: int, cfg: PostConfig) -> Array:
-    """The contour (F,) of a clip (T,) after the steps of `cfg`; float32 (F,).
+    """Apply the steps of `cfg` to the contour (F,) of a clip (T,); float32 (F,).
 
-    Frame i of f0 is the pitch in Hz at sample i * hop_length, 0 = unvoiced. Without any step it is
-    the same array.
+    Frame i of f0 is the pitch in Hz at sample i * hop_length, 0 = unvoiced. Without any step the
+    same array is returned.
     """
     frame_s = hop_length / sample_rate
     if cfg.gate != "none":
-        heard = weigh_a(wav, sample_rate) if cfg.gate == "a-weighted" else wav
-        level = levels_db(heard, sample_rate, hop_length, len(f0))
+        weighted = weigh_a(wav, sample_rate) if cfg.gate == "a-weighted" else wav
+        level = levels_db(weighted, sample_rate, hop_length, len(f0))
         f0 = np.where(level >= cfg.gate_db, f0, np.float32(0))
     if cfg.repair_octaves:
         f0 = repair_octaves(f0, frame_s)
@@ -74,10 +77,10 @@ def refine(f0: Array, wav: Array, sample_rate: int, hop_length: int, cfg: PostCo
 
 
 def levels_db(wav: Array, sample_rate: int, hop_length: int, n_frames: int) -> NDArray[np.float64]:
-    """RMS (n_frames,) of the 50 ms around each frame's sample in dB, 0 dB for a mean square of 1.
+    """Measure the RMS (n_frames,) of the 50 ms around each frame in dB.
 
-    So a sine of full scale is at -3 dBFS. The window counts only samples of the clip (T,); where it
-    holds none the level is -inf.
+    0 dB is a mean square of 1, so a full-scale sine is at -3 dBFS. Only samples of the clip (T,)
+    count; a window without any has the level -inf.
     """
     centre = np.arange(n_frames) * hop_length
     half = max(1, round(_LEVEL_WINDOW_S / 2 * sample_rate))
@@ -92,7 +95,7 @@ def levels_db(wav: Array, sample_rate: int, hop_length: int, n_frames: int) -> N
 
 
 def weigh_a(wav: Array, sample_rate: int) -> Array:
-    """A clip (T,) as loud as the ear finds it: A-weighting of IEC 61672-1, without phase."""
+    """Apply A-weighting (IEC 61672-1) to a clip (T,), with zero phase."""
     from scipy import fft
 
     n_fft = fft.next_fast_len(len(wav) + round(_WEIGHTING_TAIL_S * sample_rate), real=True)
@@ -103,7 +106,7 @@ def weigh_a(wav: Array, sample_rate: int) -> Array:
 
 
 def a_weighting(hz: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Gain of A-weighting at frequencies of any shape: IEC 61672-1, annex E; 1 at 1 kHz."""
+    """Return the A-weighting gain at frequencies of any shape: IEC 61672-1, annex E; 1 at 1 kHz."""
     square = np.square(hz)
     gain = 12194.217**2 * square * square
     gain /= (square + 20.598997**2) * (square + 12194.217**2)
@@ -113,11 +116,11 @@ def a_weighting(hz: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def repair_octaves(f0: Array, frame_s: float) -> Array:
-    """A contour (F,) whose short stretches in a wrong octave are moved back; frame_s is a hop.
+    """Move short stretches in a wrong octave of a contour (F,) back; frame_s: the hop in seconds.
 
     A stretch of at most 0.1 s is moved when the steps into and out of it are the same number of
-    octaves, one or two, in opposite directions, each to within three semitones. Neighbours may lie
-    across an unvoiced gap of up to 50 ms.
+    octaves, one or two, in opposite directions, each to within three semitones. An unvoiced gap of
+    up to 50 ms may lie between neighbours.
     """
     voiced = np.flatnonzero(f0 > 0)
     pitch = f0_to_pitch(f0[voiced])
@@ -130,7 +133,7 @@ def repair_octaves(f0: Array, frame_s: float) -> Array:
 
     shift = np.zeros(len(voiced), dtype=int)
     for into, out in pairwise(jumps):
-        rise = octaves[into] - shift[into]  # from what came before, as repaired
+        rise = octaves[into] - shift[into]  # from the repaired stretch before it
         length_s = (voiced[out] - voiced[into + 1] + 1) * frame_s
         if rise == -octaves[out] and length_s <= _LONGEST_STRAY_S:
             shift[into + 1 : out + 1] = -rise
@@ -140,10 +143,10 @@ def repair_octaves(f0: Array, frame_s: float) -> Array:
 
 
 def median_of_runs(f0: Array, window_frames: int) -> Array:
-    """A contour (F,) in which each voiced frame is the median of its run around it.
+    """Apply a median filter to each voiced run of a contour (F,).
 
     window_frames is odd. Runs are mirrored at their ends, so every value is one of its own run, and
-    gaps stay where they are.
+    gaps do not move.
     """
     half = window_frames // 2
     smooth = f0.copy()
@@ -155,7 +158,7 @@ def median_of_runs(f0: Array, window_frames: int) -> Array:
 
 
 def drop_short_runs(f0: Array, min_frames: float) -> Array:
-    """A contour (F,) whose voiced runs of fewer than `min_frames` are unvoiced."""
+    """Mark voiced runs of fewer than `min_frames` frames of a contour (F,) as unvoiced."""
     kept = f0.copy()
     for start, stop in voiced_runs(f0):
         if stop - start < min_frames:
@@ -164,7 +167,7 @@ def drop_short_runs(f0: Array, min_frames: float) -> Array:
 
 
 def interpolate_gaps(f0: Array) -> Array:
-    """A contour (F,) without unvoiced frames: straight lines in log f0 across gaps, ends held.
+    """Fill the unvoiced frames of a contour (F,), linearly in log f0; the ends keep the last value.
 
     Voiced frames keep their values. A contour without a voiced frame stays 0.
     """
@@ -178,7 +181,7 @@ def interpolate_gaps(f0: Array) -> Array:
 
 
 def voiced_runs(f0: Array) -> list[tuple[int, int]]:
-    """Spans [start, stop) of voiced frames of a contour (F,), in order."""
+    """Return the spans [start, stop) of voiced frames of a contour (F,), in order."""
     edges = np.flatnonzero(np.diff(f0 > 0, prepend=False, append=False))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 

@@ -1,8 +1,8 @@
 """Praat's autocorrelation and cross-correlation methods, through parselmouth.
 
 P. Boersma, "Accurate short-term analysis of the fundamental frequency and the harmonics-to-noise
-ratio of a sampled sound", IFA Proceedings 17, 1993 (autocorrelation). The other one correlates a
-period of sound with what follows it, without a window.
+ratio of a sampled sound", IFA Proceedings 17, 1993 (autocorrelation). Cross-correlation compares
+one period of sound with the next one, without a window.
 """
 
 from __future__ import annotations
@@ -20,27 +20,29 @@ from stages.types import Array
 Correlation = Literal["ac", "cc"]
 
 _DEFAULT_VOICING = 0.6  # Praat's own default is 0.45; singing voice conversion uses 0.6
-_PERIODS = {"ac": 3, "cc": 2}  # of f0_min that a frame sees
+_PERIODS = {"ac": 3, "cc": 2}  # periods of f0_min in one analysis frame
 
 
 def praat(wav: Array, sample_rate: int, cfg: F0Config) -> Track:
-    """f0 in Hz and the samples that its values belong to."""
+    """Estimate f0 by autocorrelation: Hz and sample positions."""
     return _on_samples("ac", wav, sample_rate, cfg)
 
 
 def praat_cc(wav: Array, sample_rate: int, cfg: F0Config) -> Track:
-    """The same by cross-correlation: closer to a quick change, about twenty times slower."""
+    """Estimate f0 by cross-correlation: better at quick changes, about twenty times slower."""
     return _on_samples("cc", wav, sample_rate, cfg)
 
 
 def _on_samples(correlation: Correlation, wav: Array, sample_rate: int, cfg: F0Config) -> Track:
-    """Praat centres its frames in the sound and keeps half of what a frame sees away from both
-    ends. Zeros around the clip move its frames onto the samples 0, hop, 2 * hop, ... and let them
-    reach the ends. Against hand annotation that beats interpolation between Praat's own frames.
+    """Pad the clip so that Praat's frames lie on the frame clock, and estimate f0.
+
+    Praat centres its frames in the sound and stays half an analysis frame away from both ends.
+    Zeros around the clip move its frames onto the samples 0, hop, 2 * hop, ... and let them reach
+    the ends. Against hand annotation this is better than interpolating Praat's own frames.
     """
     hop = cfg.hop_length
     margin = _PERIODS[correlation] / cfg.f0_min / 2 * sample_rate
-    # Praat fits as many frames as it can; a quarter hop keeps that count from hanging on rounding.
+    # Praat fits as many frames as it can; a quarter hop makes that count robust to rounding.
     first = math.ceil(margin + hop / 4)  # sample of the first frame
     late = int(sample_rate / cfg.f0_min / 2) if correlation == "cc" else 0
     early = math.ceil(late / hop)  # frames before the clip
@@ -58,13 +60,15 @@ def _on_samples(correlation: Correlation, wav: Array, sample_rate: int, cfg: F0C
 def _middles(
     f0: NDArray[np.float64], positions: NDArray[np.float64], sample_rate: int
 ) -> NDArray[np.float64]:
-    """Where the values of cross-correlation belong: half a period of f0 after the middle of the
-    sound that is compared with what follows one period later."""
+    """Shift cross-correlation values to their positions.
+
+    A value belongs half a period of f0 after the middle of the first of the two compared sections.
+    """
     voiced = np.flatnonzero(f0)
     if len(voiced) == 0:
         return positions
     half_period = np.interp(np.arange(len(f0)), voiced, sample_rate / f0[voiced] / 2)
-    # An octave's jump upwards may be earlier than the value before it; it waits its turn.
+    # After an octave jump upwards a position may precede the one before it; keep them ascending.
     ascending: NDArray[np.float64] = np.maximum.accumulate(positions + half_period)
     return ascending + 1e-6 * np.arange(len(f0))
 
@@ -75,9 +79,9 @@ def praat_track(
     cfg: F0Config,
     correlation: Correlation = "ac",
 ) -> Track:
-    """What Praat returns for the sound as it is; times in seconds.
+    """Run Praat on the sound without padding; times in seconds.
 
-    Empty where the sound is shorter than what a frame sees.
+    Empty when the sound is shorter than an analysis frame.
     """
     import parselmouth
 

@@ -15,16 +15,16 @@ from stages.f0.config import F0Config
 from stages.frames import Track
 from stages.types import Array
 
-_OCTAVES_A_SECOND = 35.92  # that a pitch moves at most; librosa's default
+_OCTAVES_A_SECOND = 35.92  # fastest change of pitch; librosa's default
 
 
-# librosa holds every frame's spectrum and states, 0.2 GB a minute: longer clips run in blocks.
+# librosa keeps spectrum and states of every frame, 0.2 GB a minute: longer clips run in blocks.
 _BLOCK_S = 60
-_CONTEXT_S = 2  # on either side of a block: the path forgets sooner where it began
+_CONTEXT_S = 2  # on either side of a block; the path forgets its start sooner than that
 
 
 def pyin(wav: Array, sample_rate: int, cfg: F0Config) -> Track:
-    """f0 in Hz and the samples that its values belong to."""
+    """Estimate f0: Hz and sample positions."""
     hop = cfg.hop_length
     frames = len(wav) // hop + 1
     block = math.ceil(_BLOCK_S * sample_rate / hop)
@@ -32,19 +32,19 @@ def pyin(wav: Array, sample_rate: int, cfg: F0Config) -> Track:
     parts = []
     for start in range(0, frames, block):
         first, last = max(0, start - context), start + block + context
-        heard = wav[first * hop :] if last >= frames else wav[first * hop : (last - 1) * hop + 1]
-        parts.append(_contour(heard, sample_rate, cfg)[start - first : start - first + block])
+        piece = wav[first * hop :] if last >= frames else wav[first * hop : (last - 1) * hop + 1]
+        parts.append(_contour(piece, sample_rate, cfg)[start - first : start - first + block])
     return np.concatenate(parts), np.arange(frames, dtype=np.float64) * hop
 
 
 def _contour(wav: Array, sample_rate: int, cfg: F0Config) -> NDArray[np.float64]:
-    """f0 in Hz, 0 = unvoiced, at samples 0, hop, ...: (T // hop + 1,)."""
+    """Estimate f0 in Hz, 0 = unvoiced, at samples 0, hop, ...: (T // hop + 1,)."""
     import librosa
 
-    # Half the window is correlated at lags up to the other half: the longest period must fit.
+    # Half the window is correlated at lags up to the other half, so the longest period must fit.
     longest_period = int(np.ceil(sample_rate / cfg.f0_min))
     frame_length = 1 << (2 * longest_period + 3).bit_length()
-    # The path may move by so much in a frame; librosa fails where that is more than the range.
+    # librosa fails when the largest change per frame exceeds the range.
     range_semitones = int(12 * np.log2(cfg.f0_max / cfg.f0_min))
     hops_a_second = sample_rate / cfg.hop_length
     octaves_a_second = min(_OCTAVES_A_SECOND, range_semitones / 12 * hops_a_second)

@@ -1,4 +1,4 @@
-"""RMVPE with the weights in the file that `F0Config.checkpoint` names (`models.f0.rmvpe`)."""
+"""RMVPE (`models.f0.rmvpe`) with the weights of `F0Config.checkpoint`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from stages.types import Array
 if TYPE_CHECKING:
     from models.f0.rmvpe import Rmvpe
 
-_DEFAULT_VOICING = 0.03  # the paper's code
+_DEFAULT_VOICING = 0.03  # from the paper's code
 
 
 def rmvpe(wavs: Sequence[Array], sample_rate: int, cfg: F0Config) -> Iterable[Track]:
-    """f0 in Hz and the samples that its values belong to, of each clip.
+    """Estimate f0 of each clip: Hz and sample positions.
 
-    Raises ValueError where the file is none of RMVPE's weights or cannot run on `cfg.device`.
+    Raises: ValueError: when the file does not have RMVPE's weights or cannot run on `cfg.device`.
     """
     return every_10_ms(rmvpe_frames(wavs, sample_rate, cfg, _DEFAULT_VOICING), sample_rate)
 
@@ -30,15 +30,15 @@ def rmvpe(wavs: Sequence[Array], sample_rate: int, cfg: F0Config) -> Iterable[Tr
 def rmvpe_frames(
     wavs: Sequence[Array], sample_rate: int, cfg: F0Config, default_voicing: float
 ) -> list[NDArray[np.float64]]:
-    """f0 in Hz every 10 ms, 0 = unvoiced, of each clip."""
+    """Estimate f0 in Hz every 10 ms, 0 = unvoiced, of each clip."""
     import torch
 
     from models.f0.rmvpe import decode_rmvpe
 
     rmvpe: Rmvpe = network("rmvpe", cfg)
     threshold = default_voicing if cfg.voicing_threshold is None else cfg.voicing_threshold
-    heard = at_16k(wavs, sample_rate)
+    wavs_16k = at_16k(wavs, sample_rate)
     saliences = rmvpe.salience(
-        [torch.from_numpy(np.require(wav, np.float32, "W")) for wav in heard]
+        [torch.from_numpy(np.require(wav, np.float32, "W")) for wav in wavs_16k]
     )
     return [decode_rmvpe(salience, threshold).numpy() for salience in saliences]

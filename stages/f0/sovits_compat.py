@@ -1,7 +1,7 @@
-"""The contours of so-vits-svc (commit 730930d), for those who need its numbers.
+"""f0 contours with the values and the timing of so-vits-svc (commit 730930d).
 
-Voice conversion models that were trained on those contours learnt their timing too. Each function
-of `PEERS` gives the peer's f0 before it fills unvoiced frames; `fill_unvoiced` is that filling.
+Voice conversion models trained on these contours have learnt their timing too. Each function of
+`SOVITS_METHODS` returns so-vits-svc's f0 before it fills unvoiced frames; `fill_unvoiced` fills.
 """
 
 from __future__ import annotations
@@ -26,82 +26,76 @@ from stages.f0.world import world_track
 from stages.types import Array
 
 
-def praat_as_peer(
-    wav: Array, sample_rate: int, cfg: F0Config, n_frames: int
-) -> NDArray[np.float64]:
-    """Praat's frames with zeros on both sides: frame i is the pitch at about (i + 0.83) hops."""
+def sovits_praat(wav: Array, sample_rate: int, cfg: F0Config, n_frames: int) -> NDArray[np.float64]:
+    """Estimate with Praat, zeros on both sides: frame i is the pitch at about (i + 0.83) hops."""
     f0, _ = praat_track(wav, sample_rate, cfg)
     return pad_centred(f0, n_frames)
 
 
-def dio_as_peer(wav: Array, sample_rate: int, cfg: F0Config, n_frames: int) -> NDArray[np.float64]:
-    """DIO rounded to 0.1 Hz, its n + 1 frames squeezed into n."""
+def sovits_dio(wav: Array, sample_rate: int, cfg: F0Config, n_frames: int) -> NDArray[np.float64]:
+    """Estimate with DIO, rounded to 0.1 Hz, its n + 1 frames resized to n."""
     f0, _ = world_track("dio", wav, sample_rate, cfg)
     return resize2d_f0(np.round(f0, 1), n_frames)
 
 
-def harvest_as_peer(
+def sovits_harvest(
     wav: Array, sample_rate: int, cfg: F0Config, n_frames: int
 ) -> NDArray[np.float64]:
-    """Harvest, its n + 1 frames squeezed into n."""
+    """Estimate with Harvest, its n + 1 frames resized to n."""
     f0, _ = world_track("harvest", wav, sample_rate, cfg)
     return resize2d_f0(f0, n_frames)
 
 
-def fcpe_as_peer(wav: Array, sample_rate: int, cfg: F0Config, n_frames: int) -> NDArray[np.float64]:
-    """FCPE above 0.05, its frames stretched over the clip; f0_min and f0_max do not count."""
+def sovits_fcpe(wav: Array, sample_rate: int, cfg: F0Config, n_frames: int) -> NDArray[np.float64]:
+    """Estimate with FCPE above 0.05, stretched over the clip; f0_min and f0_max are ignored."""
     (f0,) = fcpe_frames([wav], sample_rate, cfg, 0.05)
     return stretch(f0, n_frames)
 
 
-def rmvpe_as_peer(
-    wav: Array, sample_rate: int, cfg: F0Config, n_frames: int
-) -> NDArray[np.float64]:
-    """RMVPE above 0.05, its frames stretched over the clip; f0_min and f0_max do not count."""
+def sovits_rmvpe(wav: Array, sample_rate: int, cfg: F0Config, n_frames: int) -> NDArray[np.float64]:
+    """Estimate with RMVPE above 0.05, stretched over the clip; f0_min and f0_max are ignored."""
     (f0,) = rmvpe_frames([wav], sample_rate, cfg, 0.05)
     return stretch(f0, n_frames)
 
 
-def crepe_as_peer(
-    wav: Array, sample_rate: int, cfg: F0Config, n_frames: int
-) -> NDArray[np.float64]:
-    """The full CREPE as torchcrepe 0.0.24 runs it, stretched over the clip.
+def sovits_crepe(wav: Array, sample_rate: int, cfg: F0Config, n_frames: int) -> NDArray[np.float64]:
+    """Estimate with full CREPE as torchcrepe 0.0.24 runs it, stretched over the clip.
 
-    The hop is cut down to whole samples at 16 kHz, and the path starts anew every 1024 frames. A
-    frame next to voiced ones gets their mean. What silences a frame hangs on the recording's level:
-    quiet singing loses frames. torchcrepe adds noise to the pitch of each frame, of 20 cents at
-    most and other in each run; here is what it is added to.
+    The hop is truncated to whole samples at 16 kHz, and the path restarts every 1024 frames. A
+    frame next to voiced ones gets their mean. The silence gate depends on the recording's level, so
+    quiet singing loses frames. torchcrepe adds random noise of up to 20 cents to each frame; it is
+    left out here.
     """
-    heard = _sixteen_khz(wav, sample_rate)
+    wav_16k = _resampy_16k(wav, sample_rate)
     hop = cfg.hop_length * 16000 // sample_rate
     if hop == 0:
-        raise ValueError(f"f0.hop_length is {cfg.hop_length}: with f0.align=peer it is too short")
-    if len(heard) == 0:
+        raise ValueError(f"f0.hop_length {cfg.hop_length} is too short for f0.align=peer")
+    if len(wav_16k) == 0:
         return np.zeros(n_frames)
-    centres = np.arange(0.0, len(heard) + 1, hop)
-    (salience,) = salience_of(network("crepe", cfg), [heard], [centres])
+    centres = np.arange(0.0, len(wav_16k) + 1, hop)
+    (salience,) = salience_of(network("crepe", cfg), [wav_16k], [centres])
     parts = np.split(salience, np.arange(1024, len(salience), 1024))
     paths = [path_through(part, cfg.f0_min, cfg.f0_max) for part in parts]
     bins, periodicity = (np.concatenate(each) for each in zip(*paths, strict=True))
     threshold = 0.05 if cfg.voicing_threshold is None else cfg.voicing_threshold
     periodicity = np.median(_with_neighbours(periodicity, -np.inf), axis=0)
-    voiced = (periodicity >= threshold) & (_crepe_level_db(heard, hop) >= -60)
+    voiced = (periodicity >= threshold) & (_crepe_level_db(wav_16k, hop) >= -60)
     count = _with_neighbours(voiced, 0).sum(axis=0)
     f0 = _with_neighbours(np.where(voiced, hz_of_bins(bins), 0.0), 0).sum(axis=0)
     return stretch(f0 / np.maximum(count, 1), n_frames)
 
 
 def _with_neighbours(values: NDArray[Any], beyond: float) -> NDArray[Any]:
-    """(F,) -> (3, F): what comes before each value, the value, and what comes after it."""
+    """Stack each value with its neighbours, (F,) -> (3, F): previous, own, next."""
     padded = np.pad(values, 1, constant_values=beyond)
     return np.stack([padded[:-2], values, padded[2:]])
 
 
-def _sixteen_khz(wav: Array, sample_rate: int) -> Array:
-    """As resampy 0.4 does it ("kaiser_best"): 50 zero crossings to each side.
+def _resampy_16k(wav: Array, sample_rate: int) -> Array:
+    """Resample to 16 kHz like resampy 0.4 ("kaiser_best"): 50 zero crossings on each side.
 
-    Its steps through a table of the filter are cut to whole entries, which moves samples by less
-    than 0.1 % of the peak; here they are not.
+    resampy truncates its steps through the filter table, which changes samples by less than 0.1 %
+    of the peak; this is exact.
     """
     import scipy.signal
 
@@ -112,16 +106,16 @@ def _sixteen_khz(wav: Array, sample_rate: int) -> Array:
     crossings = np.arange(-50 * longer, 50 * longer + 1) / longer
     rolloff = 0.9173473711
     taps = rolloff * np.sinc(rolloff * crossings) * np.kaiser(len(crossings), 12.984585247)
-    heard = scipy.signal.resample_poly(
+    wav_16k = scipy.signal.resample_poly(
         wav, ratio.numerator, ratio.denominator, window=(taps / longer).astype(np.float32)
     )
-    return np.asarray(heard[: math.floor(len(wav) * ratio)], dtype=np.float32)
+    return np.asarray(wav_16k[: math.floor(len(wav) * ratio)], dtype=np.float32)
 
 
 def _crepe_level_db(wav: Array, hop_length: int) -> NDArray[np.floating]:
-    """What torchcrepe calls loudness, around the samples 0, hop, ... at 16 kHz; (F,).
+    """Compute torchcrepe's loudness around the samples 0, hop, ... at 16 kHz; (F,).
 
-    The mean over all frequencies of their A-weighted dB: no level that another meter would show.
+    The mean over all frequencies of the A-weighted level in dB; it differs from other meters.
     """
     hann = (np.sin(np.pi * np.arange(1024) / 1024) ** 2).astype(np.float32)
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(wav, 512), 1024)[::hop_length]
@@ -132,25 +126,25 @@ def _crepe_level_db(wav: Array, hop_length: int) -> NDArray[np.floating]:
     return level
 
 
-PEERS: dict[str, Callable[[Array, int, F0Config, int], NDArray[np.float64]]] = {
-    "praat": praat_as_peer,
-    "dio": dio_as_peer,
-    "harvest": harvest_as_peer,
-    "fcpe": fcpe_as_peer,
-    "crepe": crepe_as_peer,
-    "rmvpe": rmvpe_as_peer,
+SOVITS_METHODS: dict[str, Callable[[Array, int, F0Config, int], NDArray[np.float64]]] = {
+    "praat": sovits_praat,
+    "dio": sovits_dio,
+    "harvest": sovits_harvest,
+    "fcpe": sovits_fcpe,
+    "crepe": sovits_crepe,
+    "rmvpe": sovits_rmvpe,
 }
 
 
 def pad_centred(f0: NDArray[np.float64], n_frames: int) -> NDArray[np.float64]:
-    """Zeros on both sides, the odd one before; too many frames are cut at the end."""
+    """Pad with zeros on both sides, the odd one in front; surplus frames are cut at the end."""
     missing = max(0, n_frames - len(f0))
     before = (missing + 1) // 2
     return np.pad(f0, (before, missing - before))[:n_frames]
 
 
 def stretch(f0: NDArray[np.float64], n_frames: int) -> NDArray[np.float64]:
-    """The value before or at each point of n_frames that divide the contour evenly."""
+    """Stretch a contour to n_frames evenly spaced points; each takes the value at or before it."""
     step = np.float32(len(f0) / n_frames)
     at = np.floor(np.arange(n_frames, dtype=np.float32) * step).astype(np.intp)
     nearest: NDArray[np.float64] = f0[np.minimum(at, len(f0) - 1)]
@@ -160,10 +154,10 @@ def stretch(f0: NDArray[np.float64], n_frames: int) -> NDArray[np.float64]:
 def fill_unvoiced(
     f0: NDArray[np.float64], sample_rate: int, hop_length: int
 ) -> NDArray[np.float64]:
-    """Straight lines through unvoiced frames, the ends held; zeros where nothing is voiced.
+    """Interpolate unvoiced frames linearly; the ends keep the last value; all zeros if unvoiced.
 
-    The peer keeps the times of voiced frames in float32. That also shifts voiced values (by 0.06
-    cents in half a minute), so it is kept here.
+    so-vits-svc stores the times of voiced frames in float32, which shifts voiced values too (by
+    0.06 cents in half a minute). This does the same.
     """
     voiced = np.flatnonzero(f0 > 0)
     if len(voiced) == 0:

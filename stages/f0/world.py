@@ -1,4 +1,4 @@
-"""WORLD's estimators DIO (`stages.f0.dio`) and Harvest (pyworld's), each refined by its StoneMask.
+"""WORLD's estimators DIO (`stages.f0.dio`) and Harvest (pyworld), each refined by StoneMask.
 
 M. Morise, "Harvest: a high-performance fundamental frequency estimator from speech signals",
 Interspeech 2017.
@@ -16,33 +16,33 @@ from stages.f0.dio import dio_track
 from stages.frames import Track
 from stages.types import Array
 
-_POINTS = 128  # at which two periods are compared with the two that start one period later
+_POINTS = 128  # points at which two periods are compared with the two one period later
 _BLOCK_FRAMES = 4096  # bounds the memory of that comparison
 
-# Harvest's memory grows faster than its clip: 0.6 GB for a minute, 11 GB for five. Longer ones run
-# in blocks.
+# Harvest's memory grows faster than the clip: 0.6 GB for one minute, 11 GB for five. Longer clips
+# run in blocks.
 _HARVEST_BLOCK_S = 60
 _HARVEST_CONTEXT_S = 2  # on either side of a block
 
 
 def dio(wav: Array, sample_rate: int, cfg: F0Config) -> Track:
-    """f0 in Hz and the samples that its values belong to."""
+    """Estimate f0 with DIO: Hz and sample positions."""
     return _on_samples("dio", wav, sample_rate, cfg)
 
 
 def harvest(wav: Array, sample_rate: int, cfg: F0Config) -> Track:
-    """f0 in Hz and the samples that its values belong to."""
+    """Estimate f0 with Harvest: Hz and sample positions."""
     return _on_samples("harvest", wav, sample_rate, cfg)
 
 
 def world_track(
     estimator: Literal["dio", "harvest"], wav: Array, sample_rate: int, cfg: F0Config
 ) -> Track:
-    """What WORLD returns after StoneMask; times in seconds.
+    """Estimate f0 with WORLD, refined by StoneMask; times in seconds.
 
-    Beside digital silence DIO's numbers in WORLD are rounding errors (it does not agree with itself
-    at another level there, by up to 0.1 % of the frames of a clip with hard gates); everywhere else
-    ours are within 0.01 cents of them.
+    Next to digital silence WORLD's DIO returns rounding errors: up to 0.1 % of the frames of a clip
+    with hard gates change with the level of the clip. Everywhere else this DIO is within 0.01 cents
+    of WORLD's.
     """
     import pyworld
 
@@ -55,12 +55,12 @@ def world_track(
 
 
 def harvest_track(wav: NDArray[np.float64], sample_rate: int, cfg: F0Config) -> Track:
-    """Harvest's f0, before StoneMask, and its times in seconds.
+    """Estimate f0 with Harvest, before StoneMask; times in seconds.
 
-    It answers every millisecond and takes the nearest answer for each frame. So do blocks, which
-    start at whole seconds; they hear their context too, and end where the samples that Harvest
-    keeps of every so many are those that it keeps of the whole. Since it takes off the mean of
-    what it hears, theirs differ from what it says of the whole by up to 0.03 cents.
+    Harvest estimates every millisecond and takes the nearest estimate for each frame. Blocks do the
+    same: they start at whole seconds, have context on both sides, and end so that Harvest's
+    decimation keeps the same samples as in the whole clip. Harvest subtracts the mean of its input,
+    so blocks differ from the whole clip by up to 0.03 cents.
     """
     import pyworld
 
@@ -102,10 +102,11 @@ def _on_samples(
 def periodicity(
     wav: Array, f0: NDArray[np.float64], positions: NDArray[np.float64], sample_rate: int
 ) -> NDArray[np.float64]:
-    """How well each frame repeats after one period: -1 to 1, 0 where unvoiced; (N,).
+    """Measure how well the signal around each frame repeats after one period; (N,).
 
-    The normalised correlation of the two periods centred half a period before the frame with the
-    two centred half a period after it. Samples outside the clip count as its first or last one.
+    -1 to 1, 0 where unvoiced: the normalised correlation of the two periods centred half a period
+    before the frame with the two centred half a period after it. Samples outside the clip count as
+    its first or last one.
     """
     strength = np.zeros(len(f0))
     voiced = np.flatnonzero(f0 > 0)

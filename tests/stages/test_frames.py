@@ -63,7 +63,7 @@ def test_no_value_and_one_value() -> None:
 
 
 def test_values_without_a_position_are_refused() -> None:
-    with pytest.raises(ValueError, match="does not fit its positions"):
+    with pytest.raises(ValueError, match="must be equal and 1-D"):
         resize_contour(np.zeros(3), np.zeros(4), 3, HOP)
 
 

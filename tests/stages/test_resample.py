@@ -217,7 +217,7 @@ def test_strided_input_is_taken() -> None:
 
 
 def test_torchaudio_refuses_ratios_that_need_gigabytes_of_filters() -> None:
-    with pytest.raises(BadInput, match="44101 Hz into 44100 Hz") as caught:
+    with pytest.raises(BadInput, match="44101 Hz to 44100 Hz") as caught:
         resample(noise(10), 44101, 44100, ResampleConfig(backend="torchaudio"))
     assert caught.value.reason is Reason.UNSUPPORTED
     assert len(resample(noise(44101), 44101, 44100, ResampleConfig())) == 44100

@@ -97,7 +97,7 @@ def test_very_near_and_very_far_frames_give_finite_weights() -> None:
 
 def test_units_of_another_width_are_refused() -> None:
     frames, _ = frames_and_queries()
-    with pytest.raises(ValueError, match=r"takes \(F, 6\)"):
+    with pytest.raises(ValueError, match=r"needs \(F, 6\)"):
         made(frames).search(np.zeros((3, 7), np.float32))
     with pytest.raises(ValueError, match="NaN or infinite"):
         made(frames).blend(np.full((1, 6), np.nan, np.float32))
@@ -122,17 +122,17 @@ def test_names_of_speakers_are_names_of_files(tmp_path: Path) -> None:
 
 
 def test_what_is_no_index_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(IndexFault, match=r"no index of speaker 'ann' \(.*ann\.json is not there"):
+    with pytest.raises(IndexFault, match=r"no index of speaker 'ann' \(.*ann\.json does not exist"):
         load_index(tmp_path, "ann")
     write(tmp_path, "ann")
     index_path, note_path = index_files(tmp_path, "ann")
     data = bytearray(index_path.read_bytes())
     data[40] ^= 1
     index_path.write_bytes(data)
-    with pytest.raises(IndexFault, match=r"ann\.index is not the file that ann\.json is about"):
+    with pytest.raises(IndexFault, match=r"ann\.index is not the file that ann\.json describes"):
         load_index(tmp_path, "ann")
     note_path.write_text('{"encoder": "mfcc"}')
-    with pytest.raises(IndexFault, match=r"ann\.json is not the note of an index"):
+    with pytest.raises(IndexFault, match=r"ann\.json does not describe an index"):
         load_index(tmp_path, "ann")
 
 

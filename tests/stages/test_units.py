@@ -64,7 +64,7 @@ def test_no_clips() -> None:
 
 
 def test_clips_without_a_song_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 clips, but songs for 1"):
+    with pytest.raises(ValueError, match="2 clips, but 1 song ids"):
         encode([noise(RATE, 0), noise(RATE, 1)], ["a"])
 
 
@@ -141,5 +141,5 @@ def test_what_float16_cannot_hold_is_named(value: float) -> None:
 
 @pytest.mark.parametrize("data, dim", [(b"\x00" * 10, 4), (b"\x00" * 3, 1), (b"", 0)])
 def test_bytes_that_are_no_frames_are_refused(data: bytes, dim: int) -> None:
-    with pytest.raises(ValueError, match=f"no float16 frames of width {dim}"):
+    with pytest.raises(ValueError, match=f"not float16 frames of width {dim}"):
         unpack_units(data, dim)

@@ -278,7 +278,7 @@ def test_what_a_person_can_put_right_is_said(voice: Path, song: Path, tmp_path: 
     empty = tmp_path / "empty.wav"
     empty.touch()
     refused(voice, empty, out, "voice.speaker=ann", words=r"empty\.wav cannot be converted: empty")
-    refused(voice, tmp_path / "none.wav", out, "voice.speaker=ann", words="there is no such file")
+    refused(voice, tmp_path / "none.wav", out, "voice.speaker=ann", words="the file does not exist")
     refused(voice, song, tmp_path / "out.txt", "voice.speaker=ann", words=r"must end in \.wav")
     with pytest.raises(UserError, match="is the input song"):
         convert(voice, song, song)

@@ -248,7 +248,7 @@ def test_several_songs_have_a_table_and_one_that_is_gone_is_named(
     targets = [link.attrib["href"] for row in rows for link in row.iterfind("th/a")]
     sections = page.findall(".//section[@class='song']")
     assert targets == ["#" + section.attrib["id"] for section in sections]
-    assert "missing: there is no such file" in text_of(sections[1])
+    assert "missing: the file does not exist" in text_of(sections[1])
     assert len(list(page.iter("audio"))) == 2
     shown = numbers(page)
     assert shown["pitch within 50 cents"][0] == "–" and shown["LUFS"] == ("–", "input –")

@@ -222,7 +222,7 @@ def test_indexes_of_other_voices_are_refused(tmp_path: Path) -> None:
     for changes, words in (
         ({"encoder": "mfcc"}, "is of mfcc, and this voice sings from hubertsoft; `index` makes"),
         ({"checkpoint_sha256": "cd" * 32}, "(SHA-256 cdcdcdcdcdcd) than this voice's (abab"),
-        ({"sha256": "0" * 64}, "is not the file that ann.json is about"),
+        ({"sha256": "0" * 64}, "is not the file that ann.json describes"),
     ):
         assert words in refused(index=write_index(folder, "ann", frames(5), **changes))
     write_index(folder, "ann", frames(5, 9))

@@ -50,7 +50,7 @@ def test_verify_compares_the_source(dataset: Path, writable_corpus: Path) -> Non
     found = verify(dataset, writable_corpus).problems
     assert sorted(found) == [
         "spk0/song0.wav: the file's content changed since",
-        "spk1/song0.wav: there is no such file",
+        "spk1/song0.wav: the file does not exist",
     ]
 
 

@@ -24,7 +24,7 @@ from stages.f0.crepe import (
     salience_of,
 )
 from stages.f0.networks import network as network_of
-from stages.f0.sovits_compat import _crepe_level_db, crepe_as_peer
+from stages.f0.sovits_compat import _crepe_level_db, sovits_crepe
 from stages.types import Array
 
 RATE = 44100
@@ -262,9 +262,9 @@ def test_peer_contour_of_degenerate_clips(
 
 def test_peer_contour_of_hardly_any_samples() -> None:
     wav = np.full(2, 0.1, np.float32)
-    np.testing.assert_array_equal(crepe_as_peer(wav, RATE, PEER, 3), np.zeros(3))
-    with pytest.raises(ValueError, match=r"f0\.hop_length is 2"):
-        crepe_as_peer(wav, RATE, replace(PEER, hop_length=2), 3)
+    np.testing.assert_array_equal(sovits_crepe(wav, RATE, PEER, 3), np.zeros(3))
+    with pytest.raises(ValueError, match=r"f0\.hop_length 2 is too short"):
+        sovits_crepe(wav, RATE, replace(PEER, hop_length=2), 3)
 
 
 # What it costs

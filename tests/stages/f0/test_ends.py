@@ -52,5 +52,5 @@ def test_a_clip_may_be_float64_a_view_or_read_only(
 
 def test_a_rate_that_networks_cannot_hear_is_the_settings_fault() -> None:
     """And no clip's, which would be put aside for it."""
-    with pytest.raises(ValueError, match="cannot bring 44101 Hz to 16000 Hz"):
+    with pytest.raises(ValueError, match="cannot resample 44101 Hz to 16000 Hz"):
         estimate_f0(tone(4000), 44101, F0Config(method="fcpe"))

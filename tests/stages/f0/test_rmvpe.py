@@ -12,7 +12,7 @@ import torch
 from models.f0.rmvpe import decode_rmvpe, load_rmvpe
 from stages.f0 import F0Config, estimate_f0
 from stages.f0.rmvpe import rmvpe
-from stages.f0.sovits_compat import PEERS
+from stages.f0.sovits_compat import SOVITS_METHODS
 from stages.resample import ResampleConfig, resample
 from stages.types import Array
 from tests.helpers.checkpoints import tiny_rmvpe_weights
@@ -73,7 +73,7 @@ def test_the_peers_contour_is_stretched_and_above_0_05(tiny_rmvpe: Path, tmp_pat
     wav = noise(RATE + 321)
     expected = decode_rmvpe(saliences(tiny_rmvpe, wav, RATE), 0.05).numpy()
     n_frames = len(wav) // 512
-    found = PEERS["rmvpe"](wav, RATE, settings(tiny_rmvpe, align="peer"), n_frames)
+    found = SOVITS_METHODS["rmvpe"](wav, RATE, settings(tiny_rmvpe, align="peer"), n_frames)
     at = np.arange(n_frames) * len(expected) // n_frames
     np.testing.assert_allclose(found, expected[at], rtol=1e-6)
     state = tiny_rmvpe_weights()
