@@ -35,7 +35,7 @@ from benchmarks.environment import environment
 from benchmarks.plain_training import Coupling, PlainSynthesizer
 from benchmarks.train import TEMPLATE, clips, networks, peak_rss_mb
 from models.synthesizer.batch import Batch
-from models.synthesizer.blocks.decoder import for_singing
+from models.synthesizer.blocks.decoder import prepare_for_inference
 from models.synthesizer.blocks.noise import KeyedNoise, Noise
 from models.synthesizer.blocks.pitch import f0_to_coarse
 from models.synthesizer.config import SynthesizerConfig
@@ -51,7 +51,7 @@ Sing = Callable[[Batch, Noise], Tensor]
 
 
 def our_voice(config: SynthesizerConfig) -> Sing:
-    network = for_singing(networks(config)[0])
+    network = prepare_for_inference(networks(config)[0])
 
     def sing(clip: Batch, noise: Noise) -> Tensor:
         return network.infer(
@@ -71,7 +71,7 @@ def plain_voice(config: SynthesizerConfig) -> Sing:
         g = network.emb_g(clip.speaker).unsqueeze(-1)
         mask = torch.ones_like(clip.f0).unsqueeze(1)
         x = network.pre(clip.units) * mask + network.emb_uv(clip.voiced.long()).transpose(1, 2)
-        _, mean, log_deviation = network.enc_p(x, mask, f0_to_coarse(clip.f0, peer=True))
+        _, mean, log_deviation = network.enc_p(x, mask, f0_to_coarse(clip.f0, sovits=True))
         z = (mean + noise.normal(mean) * torch.exp(log_deviation) * _SCALE) * mask
         for flow in reversed(network.flow.flows):
             z = _undone(flow, z, mask, g) if isinstance(flow, Coupling) else flow(z, mask, g)

@@ -407,7 +407,7 @@ class PlainSynthesizer(nn.Module):
         lf0 = 2595.0 * torch.log10(1.0 + batch.f0.unsqueeze(1) / 700.0) / 500
         centred = self._centred(lf0, mask, batch.voiced, noise)
         lf0_hat = self.f0_decoder(x, centred, mask, g)
-        _, m_p, logs_p = self.enc_p(x, mask, f0_to_coarse(batch.f0, peer=True))
+        _, m_p, logs_p = self.enc_p(x, mask, f0_to_coarse(batch.f0, sovits=True))
         z, _, logs_q = self.enc_q(spec, mask, g, noise)
         z_p = self.flow(z, mask, g)
         last = (batch.lengths - segment).clamp(min=0)

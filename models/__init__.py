@@ -1,1 +1,1 @@
-"""Networks, encoders, their checkpoints and the math they need. Imports nothing else of ours."""
+"""Neural networks, their checkpoints and the math they need. Imports no other package of Cantor."""

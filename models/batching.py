@@ -1,4 +1,4 @@
-"""Batches by padded length, and windows for what is too long for one pass."""
+"""Batches by padded length, and windows for inputs too long for one pass."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ T = TypeVar("T")
 
 
 def plan_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in batches, longest first: rows times longest stays within `budget`.
+    """Group indices into batches, longest first, so that rows times longest is within `budget`.
 
-    Clips of like length meet, so little is padded. What is longer than the budget goes alone.
+    Clips of similar length share a batch, so there is little padding. A clip longer than the budget
+    is a batch of its own.
     """
     batches: list[list[int]] = []
     room = 0
@@ -31,19 +32,20 @@ def plan_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 class Batcher:
-    """Runs clips in batches; halves its budget where the GPU's memory ends, and says so once."""
+    """Runner of clips in batches that halves its budget when the GPU runs out of memory."""
 
     def __init__(self, budget: int) -> None:
-        """budget: padded length of a batch, in whatever unit `map` gets its lengths."""
+        """Set the budget: padded length of a batch, in the unit of the lengths given to `map`."""
         self.budget = budget
-        self._told = False
+        self._warned = False
 
     def map(self, lengths: Sequence[int], run: Callable[[list[int]], Sequence[T]]) -> list[T]:
-        """What `run` gives for each clip, in the clips' order.
+        """Apply `run` to batches; return one result per clip, in the clips' order.
 
-        run: takes the indices of a batch, gives one result for each. It may be called again for
-        clips of a batch that did not fit.
-        Raises: torch.OutOfMemoryError when one clip alone does not fit.
+        run: takes the indices of a batch and returns one result for each. It may be called again
+        for clips of a batch that did not fit.
+
+        Raises: OutOfMemoryError: when a single clip does not fit (torch's exception).
         """
         results: dict[int, T] = {}
         waiting = plan_batches(lengths, self.budget)[::-1]
@@ -55,7 +57,7 @@ class Batcher:
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
-            self._halve()  # outside `except`: the traceback would hold the batch's memory
+            self._halve()  # outside `except`, because the traceback keeps the batch's memory
             rest = [i for later in waiting for i in later] + batch
             plan = plan_batches([lengths[i] for i in rest], self.budget)
             waiting = [[rest[i] for i in indices] for indices in plan][::-1]
@@ -64,9 +66,9 @@ class Batcher:
     def _halve(self) -> None:
         self.budget = max(1, self.budget // 2)
         torch.cuda.empty_cache()
-        if not self._told:
-            _log.warning("the GPU's memory is too small for the batches planned: they are halved")
-            self._told = True
+        if not self._warned:
+            _log.warning("the GPU's memory is too small for the planned batches; halving them")
+            self._warned = True
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,10 @@ class Window:
 
 
 def windows(length: int, size: int, overlap: int) -> list[Window]:
-    """Windows of `size` that cover `length`, neighbours sharing `overlap` or more.
+    """Return windows of `size` that cover `length` and overlap by `overlap` or more.
 
-    Each keeps what lies nearer to its middle than to its neighbour's: the seam is in the middle of
-    the overlap. One window where all fits. The last one ends with the length and is a full one.
+    The seam of two windows is in the middle of their overlap. There is one window if all fits. The
+    last window has the full size and ends at `length`.
     """
     if length <= size:
         return [Window(0, length, 0, length)]

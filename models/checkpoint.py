@@ -1,8 +1,8 @@
-"""Checkpoint files: foreign ones in, safetensors in and out.
+"""Checkpoint files: reading of foreign formats, reading and writing of safetensors.
 
 No file is trusted: pickles go through `models.unpickler`, and every size that a file claims is
-held against the file itself. Tensors are views of the mapped file, so what is not used is not read
-from disk: the optimizer's state, the layers above the wanted one.
+checked against the file itself. Tensors are views of the mapped file, so unused parts, such as the
+optimizer's state or higher layers, are not read from disk.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from models.unpickler import Opaque, Refused, Storage, pickle_end, plain, unpick
 __all__ = [
     "CheckpointError",
     "Opaque",
-    "json_beside",
     "load_foreign",
     "load_weights",
     "read_safetensors",
     "save_safetensors",
     "sha256_of",
+    "sibling_json",
     "weight_files",
 ]
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _CONFIGURATION = ("config.json", "preprocessor_config.json")
-OWN_HEADER = "cantor"  # the entry in safetensors' metadata that says: this file is of our format
+OWN_HEADER = "cantor"  # entry in safetensors' metadata that marks Cantor's own format
 _MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
 
 _OTHER_FILES = (
@@ -55,35 +55,35 @@ _OTHER_FILES = (
     (b"\x1f\x8b", "is a gzip archive: unpack it first"),
     (b"7z\xbc\xaf", "is a 7z archive: unpack it first"),
     (b"Rar!", "is a rar archive: unpack it first"),
-    (b"GGUF", "is a GGUF file, which no encoder here reads"),
+    (b"GGUF", "is a GGUF file, which is not supported"),
     (b"lmgg", "is a whisper.cpp file; the PyTorch one from OpenAI is needed"),
-    (b"\x89HDF", "is an HDF5 file, which no encoder here reads"),
-    (b"\x08", "seems to be an ONNX model: those belong to the encoders named *-onnx"),
+    (b"\x89HDF", "is an HDF5 file, which is not supported"),
+    (b"\x08", "seems to be an ONNX model: use an encoder named *-onnx"),
 )
 
 
 class CheckpointError(ValueError):
-    """What is wrong with a checkpoint, in one sentence that names the file."""
+    """An error of a checkpoint file; the message is one sentence that names the file."""
 
 
 def load_foreign(path: str | os.PathLike[str], metadata: dict[str, str] | None = None) -> Any:
-    """The content of a checkpoint file as plain dicts, lists, numbers, strings and tensors.
+    """Load a checkpoint file as plain dicts, lists, numbers, strings and tensors.
 
-    Any of torch's containers (.pt, .pth, .bin, .ckpt: zip, or the one before torch 1.6), or
-    safetensors; told apart by content. No code runs. DictConfig, ListConfig and Namespace become
-    dict and list, objects of other classes an `Opaque`. Tensors are on the CPU, in the file's
-    dtype, views of the mapped file: clone what must outlive the file on disk.
+    Reads torch's containers (.pt, .pth, .bin, .ckpt: zip, or the one before torch 1.6) and
+    safetensors, identified by content. No code of the file runs. DictConfig, ListConfig and
+    Namespace become dict and list, objects of other classes an `Opaque`. Tensors are on the CPU, in
+    the file's dtype, as views of the mapped file: clone what must outlive the file on disk.
 
-    metadata: is filled with that of a safetensors file.
+    metadata: filled with that of a safetensors file.
 
-    Raises CheckpointError for whatever is not such a file, is damaged, or asks to run something.
+    Raises: CheckpointError: when the file is of another format, damaged, or tries to run code.
     """
     path = Path(path)
     head = _head(path)
     if _is_safetensors(head):
-        tensors, found = read_safetensors(path)
+        tensors, file_metadata = read_safetensors(path)
         if metadata is not None:
-            metadata |= found
+            metadata |= file_metadata
         return tensors
     try:
         with path.open("rb") as file:
@@ -91,7 +91,7 @@ def load_foreign(path: str | os.PathLike[str], metadata: dict[str, str] | None =
         if head.startswith(b"PK"):
             return _load_zip(path, data)
         if head[257:262] == b"ustar":
-            raise Refused("is in torch's container from before 2017: save it again with torch >= 1")
+            raise Refused("has torch's format from before 2017: save it again with torch >= 1")
         if head.startswith(b"\x80"):
             return _load_legacy(data)
         raise Refused(_what_it_is(head))
@@ -102,7 +102,10 @@ def load_foreign(path: str | os.PathLike[str], metadata: dict[str, str] | None =
 def read_safetensors(
     path: str | os.PathLike[str], keys: Iterable[str] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file; keys: only these tensors. Views of the file."""
+    """Read (tensors, metadata) of a safetensors file as views; keys: only these tensors.
+
+    Raises: CheckpointError: when the file does not exist or is damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys() if keys is None else keys
@@ -110,13 +113,13 @@ def read_safetensors(
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is no whole safetensors file ({error})") from error
+        raise CheckpointError(f"{path} is not a complete safetensors file ({error})") from error
 
 
 def save_safetensors(
     path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> None:
-    """Write a safetensors file: whole or not at all."""
+    """Write a safetensors file atomically."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -131,9 +134,9 @@ def save_safetensors(
 
 
 def weight_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The files that hold the weights: the file itself, or those of a Hugging Face folder.
+    """List the weight files: the file itself, or those of a Hugging Face folder.
 
-    Raises CheckpointError where there are none.
+    Raises: CheckpointError: when a folder has none.
     """
     path = Path(path)
     if not path.is_dir():
@@ -149,29 +152,29 @@ def weight_files(path: str | os.PathLike[str]) -> list[Path]:
                 raise CheckpointError(f"{index} does not list weight files ({error!r})") from error
             return [path / Path(part).name for part in sorted(map(str, parts))]
     raise CheckpointError(
-        f"{path} holds neither model.safetensors nor pytorch_model.bin: name the checkpoint file"
+        f"{path} has neither model.safetensors nor pytorch_model.bin: name the checkpoint file"
     )
 
 
 def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the file, or all weight files of the folder, hold; and a safetensors' metadata.
+    """Load the content and safetensors metadata of a file, or of all weight files of a folder.
 
-    Raises CheckpointError, as `load_foreign` and `weight_files` do, and where that is no dict.
+    Raises: CheckpointError: when a file is missing, damaged or not a dict of weights.
     """
     content: dict[str, Any] = {}
     metadata: dict[str, str] = {}
     for file in weight_files(path):
         part = load_foreign(file, metadata)
         if not isinstance(part, dict):
-            raise CheckpointError(f"{file} holds a {type(part).__name__}, not a network's weights")
+            raise CheckpointError(f"{file} has a {type(part).__name__}, not a network's weights")
         content |= part
     return content, metadata
 
 
-def json_beside(path: str | os.PathLike[str], name: str) -> dict[str, Any]:
-    """A JSON file of the folder, or of the folder that the file lies in; {} if there is none.
+def sibling_json(path: str | os.PathLike[str], name: str) -> dict[str, Any]:
+    """Read a JSON file in a folder, or in the folder of a file; {} if there is none.
 
-    Raises CheckpointError for what is no JSON object.
+    Raises: CheckpointError: when it is not a JSON object.
     """
     path = Path(path)
     file = (path if path.is_dir() else path.parent) / name
@@ -180,17 +183,19 @@ def json_beside(path: str | os.PathLike[str], name: str) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise CheckpointError(f"{file} is no JSON: {error}") from error
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds no settings")
+        raise CheckpointError(f"{file} is not a JSON object")
     return content
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """SHA-256 in hex: of a file; of a folder, over its configuration and weight files by name.
+    """Compute a SHA-256 in hex: of a file, or over a folder's configuration and weight files.
 
-    Hugging Face's weights mean what the configuration beside them says: such a file counts together
-    with it, like a folder.
+    Hugging Face's weights depend on the configuration in their folder, so a weights file of theirs
+    is hashed together with it, like a folder.
+
+    Raises: CheckpointError: when the file does not exist.
     """
     path = Path(path)
     folder, weights = path, {path.name}
@@ -209,7 +214,7 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 
 def _has_configuration_beside(path: Path) -> bool:
-    """Whether this may be a weight file of Hugging Face's with its configuration."""
+    """Check whether this may be a Hugging Face weights file with its configuration."""
     if path.suffix not in (".safetensors", ".bin") or not path.is_file():
         return False
     if not any((path.parent / name).is_file() for name in _CONFIGURATION):
@@ -218,7 +223,7 @@ def _has_configuration_beside(path: Path) -> bool:
         return True
     try:
         with safe_open(path, "pt") as file:
-            return OWN_HEADER not in (file.metadata() or {})  # ours states its configuration itself
+            return OWN_HEADER not in (file.metadata() or {})  # Cantor's has its own configuration
     except SafetensorError:
         return False
 
@@ -262,25 +267,25 @@ def _what_it_is(head: bytes) -> str:
     for start, what in _OTHER_FILES:
         if text.startswith(start):
             return what
-    return f"is no checkpoint (it begins with the bytes {head[:8].hex(' ')})"
+    return f"is not a checkpoint (it starts with the bytes {head[:8].hex(' ')})"
 
 
 def _load_zip(path: Path, data: mmap.mmap) -> Any:
-    """torch's container since 1.6: a zip with data.pkl and one uncompressed entry a storage."""
+    """Load torch's container since 1.6: a zip of data.pkl and an uncompressed entry per storage."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = {info.filename: info for info in archive.infolist()}
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise Refused(f"is cut off or damaged ({error}): download it again") from error
+        raise Refused(f"is truncated or damaged ({error}): download it again") from error
     roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
     if len(roots) != 1:
-        raise Refused("is a zip archive, but none that torch wrote")
+        raise Refused("is a zip archive, but not one of torch")
     (root,) = roots
     if f"{root}constants.pkl" in entries:
         raise Refused("is a TorchScript program, not a checkpoint")
     order = entries.get(f"{root}byteorder")
     if order is not None and _entry(data, order).tobytes() != sys.byteorder.encode():
-        raise Refused("was written on a machine of the other byte order")
+        raise Refused("was written on a machine of another byte order")
 
     def read(storage: Storage) -> Tensor:
         entry = entries.get(f"{root}data/{storage.key}")
@@ -293,7 +298,7 @@ def _load_zip(path: Path, data: mmap.mmap) -> Any:
 
 
 def _entry(data: mmap.mmap, entry: zipfile.ZipInfo) -> memoryview:
-    """The bytes of an uncompressed entry, in place."""
+    """Return the bytes of an uncompressed entry, in place."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
         raise Refused("is compressed, which torch never writes: save it again with torch.save")
     header = data[entry.header_offset : entry.header_offset + 30]
@@ -301,62 +306,62 @@ def _entry(data: mmap.mmap, entry: zipfile.ZipInfo) -> memoryview:
         raise Refused(f"is damaged (no entry where {entry.filename} should be)")
     start = entry.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))
     if start + entry.file_size > len(data):
-        raise Refused(f"is cut off within {entry.filename}: download it again")
+        raise Refused(f"is truncated within {entry.filename}: download it again")
     return memoryview(data)[start : start + entry.file_size]
 
 
 def _load_legacy(data: mmap.mmap) -> Any:
-    """torch's container before 1.6: pickles one after the other, then the storages' bytes."""
+    """Load torch's container before 1.6: consecutive pickles, then the storages' bytes."""
     start = 0
     pickles: list[Any] = []
     storages: dict[str, Storage] = {}
     while len(pickles) < 5:
         end = pickle_end(data, start)
-        content, found = unpickle(data[start:end])
+        content, pickled_storages = unpickle(data[start:end])
         pickles.append(content)
-        storages |= found
+        storages |= pickled_storages
         start = end
         if pickles[0] != _LEGACY_MAGIC:
-            raise Refused("is a pickle, but no checkpoint that torch wrote")
+            raise Refused("is a pickle, but not a checkpoint of torch")
     _, protocol, system, content, keys = pickles
     if protocol != _LEGACY_PROTOCOL or not isinstance(keys, list):
-        raise Refused("is damaged (its preamble is not torch's)")
+        raise Refused("is damaged (it has no torch preamble)")
     if isinstance(system, dict) and not system.get("little_endian", True):
-        raise Refused("was written on a machine of the other byte order")
+        raise Refused("was written on a machine of another byte order")
 
     raw = memoryview(data)[start:]
-    places: dict[str, memoryview] = {}
+    data_of: dict[str, memoryview] = {}
     at = 0
     for key in keys:
         if not isinstance(key, str) or key not in storages:
-            raise Refused("is damaged (it lists a storage that nothing uses)")
+            raise Refused("is damaged (it lists an unused storage)")
         if at + 8 > len(raw):
-            raise Refused("is cut off: download it again")
+            raise Refused("is truncated: download it again")
         (count,) = struct.unpack_from("<q", raw, at)
         size = max(count, 0) * storages[key].dtype.itemsize
-        places[key] = raw[at + 8 : at + 8 + size]
+        data_of[key] = raw[at + 8 : at + 8 + size]
         at += 8 + size
 
     def read(storage: Storage) -> Tensor:
-        if storage.key not in places:
+        if storage.key not in data_of:
             raise Refused(f"lacks its storage {storage.key}: download it again")
-        return _numbers(places[storage.key], storage)
+        return _numbers(data_of[storage.key], storage)
 
     return plain(content, read)
 
 
 def _numbers(raw: memoryview, storage: Storage) -> Tensor:
-    """The elements of `storage`, which lies in `raw`, in place where they are aligned."""
+    """Return the elements of `storage` in `raw`, in place where they are aligned."""
     size = storage.dtype.itemsize
     begin, end = storage.start * size, (storage.start + storage.numel) * size
     if end > len(raw):
         raise Refused(
-            f"is cut off or damaged (storage {storage.key} claims {end} bytes and has "
+            f"is truncated or damaged (storage {storage.key} claims {end} bytes and has "
             f"{len(raw)}): download it again"
         )
     if begin == end:
         return torch.empty(0, dtype=storage.dtype)
-    if storage.dtype == torch.bool:  # any byte but 0 and 1 would be undefined
+    if storage.dtype == torch.bool:  # bytes other than 0 and 1 would be undefined behaviour
         return torch.frombuffer(raw[begin:end], dtype=torch.uint8).ne(0)
     numbers = torch.frombuffer(raw[begin:end], dtype=storage.dtype)
     return numbers if numbers.data_ptr() % size == 0 else numbers.clone()

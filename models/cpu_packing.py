@@ -1,7 +1,7 @@
-"""Matrix products that run fast on a CPU where nothing is trained.
+"""Fast matrix products on a CPU for inference.
 
-oneDNN's own kernels with weights laid out for them once: PyTorch's `linear` calls MKL, which leaves
-half of some processors unused.
+These use oneDNN's kernels with weights packed once. PyTorch's `linear` calls MKL, which leaves half
+of some processors unused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def can_pack(weight: Tensor) -> bool:
-    """oneDNN can take this weight, and this build of PyTorch has it."""
+    """Check that oneDNN can pack this weight and that this build of PyTorch has oneDNN."""
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
@@ -21,7 +21,7 @@ def can_pack(weight: Tensor) -> bool:
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` for inference on a CPU, and GELU after it if asked for. Exact GELU (erf)."""
+    """`nn.Linear` for inference on a CPU, optionally followed by exact GELU (erf)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> None:
         super().__init__()
@@ -30,5 +30,5 @@ class PackedLinear(nn.Module):
         self.post = ("gelu", [], "none") if gelu else ("none", [], "")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., n_in) -> (..., n_out)"""
+        """Apply to (..., n_in): (..., n_out)."""
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.post)

@@ -1,11 +1,11 @@
-"""The one import of torchaudio.
+"""The only import of torchaudio.
 
-torchaudio's wheel holds a compiled extension that links CUDA libraries, so beside a CPU-only torch
-(or a torch of another CUDA version) `import torchaudio` raises OSError, although its Python code
-runs without the extension: `torchaudio._extension` itself has a mode for wheels that lack it. This
-module puts that mode in place of the extension that does not load; no installed file is changed.
+torchaudio's wheel has a compiled extension that links CUDA libraries. With a CPU-only torch, or a
+torch of another CUDA version, `import torchaudio` therefore raises OSError, although its Python
+code runs without the extension: `torchaudio._extension` has a mode for wheels that lack it. This
+module activates that mode if the extension does not load; no installed file is changed.
 
-Call `import_torchaudio` before importing anything that imports torchaudio by itself: torchcrepe,
+Call `import_torchaudio` before importing anything that imports torchaudio itself: torchcrepe,
 torchfcpe and the speech models of transformers.
 """
 
@@ -25,13 +25,13 @@ _EXTENSION = "torchaudio._extension"
 
 
 def import_torchaudio() -> ModuleType:
-    """The module `torchaudio`, without its compiled extension where that cannot be loaded.
+    """Import `torchaudio`, without its compiled extension if that cannot be loaded.
 
     Without the extension `lfilter` and `overdrive` run in Python and `forced_align` raises
-    RuntimeError; resampling, spectrograms and models are the same.
+    RuntimeError; resampling, spectrograms and models are the same. After an error `sys.modules` has
+    no part of torchaudio.
 
-    Raises: ImportError where torchaudio is not installed, and whatever else importing it raises for
-    a reason other than its shared libraries. `sys.modules` then holds nothing of torchaudio.
+    Raises: ImportError: when torchaudio is not installed.
     """
     if "torchaudio" in sys.modules:
         return importlib.import_module("torchaudio")
@@ -46,7 +46,7 @@ def import_torchaudio() -> ModuleType:
 
 
 def _import_or_forget() -> ModuleType:
-    """Import torchaudio, or leave no half-imported part of it behind."""
+    """Import torchaudio; on an error remove its partly imported modules."""
     try:
         return importlib.import_module("torchaudio")
     except BaseException:
@@ -56,19 +56,19 @@ def _import_or_forget() -> ModuleType:
 
 
 def _absent_extension() -> ModuleType:
-    """What `torchaudio._extension` is in a wheel that was built without it."""
+    """Build `torchaudio._extension` as in a wheel without the compiled extension."""
 
     def unavailable(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def refuse(*args: object, **kwargs: object) -> None:
             raise RuntimeError(
                 f"torchaudio's {function.__name__} needs its compiled extension, "
-                "which does not load beside this torch"
+                "which does not load with this torch"
             )
 
         return refuse
 
-    stub = ModuleType(_EXTENSION, "Stands in for the compiled extension, which did not load.")
+    stub = ModuleType(_EXTENSION, "Stub for the compiled extension, which did not load.")
     stub.__spec__ = ModuleSpec(_EXTENSION, None, is_package=True)
     stub.__path__ = []
     stub._IS_TORCHAUDIO_EXT_AVAILABLE = False  # type: ignore[attr-defined]

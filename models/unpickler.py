@@ -1,10 +1,10 @@
-"""The one unpickler for foreign files: it builds data and runs nothing.
+"""The unpickler for foreign files: it builds data and runs no code.
 
-A pickle is a program: it names functions and has them called. Here a name never reaches the thing
-it names. Every global is one of a few classes of this module that make tensors, containers and
-numbers, or a stub that takes whatever is done to it and does nothing; names that only an attack
-asks for end the load. So nothing has to be installed that wrote the file, fairseq or omegaconf,
-and no list of forbidden names has to be complete.
+A pickle is a program that names functions and calls them. Here a name never resolves to the object
+that it names. Every global is one of a few classes of this module, which build tensors, containers
+and numbers, or a stub that accepts any operation and does nothing. Names that only an attack needs
+end the load. So the packages that wrote the file, such as fairseq and omegaconf, need not be
+installed, and the list of forbidden names need not be complete.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_MAX_DEPTH = 100  # real checkpoints stay below 20
+_MAX_DEPTH = 100  # real checkpoints have less than 20
 
 _STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
@@ -37,7 +37,7 @@ _STORAGE_DTYPES = {
     "BoolStorage": torch.bool,
     "UntypedStorage": torch.uint8,
 }
-# A view of another type of the same bytes may crash: quantised numbers do.
+# dtypes that may view a storage. Others can crash, for example quantised ones.
 _DTYPES = frozenset(_STORAGE_DTYPES.values()) | {
     torch.uint16,
     torch.uint32,
@@ -46,7 +46,7 @@ _DTYPES = frozenset(_STORAGE_DTYPES.values()) | {
     torch.float8_e5m2,
 }
 
-# Data never needs these. A stub of them would be harmless too, but such a file is an attack.
+# Names that data never needs. A stub would be harmless, but a file with them is an attack.
 _HOSTILE = frozenset(
     "os posix nt subprocess popen2 commands sys importlib imp runpy shutil socket pickle _pickle "
     "cPickle dill cloudpickle joblib marshal shelve code codeop ctypes _ctypes multiprocessing "
@@ -67,30 +67,32 @@ _HOSTILE_BUILTINS = frozenset(
 
 
 class Refused(Exception):
-    """Why a pickle is not loaded, as the end of a sentence that begins with the file's name."""
+    """Refusal of a pickle; the message continues a sentence that starts with the file's name."""
 
 
 @dataclass(frozen=True)
 class Opaque:
-    """Stands where the file had an object of a class that is not data. name: module and class."""
+    """Placeholder of an object of a class that is not data. name: module and class."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A row of numbers that lies in the container. numel: how many of `dtype` the file claims."""
+    """A storage of numbers in the container. numel: claimed number of elements of `dtype`."""
 
     key: str
     dtype: torch.dtype
     numel: int
-    start: int = 0  # of a view into another storage, in elements
+    start: int = 0  # offset of a view into another storage, in elements
 
 
 def unpickle(data: bytes) -> tuple[Any, dict[str, Storage]]:
-    """The objects of one pickle, to be given to `plain`, and the storages it refers to by key.
+    """Load the objects of one pickle, as input of `plain`, and its storages by key.
 
-    Raises Refused; runs no code of `data`.
+    Runs no code of `data`.
+
+    Raises: Refused: when the pickle is damaged or needs more than data.
     """
     _check_opcodes(data)
     unpickler = _Unpickler(io.BytesIO(data), encoding="utf-8", errors="surrogateescape")
@@ -100,26 +102,31 @@ def unpickle(data: bytes) -> tuple[Any, dict[str, Storage]]:
         pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError,
         ValueError, ArithmeticError, RuntimeError, MemoryError,
     ) as error:  # fmt: skip
-        raise Refused(f"holds a damaged pickle ({error})") from error
+        raise Refused(f"has a damaged pickle ({error})") from error
 
 
 def pickle_end(data: Any, start: int) -> int:
-    """Where the pickle that begins at `start` of the mapped file `data` ends."""
+    """Return the end of the pickle that begins at `start` of the mapped file `data`.
+
+    Raises: Refused: when the pickle is damaged.
+    """
     data.seek(start)
     try:
         for opcode, _, position in pickletools.genops(data):
             if opcode.name == "STOP":
                 return position + 1
     except (ValueError, LookupError) as error:
-        raise Refused(f"holds a damaged pickle ({error})") from error
-    raise Refused("holds a pickle without an end")
+        raise Refused(f"has a damaged pickle ({error})") from error
+    raise Refused("has a pickle without an end")
 
 
 def plain(unpickled: Any, read: Callable[[Storage], Tensor]) -> Any:
-    """What `unpickle` gave, as dicts, lists, tuples, sets, numbers, strings, tensors and Opaques.
+    """Convert the output of `unpickle` to containers, numbers, strings, tensors and Opaques.
 
-    read: the elements of a storage, one-dimensional, as many as it claims. It is called once for
-    each; tensors share storages as they did in the file. Raises Refused.
+    read: returns all elements of a storage as a one-dimensional tensor. It is called once per
+    storage; tensors share storages as in the file.
+
+    Raises: Refused: when the data are damaged.
     """
     try:
         return _Plain(read).of(unpickled, 0)
@@ -127,17 +134,17 @@ def plain(unpickled: Any, read: Callable[[Storage], Tensor]) -> Any:
         AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError,
         MemoryError,
     ) as error:  # fmt: skip
-        raise Refused(f"holds damaged data ({str(error).partition(chr(10))[0]})") from error
+        raise Refused(f"has damaged data ({str(error).partition(chr(10))[0]})") from error
 
 
 def _check_opcodes(data: bytes) -> None:
-    """Refuses what would cost memory out of proportion to the file before anything is built."""
+    """Refuse pickles that would need memory out of proportion to the file, before loading them."""
     try:
         for count, (opcode, arg, _) in enumerate(pickletools.genops(data)):
             if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(arg) > count:
-                raise Refused("holds a damaged pickle (an object's number is out of range)")
+                raise Refused("has a damaged pickle (an object's number is out of range)")
     except (ValueError, LookupError) as error:
-        raise Refused(f"holds a damaged pickle ({error})") from error
+        raise Refused(f"has a damaged pickle ({error})") from error
 
 
 class _Unpickler(pickle.Unpickler):
@@ -149,13 +156,13 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         full = f"{_PYTHON_2.get(module, module)}.{name}"
         if not all(part.isidentifier() for part in full.split(".")):
-            raise Refused("asks for something by a name that nothing can have")
+            raise Refused("asks for an invalid name")
         if full in _KNOWN:
             return _KNOWN[full]
         if module in ("torch", "torch.cuda", "torch.storage") and name in _STORAGE_DTYPES:
             full = f"torch.{name}"
         elif _is_hostile(full):
-            raise Refused(f"asks for {full}, which no model needs and an attack does")
+            raise Refused(f"asks for {full}, which only an attack needs")
         if full not in self._stubs:
             self._stubs[full] = type("_Stub", (_Stub,), {"name": full})
         return self._stubs[full]
@@ -168,7 +175,7 @@ class _Unpickler(pickle.Unpickler):
                 raise Refused("refers to something other than a storage of numbers")
         dtype = _STORAGE_DTYPES.get(kind.name.removeprefix("torch."))
         if dtype is None:
-            raise Refused(f"holds numbers of an unknown type ({kind.name})")
+            raise Refused(f"has numbers of an unknown type ({kind.name})")
         start = 0
         match view:
             case [] | [None]:
@@ -192,14 +199,14 @@ def _is_hostile(full: str) -> bool:
 
 
 class _Inert:
-    """Whatever a pickle can get hold of. Its own `__setstate__` keeps a pickle off `__dict__`."""
+    """Base of all objects that a pickle can reach; `__setstate__` protects their `__dict__`."""
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
 class _Stub(_Inert):
-    """An object of a foreign class; each class is a subclass of its own with its `name`."""
+    """An object of a foreign class; each foreign class is a subclass with its `name`."""
 
     name = ""
     state: Any = None
@@ -230,7 +237,7 @@ class _Stub(_Inert):
 
 
 class _Dict(dict[Any, Any], _Inert):
-    """OrderedDict, defaultdict, Counter."""
+    """Replacement of OrderedDict, defaultdict and Counter."""
 
     def __init__(self, *args: Any) -> None:
         pairs = [a for a in args if not isinstance(a, type) and a is not None]
@@ -243,7 +250,7 @@ class _Storage(_Inert):
 
 
 class _Tensor(_Inert):
-    """A tensor still to be read."""
+    """A tensor whose numbers are not read yet."""
 
     def __init__(
         self,
@@ -256,7 +263,7 @@ class _Tensor(_Inert):
         metadata: Any = None,
     ) -> None:
         if not isinstance(storage, _Storage) or metadata:
-            raise Refused("holds a tensor of a kind that no encoder has")
+            raise Refused("has a tensor of an unsupported kind")
         self.storage = storage.storage
         self.offset = _index(offset)
         self.size = tuple(_index(n) for n in size)
@@ -266,15 +273,15 @@ class _Tensor(_Inert):
     def check(self) -> None:
         numel = self.storage.numel
         if len(self.size) != len(self.stride) or len(self.size) > 32:
-            raise Refused("holds a tensor whose size and strides disagree")
+            raise Refused("has a tensor whose size and strides disagree")
         last = sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
         count = math.prod(self.size)
         if count > numel or (count and self.offset + last >= numel):
-            raise Refused(f"holds a tensor of size {self.size} that reaches beyond its storage")
+            raise Refused(f"has a tensor of size {self.size} that exceeds its storage")
 
 
 class _TensorV3(_Inert):
-    """A tensor over an untyped storage, with its dtype named."""
+    """A tensor over an untyped storage, with a dtype of its own."""
 
     def __new__(
         cls, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any,
@@ -283,48 +290,48 @@ class _TensorV3(_Inert):
         name = dtype.name.removeprefix("torch.") if _is_stub_class(dtype) else ""
         known = getattr(torch, name, None)
         if not isinstance(storage, _Storage) or known not in _DTYPES:
-            raise Refused("holds a tensor of a kind that no encoder has")
+            raise Refused("has a tensor of an unsupported kind")
         raw = storage.storage
         typed = Storage(raw.key, known, raw.numel // known.itemsize)
         return _Tensor(_Storage(typed), offset, size, stride, grad, hooks, metadata)
 
 
 class _Parameter(_Inert):
-    """A parameter is its tensor."""
+    """A parameter, replaced by its tensor."""
 
     def __new__(cls, data: Any, *rest: Any) -> Any:
         return data
 
 
 class _Reconstructor(_Inert):
-    """`copyreg._reconstructor`: an object of a stub's class, before its state."""
+    """Replacement of `copyreg._reconstructor`: an object of a stub's class, without state."""
 
     def __new__(cls, kind: Any, *rest: Any) -> Any:
         return kind() if _is_stub_class(kind) else None
 
 
 class _Bytes(_Inert):
-    """bytes and bytearray of what is in the pickle, never of a mere length."""
+    """bytes and bytearray with content from the pickle, never of a given length."""
 
     def __new__(cls, value: Any = b"", encoding: str = "latin1", errors: str = "strict") -> Any:
         if isinstance(value, bytes | bytearray):
             return bytes(value)
         if isinstance(value, str) and encoding.replace("-", "") in ("latin1", "iso88591"):
             return value.encode("latin1")
-        raise Refused("holds bytes in an unknown coding")
+        raise Refused("has bytes in an unknown encoding")
 
 
 class _Text(_Inert):
-    """str of text alone: that of a container may be exponentially long."""
+    """str of text only, because the str of a container can be exponentially long."""
 
     def __new__(cls, value: Any = "") -> Any:
         if not isinstance(value, str):
-            raise Refused("makes text of something else")
+            raise Refused("converts something other than text to text")
         return value
 
 
 class _Dtype(_Inert):
-    """numpy.dtype of a plain number."""
+    """numpy.dtype of plain numbers."""
 
     def __init__(self, code: Any, *rest: Any) -> None:
         plain_number = isinstance(code, str) and re.fullmatch(r"[?biufc]\d{0,2}", code)
@@ -336,21 +343,21 @@ class _Dtype(_Inert):
 
     def numbers(self, data: bytes) -> np.ndarray[Any, Any]:
         if not self.code:
-            raise Refused("holds a numpy array of something other than numbers")
+            raise Refused("has a numpy array of something other than numbers")
         return np.frombuffer(data, np.dtype(self.order + self.code))
 
 
 class _Scalar(_Inert):
-    """A numpy number, as Python's."""
+    """A numpy scalar, converted to a Python number."""
 
     def __new__(cls, dtype: Any, data: Any) -> Any:
         if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
-            raise Refused("holds a malformed numpy number")
+            raise Refused("has a malformed numpy number")
         return dtype.numbers(data)[0].item()
 
 
 class _Array(_Inert):
-    """A numpy array; `plain` makes it a tensor."""
+    """A numpy array; `plain` converts it to a tensor."""
 
     value: np.ndarray[Any, Any] | None = None
 
@@ -365,7 +372,7 @@ class _Array(_Inert):
 
 
 class _Tuple(_Inert):
-    """torch.Size"""
+    """Replacement of torch.Size."""
 
     def __new__(cls, values: Any = ()) -> Any:
         return tuple(values)
@@ -405,12 +412,12 @@ def _is_stub_class(value: Any) -> bool:
 
 def _index(value: Any) -> int:
     if not isinstance(value, int) or value < 0:
-        raise Refused("holds a tensor whose size, stride or offset is no natural number")
+        raise Refused("has a tensor whose size, stride or offset is not a natural number")
     return value
 
 
 class _Plain:
-    """One walk over what was unpickled; what was shared stays shared."""
+    """One conversion of unpickled objects; shared objects stay shared."""
 
     def __init__(self, read: Callable[[Storage], Tensor]) -> None:
         self.read = read
@@ -456,7 +463,7 @@ class _Plain:
         return filled
 
     def stub(self, value: _Stub, depth: int) -> Any:
-        """Configurations are data; of the rest only the name is left."""
+        """Convert configurations to data, other objects to an Opaque with their name."""
         state = value.state if isinstance(value.state, dict) else {}
         if value.name == "argparse.Namespace":
             return self.fill_dict(value, state, depth)

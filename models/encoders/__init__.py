@@ -1,4 +1,4 @@
-"""Encoders: what turns a clip into units. One is a line in `ENCODERS`, and meets `Encoder`."""
+"""Encoders of clips to units. Each is an entry of `ENCODERS` and implements `Encoder`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 
 from models.device import resolve_device
-from models.encoders.encoder import DType, Encoder, checked
+from models.encoders.encoder import DType, Encoder, check_clips
 from models.encoders.encoder_names import NAMES
 from models.encoders.int8 import require_int8
 from models.encoders.layouts import check_fit, read_encoder
@@ -20,7 +20,7 @@ from models.encoders.ssl import SslEncoder
 from models.encoders.wav2vec2 import Wav2Vec2
 from models.encoders.whisper import load_whisper
 
-__all__ = ["ENCODERS", "WITHOUT_WEIGHTS", "Encoder", "check_encoder", "checked", "load_encoder"]
+__all__ = ["ENCODERS", "WITHOUT_WEIGHTS", "Encoder", "check_clips", "check_encoder", "load_encoder"]
 
 
 def _mfcc(checkpoint: str | None, device: str) -> Encoder:
@@ -44,14 +44,14 @@ def _ssl(
     if checkpoint is None:
         raise ValueError(f"encoder.checkpoint is empty: {name} needs a file or folder of weights")
     config, tensors = read_encoder(name, checkpoint, normalize_wav)
-    with torch.device("meta"):  # no memory and no random numbers for what is replaced at once
+    with torch.device("meta"):  # no memory and no random numbers, since all weights are replaced
         network = Wav2Vec2(config)
     network.load_state_dict(tensors, assign=True)
-    del tensors  # packing frees them layer by layer
+    del tensors  # so that packing can free them layer by layer
     return SslEncoder(name, network, device, dtype, int8)
 
 
-WITHOUT_WEIGHTS = ("mfcc", "log-mel")  # they take no checkpoint
+WITHOUT_WEIGHTS = ("mfcc", "log-mel")  # these need no checkpoint
 
 # name -> builder(checkpoint, device, **options)
 ENCODERS: dict[str, Callable[..., Encoder]] = {
@@ -66,27 +66,29 @@ ENCODERS: dict[str, Callable[..., Encoder]] = {
 def load_encoder(
     name: str, checkpoint: str | None = None, device: str = "cpu", **options: Any
 ) -> Encoder:
-    """The encoder `name`, ready on `device` ("cpu", "cuda", "cuda:1", "auto").
+    """Load the encoder `name` on `device` ("cpu", "cuda", "cuda:1", "auto").
 
-    options: what its builder takes beyond that. Networks: dtype="float32", "float16" or
-    "bfloat16". Those of the wav2vec 2.0 family: int8=True (CPU) and normalize_wav (None: as trained
-    voice models expect). log-mel: n_mels=80.
-    Raises ValueError for an unknown name, option or dtype, for a checkpoint where there is nothing
-    to load, and for none where there is; CheckpointError (a ValueError) for a file that is not
-    this encoder's.
+    options: depend on the encoder. Networks: dtype="float32", "float16" or "bfloat16". The wav2vec
+    2.0 family: int8=True (CPU) and normalize_wav (None: as trained voice models expect). log-mel:
+    n_mels=80.
+
+    Raises: ValueError: when a name, option, dtype or device is unknown, or the checkpoint is
+    missing or not expected; CheckpointError: when the file is not this encoder's.
     """
     _require_options(name, options)
     device = resolve_device(device)
     if torch.device(device).type == "cuda":
-        # Convolutions would otherwise round to 10 bits, unasked; matrix products do not.
+        # By default convolutions would round to 10 bits (TF32); matrix products do not.
         torch.backends.cudnn.allow_tf32 = False
     return ENCODERS[name](checkpoint, device, **options)
 
 
 def check_encoder(name: str, checkpoint: str | None = None, **options: Any) -> None:
-    """Raises what `load_encoder` would on a CPU.
+    """Check that `load_encoder` would succeed on a CPU.
 
-    Reads no weights where the shapes in the file tell all: in the wav2vec 2.0 family.
+    Reads only shapes, not weights, for the wav2vec 2.0 family.
+
+    Raises: ValueError: when `load_encoder` would raise it.
     """
     if name not in NAMES or checkpoint is None:
         load_encoder(name, checkpoint, **options)
@@ -99,13 +101,13 @@ def check_encoder(name: str, checkpoint: str | None = None, **options: Any) -> N
 
 def _require_options(name: str, options: dict[str, Any]) -> None:
     if name not in ENCODERS:
-        raise ValueError(f"encoder {name!r} is unknown; there are {', '.join(sorted(ENCODERS))}")
-    taken = inspect.signature(ENCODERS[name]).parameters
+        raise ValueError(f"encoder {name!r} is unknown; choose from {', '.join(sorted(ENCODERS))}")
+    parameters = inspect.signature(ENCODERS[name]).parameters
     for option in options:
-        if option not in taken:
-            raise ValueError(f"encoder.{option} is set, but {name} has no such option")
+        if option not in parameters:
+            raise ValueError(f"encoder.{option} is set, but {name} does not have this option")
     if (dtype := options.get("dtype", "float32")) not in get_args(DType):
-        raise ValueError(f"encoder.dtype is {dtype!r}; there are {', '.join(get_args(DType))}")
+        raise ValueError(f"encoder.dtype is {dtype!r}; choose from {', '.join(get_args(DType))}")
 
 
 def _refuse_checkpoint(name: str, checkpoint: str | None) -> None:

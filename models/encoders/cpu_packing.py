@@ -1,16 +1,15 @@
-"""How the network runs fast where nothing is trained: packed matrix products, a stem in tiles.
+"""Fast inference of the network: packed matrix products, and a stem in tiles.
 
-Two things cost time on a CPU beyond the arithmetic. Matrix products and attention run in oneDNN's
-own kernels (`models.cpu_packing`), with GELU fused in. The stem's activations, 6.5 MB for each
-second, fall out of the cache: the stem runs in tiles that stay in it, each convolution as one
-matrix product.
+Two things make inference on a CPU faster. Matrix products and attention run in oneDNN's kernels
+(`models.cpu_packing`), with GELU fused in. The stem's activations, 6.5 MB per second of audio,
+exceed the cache: the stem runs in tiles that fit, each convolution as one matrix product.
 
-Tiles also bound the memory of a song of any length, on every device. They are exact: GroupNorm's
-statistics over the whole clip come from the waveform's own moments before the first tile.
+Tiles also bound the memory for a song of any length, on every device. They are exact: GroupNorm's
+statistics over the whole clip are computed from the moments of the waveform before the first tile.
 
-Not exact, and only on request: `int8=True` (`models.encoders.int8`). What stays in float32 is what
-errors grow from or what takes little time: the projections, the position convolution, attention and
-its output, and of the stem all but its second layer, which is half of it.
+`int8=True` (`models.encoders.int8`) is optional and not exact. These parts stay in float32, because
+errors grow from them or they take little time: the projections, the position convolution, attention
+and its output, and all of the stem but its second layer, which is half of it.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ _BLOCK_ROWS = 1 << 18
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """`F.scaled_dot_product_attention`, head by head in oneDNN's matrix products.
+    """Compute `F.scaled_dot_product_attention` head by head with oneDNN's matrix products.
 
-    (B, N, F, head_dim); attn_mask: what is added to the logits, broadcast to (B, N, F, F).
+    q, k, v: (B, N, F, head_dim); attn_mask: added to the logits, broadcast to (B, N, F, F).
     """
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
     n_clips, n_heads, n_frames, head_dim = q.shape
     q = q * head_dim**-0.5
-    heard = q.new_empty(n_clips, n_frames, n_heads, v.shape[3]).transpose(1, 2)
+    attended = q.new_empty(n_clips, n_frames, n_heads, v.shape[3]).transpose(1, 2)
     if attn_mask is not None:
         attn_mask = attn_mask.expand(n_clips, n_heads, n_frames, n_frames)
     for clip in range(n_clips):
@@ -52,8 +51,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> 
             logits = _linear(q[at], k[at].contiguous())
             if attn_mask is not None:
                 logits += attn_mask[at]
-            heard[at] = _linear(logits.softmax(1), v[at].T.contiguous())
-    return heard
+            attended[at] = _linear(logits.softmax(1), v[at].T.contiguous())
+    return attended
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -61,9 +60,9 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def pack(network: Wav2Vec2, int8: bool = False) -> Wav2Vec2:
-    """Replace the network's products by those of this module, in place, where that can be done.
+    """Replace the network's matrix products by packed ones, in place, where possible.
 
-    int8: those of the transformer's layers by integer ones, except attention's output.
+    int8: use integer products in the transformer layers, except attention's output.
     """
     for layer in network.layers:
         inner, attention = layer.feed_forward, layer.attention
@@ -102,15 +101,15 @@ class PackedPosition(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, F, H) -> (B, F, H)"""
+        """Apply to (B, F, H), to the same shape."""
         n_clips, n_frames, _ = x.shape
         x = F.pad(x, (0, 0, self.kernel // 2, self.kernel - self.kernel // 2))
         groups = []
         for group, product in zip(x.chunk(self.groups, dim=2), self.products, strict=True):
             rows, _, width = (group := group.contiguous()).shape
             shape = (rows, n_frames, self.kernel * width)
-            seen = group.as_strided(shape, (group.stride(0), width, 1))  # rows overlap
-            groups.append(product(seen.contiguous()))
+            windows = group.as_strided(shape, (group.stride(0), width, 1))  # rows overlap
+            groups.append(product(windows.contiguous()))
         return torch.cat(groups, dim=2).view(n_clips, n_frames, -1)
 
 
@@ -118,7 +117,7 @@ class TiledStem:
     """The stem of a network over one clip of any length, in tiles of frames."""
 
     def __init__(self, network: Wav2Vec2, int8: bool = False) -> None:
-        """int8: the second layer, half of the arithmetic, as an integer product."""
+        """Prepare the layers. int8: run the second one, half of the arithmetic, in integers."""
         self.config: Wav2Vec2Config = network.config
         self.layers = [TileLayer(layer, int8 and i == 1) for i, layer in enumerate(network.stem)]
         weight = network.stem[0].conv.weight
@@ -126,7 +125,7 @@ class TiledStem:
         self.frames = _TILE_FRAMES.get(self.device.type, 256)
 
     def __call__(self, wav: Tensor) -> Tensor:
-        """(T,) float32, at least one frame long -> (F, C)"""
+        """Apply to (T,) float32, at least one frame long: (F, C)."""
         wav = wav.to(self.device)
         if self.config.normalize_wav:
             wav = normalized(wav[None], torch.tensor([len(wav)], device=wav.device))[0]
@@ -154,24 +153,24 @@ class TileLayer:
         bias = None if layer.conv.bias is None else layer.conv.bias.detach()
         self.norm = layer.norm
         if isinstance(self.norm, GroupNorm):
-            self.weight = weight  # for `adapted`, which makes the product
+            self.weight = weight  # for `adapted`, which builds the product
             return
         gelu = self.norm is None
         self.product = Int8Linear(weight, bias, gelu) if int8 else _product(weight, bias, gelu)
 
     def adapted(self, wav: Tensor) -> TileLayer:
-        """This layer (the first one) with GroupNorm's statistics over all of `wav` folded in.
+        """Return this layer (the first) with GroupNorm's statistics over all of `wav` folded in.
 
         The mean and variance over time of a convolution's output follow from the mean and
-        covariance of the stretches of waveform that it sees.
+        covariance of its input windows.
         """
         if not isinstance(self.norm, GroupNorm):
             return self
-        seen = wav.unfold(0, self.kernel, self.stride)  # (T out, kernel)
-        blocks = seen.split(_BLOCK_ROWS)
-        mean = sum(block.double().sum(0) for block in blocks) / len(seen)
+        windows = wav.unfold(0, self.kernel, self.stride)  # (T out, kernel)
+        blocks = windows.split(_BLOCK_ROWS)
+        mean = sum(block.double().sum(0) for block in blocks) / len(windows)
         centred = (block - mean for block in blocks)
-        covariance = sum(block.T @ block for block in centred) / len(seen)
+        covariance = sum(block.T @ block for block in centred) / len(windows)
         weight = self.weight.double()
         variance = ((weight @ covariance) * weight).sum(1)
         scale = self.norm.weight.double() * torch.rsqrt(variance + 1e-5)
@@ -184,7 +183,7 @@ class TileLayer:
         return layer
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(T, C in) -> (T out, C out)"""
+        """Apply to (T, C in): (T out, C out)."""
         channels = x.shape[1]
         n_out = (len(x) - self.kernel) // self.stride + 1
         x = x.contiguous().as_strided(

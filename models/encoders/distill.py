@@ -1,9 +1,10 @@
-"""Training a smaller network to give what a larger one gives: DPHuBERT (Peng et al., 2023).
+"""Distillation of a network to a smaller one: DPHuBERT (Peng et al., 2023).
 
-Two phases. "prune": the student starts as the teacher with gates (`models.encoders.pruning`) and
-learns weights and gates together, while an augmented Lagrangian pulls its expected size to the
-target. Then it is pruned, and in "finetune" the dense rest learns on. In both, chosen hidden
-states of the student, through a linear projection, follow the teacher's: L1 and cosine.
+There are two phases. In "prune" the student starts as the teacher with gates
+(`models.encoders.pruning`) and learns weights and gates together, while an augmented Lagrangian
+moves its expected size to the target. Then it is pruned, and in "finetune" the dense network is
+trained further. In both, selected hidden states of the student, after a linear projection, are
+matched to the teacher's by L1 and cosine losses.
 
 Axes as in `models.encoders.wav2vec2`.
 """
@@ -45,23 +46,22 @@ _SHARES = (
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """How the student is trained. The defaults are those of DPHuBERT's published recipe.
+    """Settings of the distillation. The defaults are those of DPHuBERT's published recipe.
 
-    sparsity: share of the teacher's parameters (its final projection aside) to do without.
-    gates: what may be pruned.
-    layers: whose outputs are matched, 0 being what goes into the first layer; None: 0, the last,
-        and those a third and two thirds of the way up. Layer 0 has a projection of its own, the
-        others share one.
+    sparsity: share of the teacher's parameters to remove (without its final projection).
+    gates: kinds of parts that may be pruned.
+    layers: layers whose outputs are matched, 0 is the input of the first layer; None: 0, the last,
+        and those at a third and two thirds. Layer 0 has its own projection, the others share one.
     cosine: "raw" is minus the similarity, "log_sigmoid" DistilHuBERT's -log(sigmoid(similarity)).
-    gate_learning_rate: Adam moves a gate by about this much a step, and it has to move by about 6
+    gate_learning_rate: Adam moves a gate by about this much per step, and it must move by about 6
         to close. None: 0.02 as published, more in runs of less than 1500 steps.
     multiplier_learning_rate: of the two Lagrange multipliers. None: 0.02 as published, more in runs
-        of less than 7500 steps; where it is too small the sparsity overshoots.
+        of less than 7500 steps; if it is too small, the sparsity overshoots.
     dropout, layer_drop: of the student in training, after each block and of whole layers.
-    quant_noise: share of weight blocks left out in training (`models.encoders.quant_noise`).
+    quant_noise: share of weight blocks zeroed in training (`models.encoders.quant_noise`).
 
-    Learning rates rise linearly over the first `warmup` of a phase, then fall linearly to 0.
-    The target of the sparsity rises linearly over the first `sparsity_warmup` of the steps.
+    Learning rates rise linearly over the first `warmup` share of a phase, then fall linearly to 0.
+    The target sparsity rises linearly over the first `sparsity_warmup` share of the steps.
     """
 
     sparsity: float = 0.75
@@ -113,7 +113,7 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step saw. sparsity: as expected from the gates (in "finetune": as it is)."""
+    """Result of one step. sparsity: as expected from the gates (in "finetune": actual)."""
 
     loss: float
     l1: float
@@ -123,15 +123,15 @@ class StepReport:
 
 
 class Distillation:
-    """A student, its teacher, and the optimizer: all that one phase of training holds.
+    """One phase of training: student, teacher and optimizer.
 
-    `step` by step for `cfg.steps` (or `finetune_steps`), then `pruned` or `finished`.
+    Call `step` for `cfg.steps` (or `finetune_steps`) steps, then `pruned` or `finished`.
     """
 
     def __init__(
         self, teacher: Wav2Vec2, student: Wav2Vec2, cfg: DistillConfig, phase: Phase
     ) -> None:
-        """Takes `student` over: `gated_student` of the teacher, or what `pruned` gave."""
+        """Take over `student`: the result of `gated_student` or of `pruned`."""
         self.cfg, self.phase = cfg, phase
         self.teacher = teacher.eval().requires_grad_(False)
         self.student = student.train()
@@ -168,7 +168,7 @@ class Distillation:
         return torch.optim.AdamW(groups, lr=rate, weight_decay=0.0)
 
     def step(self, index: int, wavs: Tensor, num_samples: list[int]) -> StepReport:
-        """Learn from one padded batch (B, T). index: of this step in its phase, from 0."""
+        """Train on one padded batch (B, T). index: of this step in its phase, from 0."""
         cfg = self.cfg
         total, warmup = cfg.steps, cfg.warmup
         if self.phase == "finetune":
@@ -178,11 +178,11 @@ class Distillation:
 
         frames = [self.teacher.config.num_frames(n) for n in num_samples]
         with torch.no_grad():
-            wanted = self.teacher.hidden_states(self.teacher.features(wavs, num_samples), frames)
-        given = self.student.hidden_states(self.student.features(wavs, num_samples), frames)
-        mask = torch.arange(wanted[0].shape[1]) < torch.tensor(frames)[:, None]
+            targets = self.teacher.hidden_states(self.teacher.features(wavs, num_samples), frames)
+        states = self.student.hidden_states(self.student.features(wavs, num_samples), frames)
+        mask = torch.arange(targets[0].shape[1]) < torch.tensor(frames)[:, None]
         mask = mask.to(wavs.device)
-        l1, cosine = self._distances(given, wanted, mask)
+        l1, cosine = self._distances(states, targets, mask)
         loss = cfg.l1_weight * l1 + cfg.cosine_weight * cosine
 
         sparsity = 1 - expected_parameters(self.student) / self.full_size
@@ -194,39 +194,42 @@ class Distillation:
             penalty = self.multipliers[0] * gap + self.multipliers[1] * gap.square()
         self.optimizer.zero_grad()
         torch.autograd.backward(loss + penalty)
-        learnt = [p for group in self.optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(learnt, cfg.clip_norm)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, cfg.clip_norm)
         self.optimizer.step()
         loss_, l1_, cosine_, sparsity_ = torch.stack([loss, l1, cosine, sparsity]).tolist()
         return StepReport(loss_, l1_, cosine_, sparsity_, target)
 
     def _distances(
-        self, given: list[Tensor], wanted: list[Tensor], mask: Tensor
+        self, states: list[Tensor], targets: list[Tensor], mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Mean L1 and cosine loss over the layers and the frames that are there; scalars."""
+        """Compute mean L1 and cosine loss over layers and unpadded frames; scalars."""
         l1, cosine = [], []
         for layer in self.layers:
             projection = self.projections["first" if layer == 0 else "rest"]
-            ours, theirs = projection(given[layer][mask]), wanted[layer][mask]  # (frames, H)
-            l1.append(F.l1_loss(ours, theirs))
-            cosine.append(cosine_loss(ours, theirs, self.cfg.cosine))
+            state, target = projection(states[layer][mask]), targets[layer][mask]  # (frames, H)
+            l1.append(F.l1_loss(state, target))
+            cosine.append(cosine_loss(state, target, self.cfg.cosine))
         return torch.stack(l1).mean(), torch.stack(cosine).mean()
 
     def pruned(self) -> Wav2Vec2:
-        """The dense student that the gates leave. Raises ValueError as `prune` does."""
+        """Return the dense student after pruning by the gates.
+
+        Raises: ValueError: when a convolution would have no channels left.
+        """
         return prune(self._plain_student())
 
     @torch.no_grad()
     def finished(self) -> Wav2Vec2:
-        """The dense student as an encoder whose units stand for the teacher's, in their space.
+        """Return the dense student as an encoder whose units approximate the teacher's.
 
-        Its final projection is the one that training matched the last layer through, followed by
-        the teacher's own where that has one.
+        Its final projection is the one used to match the last layer in training, followed by the
+        teacher's own if it has one.
         """
         student = self._plain_student()
-        matched = self.projections["rest"]
-        assert isinstance(matched, nn.Linear)
-        weight, bias = matched.weight, matched.bias
+        projection = self.projections["rest"]
+        assert isinstance(projection, nn.Linear)
+        weight, bias = projection.weight, projection.bias
         if (after := self.teacher.final_projection) is not None:
             weight, bias = after.weight @ weight, after.weight @ bias + after.bias
         config = dataclasses.replace(student.config, project_dim=len(bias))
@@ -237,7 +240,7 @@ class Distillation:
         return network.eval()
 
     def _plain_student(self) -> Wav2Vec2:
-        """A copy with the gates, but without dropout and noise."""
+        """Return a copy with gates, without dropout and noise."""
         student = Wav2Vec2(self.student.config)
         if self.phase == "prune":
             add_gates(student, self.cfg.gates)
@@ -247,17 +250,17 @@ class Distillation:
         return student.to(self.multipliers.device)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, apart from its batch and random numbers."""
-        tensors = {f"learnt.{name}": p.detach() for name, p in self._learnt().items()}
-        for name, parameter in self._learnt().items():
+        """Return the state that the next step depends on, except its batch and random numbers."""
+        tensors = {f"learnt.{name}": p.detach() for name, p in self._parameters().items()}
+        for name, parameter in self._parameters().items():
             for kind, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{kind}.{name}"] = value
         return tensors
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave: a copy of it, all of its names and shapes as here."""
-        for name, parameter in self._learnt().items():
+        """Resume from the output of `state`, which is copied."""
+        for name, parameter in self._parameters().items():
             parameter.copy_(tensors[f"learnt.{name}"])
             moments = {
                 kind: tensors[f"optimizer.{kind}.{name}"].to(
@@ -269,7 +272,7 @@ class Distillation:
             if moments:
                 self.optimizer.state[parameter] = moments
 
-    def _learnt(self) -> dict[str, nn.Parameter]:
+    def _parameters(self) -> dict[str, nn.Parameter]:
         return {
             **{f"student.{name}": p for name, p in self.student.named_parameters()},
             **{f"projections.{name}": p for name, p in self.projections.named_parameters()},
@@ -278,9 +281,9 @@ class Distillation:
 
 
 def gated_student(teacher: Wav2Vec2, cfg: DistillConfig) -> Wav2Vec2:
-    """The teacher's copy with gates, without its final projection. Draws the gates' start.
+    """Copy the teacher with randomly initialised gates and without its final projection.
 
-    Raises ValueError where no choice of gates gives `cfg.sparsity`.
+    Raises: ValueError: when the gates cannot reach `cfg.sparsity`.
     """
     student = copy.deepcopy(teacher).requires_grad_(True)
     student.final_projection = None
@@ -294,48 +297,51 @@ def gated_student(teacher: Wav2Vec2, cfg: DistillConfig) -> Wav2Vec2:
         most = 1 - float(expected_parameters(closed)) / _size_without_projection(teacher)
     if cfg.sparsity > 0.98 * most:
         raise ValueError(
-            f"a sparsity of {cfg.sparsity:g} is out of reach: with everything closed that "
-            f"{', '.join(cfg.gates)} can close, it is {most:.3f}"
+            f"sparsity is {cfg.sparsity:g}; with the gates {', '.join(cfg.gates)} all closed it is "
+            f"only {most:.3f}"
         )
     return student
 
 
 def default_layers(n_layers: int) -> tuple[int, ...]:
-    """0, the last, and those a third and two thirds of the way up: 0, 4, 8, 12 of 12."""
+    """Return 0, the last layer, and those at a third and two thirds: 0, 4, 8, 12 of 12."""
     return tuple(sorted({round(n_layers * i / 3) for i in range(4)}))
 
 
 def check_layers(layers: tuple[int, ...], n_layers: int) -> None:
-    """Raises ValueError unless all are there, in order, the last one among them."""
+    """Check the layers to match.
+
+    Raises: ValueError: when they do not rise from 0 or more to the last layer.
+    """
     if list(layers) != sorted(set(layers)) or layers[-1:] != (n_layers,) or layers[0] < 0:
         raise ValueError(
-            f"the layers to match are {', '.join(map(str, layers))}; they must rise from 0 or more "
-            f"to the last one, {n_layers}"
+            f"layers is {', '.join(map(str, layers))}; it must rise from 0 or more to the last "
+            f"layer, {n_layers}"
         )
 
 
 def target_sparsity(index: int, cfg: DistillConfig) -> float:
-    """The target at step `index` of phase "prune": rises linearly, then stays."""
+    """Return the target at step `index` of phase "prune": it rises linearly, then is constant."""
     return cfg.sparsity * min(1.0, index / max(1.0, cfg.sparsity_warmup * cfg.steps))
 
 
 def rate_factor(index: int, total: int, warmup: float) -> float:
-    """What a learning rate is multiplied by: linear from 0 to 1, linear to 0 after step `total`."""
+    """Return the factor of a learning rate: linear warm-up to 1, then linear to 0 at `total`."""
     rising = max(1.0, warmup * total)
     return min((index + 1) / rising, max(0.0, (total - index) / max(1.0, total - rising)))
 
 
-def cosine_loss(ours: Tensor, theirs: Tensor, kind: Literal["raw", "log_sigmoid"]) -> Tensor:
-    """(N, H) against (N, H): smallest where all point the same way. A scalar."""
-    similarity = F.cosine_similarity(ours, theirs, dim=-1)
+def cosine_loss(states: Tensor, targets: Tensor, kind: Literal["raw", "log_sigmoid"]) -> Tensor:
+    """Compute the cosine loss () of states (N, H) and targets (N, H)."""
+    similarity = F.cosine_similarity(states, targets, dim=-1)
     return -(similarity if kind == "raw" else F.logsigmoid(similarity)).mean()
 
 
 def _betas(steps: int) -> tuple[float, float]:
-    """Adam's memory for gates and multipliers: 10 and 1000 of 50 000 steps, as published.
+    """Return Adam's betas for gates and multipliers: a memory of 10 and 1000 of 50 000 steps.
 
-    In a shorter run it is shorter, or closed gates would remember the pull that closed them to the
-    end, and the sparsity would overshoot.
+    In a shorter run the memory is shorter. Otherwise closed gates would keep the momentum that
+    closed them until the end, and the sparsity would overshoot.
     """
     share = steps / 50_000
     first, second = max(2.0, min(1.0, share) * 10), max(10.0, min(1.0, share) * 1000)

@@ -1,4 +1,4 @@
-"""What every encoder is: waveform in, a sequence of units out."""
+"""The interface of encoders: waveforms to sequences of units."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-DType = Literal["float32", "float16", "bfloat16"]  # what a network computes in
+DType = Literal["float32", "float16", "bfloat16"]  # precision of a network
 
 
 class Encoder(Protocol):
-    """Turns speech or singing into units, D numbers a frame.
+    """Encoder of speech or singing to units, D values per frame.
 
-    Frame i starts at sample i * hop_length; how many frames a clip has, and how far one reaches,
-    is the encoder's own rule, which its docstring states. Every clip of one sample or more has one.
+    Frame i starts at sample i * hop_length. The number of frames and the reach of a frame depend on
+    the encoder; its docstring states them. Every clip of one sample or more has at least one frame.
     """
 
     @property
@@ -24,7 +24,7 @@ class Encoder(Protocol):
     def sample_rate(self) -> int: ...
     @property
     def hop_length(self) -> int:
-        """Samples at `sample_rate` from one frame to the next."""
+        """Samples at `sample_rate` between frames."""
         ...
 
     @property
@@ -33,23 +33,26 @@ class Encoder(Protocol):
         ...
 
     def encode(self, wavs: Sequence[Tensor]) -> list[Tensor]:
-        """Units of each clip: (T,) float32 at `sample_rate`, on any device -> float32 CPU (F, D).
+        """Encode clips: (T,) float32 at `sample_rate`, on any device -> float32 CPU (F, D).
 
-        Exact: a clip's numbers depend on that clip alone, never on the others in the call. An
-        encoder that batches plans its batches in here (clips sorted by length, padding masked, a
-        batch that does not fit in memory split), and the caller hands over all the clips it has.
+        Exact: the units of a clip depend on that clip only, never on the others in the call. The
+        caller passes all clips that it has, and an encoder that batches plans its batches itself
+        (clips sorted by length, padding masked, a batch that does not fit in memory split).
 
-        Raises ValueError for a clip that `checked` refuses.
+        Raises: ValueError: when `check_clips` refuses a clip.
         """
         ...
 
 
-def checked(wavs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """`wavs`, if an encoder can take them: float32 (T,), not empty, finite; ValueError if not."""
+def check_clips(wavs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return `wavs` unchanged if all are float32 (T,), not empty and finite.
+
+    Raises: ValueError: when a clip is not.
+    """
     for i, wav in enumerate(wavs):
         if wav.ndim != 1 or wav.dtype != torch.float32:
             raise ValueError(
-                f"clip {i} is {tuple(wav.shape)} {wav.dtype}; an encoder takes (T,) float32"
+                f"clip {i} is {tuple(wav.shape)} {wav.dtype}; an encoder needs (T,) float32"
             )
         if len(wav) == 0:
             raise ValueError(f"clip {i} has no samples")

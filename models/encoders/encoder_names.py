@@ -1,4 +1,4 @@
-"""Which file is which: the encoders' names, and files that are none of them."""
+"""Names of encoders, and recognition of files of other kinds."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Family = Literal["hubert", "wavlm", "hubert-soft", "dphubert", "dpwavlm"]
 
 @dataclass(frozen=True, kw_only=True)
 class Name:
-    """What the name of an encoder states.
+    """Properties that the name of an encoder implies.
 
-    width: of the published network it is named after. A file of another published width is another
-    encoder's; a width that nobody published (a network of one's own) is taken as it is. None: any.
-    layers: after how many layers its units are taken, without any norm; None: all, with the norm.
-    project: whether they go through the file's final projection, to `dim` numbers if published;
-    None: where it has one.
-    normalize_wav: None: as the file states.
+    width: of the published network. A file of another published width belongs to another encoder;
+    an unpublished width (a custom network) is accepted. None: any.
+    layers: number of layers before the units, without a norm; None: all, with the final norm.
+    project: units go through the file's final projection, to the width `dim` in published files;
+    None: if the file has one.
+    normalize_wav: None: as in the file.
     """
 
     families: tuple[Family, ...]
@@ -60,24 +60,24 @@ FAMILIES: dict[Family, str] = {
 
 
 def fits(name: Name, family: Family, width: int) -> bool:
-    """Whether a file of this family and width can be what `name` says."""
+    """Check whether a file of this family and width fits the name."""
     right_width = name.width in (None, width) or width not in PUBLISHED_WIDTHS
     return family in name.families and right_width
 
 
 def names_for(family: Family, width: int) -> list[str]:
-    """Every name that such a file serves."""
+    """Return all names that a file of this family and width fits."""
     return [name for name, what in NAMES.items() if fits(what, family, width)]
 
 
 WHISPER = "a Whisper, for whisper-ppg or whisper-ppg-large"
 
-# A key that only such files have (at its start), and what they are.
-_STRANGERS = (
+# Prefixes of keys that identify other files, and the kind of those files.
+_OTHER_KINDS = (
     ("encoder.blocks.0.attn.query", WHISPER),
     ("encoder.embed_positions", WHISPER),
     ("model.encoder.embed_positions", WHISPER),
-    ("quantizer.", "a wav2vec 2.0 in pre-training, which is no encoder here"),
+    ("quantizer.", "a wav2vec 2.0 in pre-training, which is not supported"),
     ("enc_p.", "a voice model (so-vits-svc's G_*.pth or RVC's), not an encoder"),
     ("enc_q.", "a voice model (so-vits-svc's G_*.pth or RVC's), not an encoder"),
     ("dec.conv_pre", "a voice model (so-vits-svc's G_*.pth or RVC's), not an encoder"),
@@ -93,22 +93,22 @@ _STRANGERS = (
 )
 
 
-def stranger(keys: Iterable[str]) -> str | None:
-    """What a file with these keys is, if it is a known one of another kind."""
+def other_kind(keys: Iterable[str]) -> str | None:
+    """Return the kind of a file with these keys if it is known and not an encoder, else None."""
     keys = list(keys)
-    for start, what in _STRANGERS:
+    for start, what in _OTHER_KINDS:
         if any(key.removeprefix("module.").startswith(start) for key in keys):
             return what
     if any("hard_concrete" in key for key in keys):
-        return "a DPHuBERT still with its gates: prune it first"
+        return "a DPHuBERT with its gates: prune it first"
     return None
 
 
-def stranger_by_config(config: Mapping[str, Any]) -> str | None:
-    """What a folder is whose config.json names another model."""
+def other_kind_by_config(config: Mapping[str, Any]) -> str | None:
+    """Return the kind of a folder whose config.json names another model, else None."""
     kind = config.get("model_type")
     if kind in (None, "hubert", "wavlm"):
         return None
     if kind == "whisper":
         return WHISPER
-    return f"a Hugging Face model of type {kind}, which is no encoder here"
+    return f"a Hugging Face model of type {kind}, which is not supported"

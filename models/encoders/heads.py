@@ -1,15 +1,15 @@
-"""What stands on the network once it is fine-tuned: x-vector, frame and clip classes, CTC.
+"""Heads of fine-tuned networks: x-vector, frame and clip classification, CTC.
 
-The heads of WavLM and its kin as transformers has them, on the network of
-`models.encoders.wav2vec2`. Ours rather than transformers' own models, because those are inexact
-where clips of different lengths share a batch (the stem's norm sees the padding, and the x-vector
-counts frames as if its convolutions were not dilated: vectors of deviation 0.14 are off by 0.035),
-need transformers at run time, and take 1.6 times the processor time. `load_head` reads the folders
-that transformers writes; parameters have the names they have there, and one clip alone gives what
-it gives there.
+The heads of WavLM and related models in transformers, on the network of `models.encoders.wav2vec2`.
+The models in transformers are inexact for batches of clips of different lengths (the stem's norm
+includes the padding, and the x-vector counts frames as if its convolutions were not dilated:
+vectors with a standard deviation of 0.14 are off by 0.035), need transformers at run time, and take
+1.6 times the processor time. `load_head` reads the folders of transformers; parameter names are the
+same as there, and a single clip gives the same result.
 
-In one case transformers 5 differs from the release that the checkpoints were trained with: the sum
-over layers of a pre-norm network takes its last layer without the final norm. Here it has it.
+In one case transformers 5 differs from the release that the checkpoints were trained with: its sum
+over the layers of a pre-norm network takes the last layer without the final norm. Here it has the
+norm.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.checkpoint import CheckpointError, json_beside, load_weights
+from models.checkpoint import CheckpointError, load_weights, sibling_json
 from models.encoders.adapter import Adapter
 from models.encoders.layouts import read_encoder_file
 from models.encoders.layouts.key_layouts import HUGGING_FACE
@@ -34,10 +34,10 @@ _PREPROCESSOR = "preprocessor_config.json"
 _DILATION_OF_WAVLM = (1, 2, 3, 1, 1)
 
 
-class Headed(nn.Module):
-    """A network and a head on it.
+class HeadedNetwork(nn.Module):
+    """A network with a head.
 
-    normalize_wav: each clip is `standardized` first.
+    normalize_wav: apply `standardized` to each clip first.
     """
 
     def __init__(self, network: Wav2Vec2, head: Head, normalize_wav: bool = False) -> None:
@@ -45,7 +45,7 @@ class Headed(nn.Module):
         self.network, self.head, self.normalize_wav = network, head, normalize_wav
 
     def forward(self, wavs: Tensor, num_samples: list[int] | None = None) -> Any:
-        """What the head gives for (B, T); num_samples as in `Wav2Vec2.forward`."""
+        """Return the head's output for (B, T); num_samples as in `Wav2Vec2.forward`."""
         num_samples = num_samples or [wavs.shape[1]] * len(wavs)
         if self.normalize_wav:
             wavs = standardized(wavs, num_samples)
@@ -54,15 +54,15 @@ class Headed(nn.Module):
 
 
 def standardized(wavs: Tensor, num_samples: Sequence[int]) -> Tensor:
-    """(B, T), mean 0 and variance 1 of each clip over its own samples, as transformers does it.
+    """Normalise each clip (B, T) to mean 0 and variance 1 over its own samples, as transformers.
 
-    Its epsilon is 1e-7, where fairseq's is 1e-5: it tells in quiet clips.
+    The epsilon is 1e-7, fairseq's is 1e-5, which makes a difference in quiet clips.
     """
     return normalized(wavs, torch.tensor(num_samples, device=wavs.device), 1e-7)
 
 
 class LayerSum(Wav2Vec2):
-    """The network, its output a learnt mean of what enters the first layer and leaves each."""
+    """A network that returns a learnt mean of the first layer's input and all layers' outputs."""
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__(config)
@@ -70,7 +70,7 @@ class LayerSum(Wav2Vec2):
         self.layer_weights = nn.Parameter(torch.full((n,), 1 / n))
 
     def context(self, features: Tensor, num_frames: list[int]) -> Tensor:
-        """(B, F, C) -> (B, F, H)"""
+        """Map features (B, F, C) to (B, F, H)."""
         shares = self.layer_weights.softmax(0).unbind()
         states = self.hidden_states(features, num_frames)
         x = shares[0] * states[0]
@@ -80,16 +80,16 @@ class LayerSum(Wav2Vec2):
 
 
 class XVectorHead(nn.Module):
-    """A speaker's vector for each clip: time-delay layers, statistics over the clip, a projection.
+    """X-vector head: time-delay layers, statistics over the clip, a projection.
 
-    Snyder et al. (2018). A clip needs `min_frames` frames, so that two of the time-delay layers'
-    are there to have a deviation.
+    Snyder et al. (2018). A clip needs `min_frames` frames, so that the time-delay layers return two
+    frames and their standard deviation exists.
     """
 
     def __init__(
         self, width: int, layers: Sequence[tuple[int, int, int]], dim: int, speakers: int
     ) -> None:
-        """layers: (channels, kernel, dilation) of each. speakers: those of training."""
+        """Build the head. layers: (channels, kernel, dilation) of each. speakers: in training."""
         super().__init__()
         channels = [layers[0][0], *(c for c, _, _ in layers)]
         self.projector = nn.Linear(width, channels[0])
@@ -103,7 +103,7 @@ class XVectorHead(nn.Module):
 
     @property
     def dim(self) -> int:
-        """E of the vector."""
+        """Width E of the vector."""
         return self.feature_extractor.out_features
 
     @property
@@ -111,10 +111,13 @@ class XVectorHead(nn.Module):
         return self.lost_frames + 2
 
     def forward(self, x: Tensor, num_frames: Sequence[int]) -> Tensor:
-        """(B, F, H) -> (B, E), not normalised. Raises ValueError for a clip of too few frames."""
+        """Embed (B, F, H) as (B, E), not normalised.
+
+        Raises: ValueError: when a clip has too few frames.
+        """
         if min(num_frames) < self.min_frames:
             raise ValueError(
-                f"an x-vector needs {self.min_frames} frames, and a clip has {min(num_frames)}"
+                f"an x-vector needs {self.min_frames} frames, but a clip has {min(num_frames)}"
             )
         x = self.projector(x)
         for layer in self.tdnn:
@@ -124,12 +127,12 @@ class XVectorHead(nn.Module):
         return self.feature_extractor(torch.stack(statistics).to(x))
 
     def loss(self, vectors: Tensor, speakers: Tensor) -> Tensor:
-        """Of what `forward` gave, (B, E), for the true speakers, (B,) int64 -> ()."""
+        """Compute the loss () of vectors (B, E) of `forward` for true speakers (B,) int64."""
         return self.objective(self.classifier(vectors), speakers)
 
 
 class TimeDelayLayer(nn.Module):
-    """A dilated convolution over frames, and ReLU. Its weight is stored as a linear layer's."""
+    """A dilated convolution over frames with ReLU. Its weight is stored as a linear layer's."""
 
     def __init__(self, n_in: int, n_out: int, kernel: int, dilation: int) -> None:
         super().__init__()
@@ -137,14 +140,14 @@ class TimeDelayLayer(nn.Module):
         self.kernel = nn.Linear(n_in * kernel, n_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, F, n_in) -> (B, F - (kernel - 1) * dilation, n_out)"""
+        """Map (B, F, n_in) to (B, F - (kernel - 1) * dilation, n_out)."""
         weight = self.kernel.weight.unflatten(1, (self.size, -1)).transpose(1, 2)
         x = F.conv1d(x.transpose(1, 2), weight, self.kernel.bias, dilation=self.dilation)
         return F.relu(x).transpose(1, 2)
 
 
 class AdditiveMarginSoftmax(nn.Module):
-    """Cross-entropy of scaled cosines, the true speaker's less a margin: Wang et al. (2018)."""
+    """Cross-entropy of scaled cosines with a margin for the true speaker: Wang et al. (2018)."""
 
     def __init__(self, dim: int, speakers: int, scale: float = 30.0, margin: float = 0.4) -> None:
         super().__init__()
@@ -152,26 +155,26 @@ class AdditiveMarginSoftmax(nn.Module):
         self.weight = nn.Parameter(torch.randn(dim, speakers))
 
     def forward(self, x: Tensor, speakers: Tensor) -> Tensor:
-        """(B, E), (B,) int64 -> ()"""
+        """Compute the loss () of vectors (B, E) and speakers (B,) int64."""
         cosine = F.normalize(x, dim=1) @ F.normalize(self.weight, dim=0)  # (B, S)
         margin = self.margin * F.one_hot(speakers, cosine.shape[1])
         return F.cross_entropy(self.scale * (cosine - margin), speakers)
 
 
 class FrameHead(nn.Module):
-    """Scores of each class for each frame, such as who of several speaks."""
+    """Frame classification head, for example for speaker diarization."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
         self.classifier = nn.Linear(width, classes)
 
     def forward(self, x: Tensor, num_frames: Sequence[int]) -> Tensor:
-        """(B, F, H) -> logits (B, F, classes); beyond a clip's own frames they mean nothing."""
+        """Map (B, F, H) to logits (B, F, classes); undefined beyond a clip's own frames."""
         return self.classifier(x)
 
 
 class ClipHead(nn.Module):
-    """Scores of each class for each clip, from the mean over its own frames."""
+    """Clip classification head, from the mean over a clip's own frames."""
 
     def __init__(self, width: int, inner: int, classes: int) -> None:
         super().__init__()
@@ -179,14 +182,14 @@ class ClipHead(nn.Module):
         self.classifier = nn.Linear(inner, classes)
 
     def forward(self, x: Tensor, num_frames: Sequence[int]) -> Tensor:
-        """(B, F, H) -> logits (B, classes)"""
+        """Map (B, F, H) to logits (B, classes)."""
         x = self.projector(x)
         means = [row[:n].mean(0) for row, n in zip(x, num_frames, strict=True)]
         return self.classifier(torch.stack(means))
 
 
 class CtcHead(nn.Module):
-    """Scores of each token for each frame (Graves et al., 2006), the frames thinned out or not."""
+    """CTC head (Graves et al., 2006): logits of tokens per frame, optionally after an adapter."""
 
     def __init__(
         self,
@@ -199,7 +202,7 @@ class CtcHead(nn.Module):
         reduction: str = "mean",
         zero_infinity: bool = False,
     ) -> None:
-        """width: of what the adapter gives, or the network where there is none.
+        """Build the head. width: of the adapter's output, or of the network without one.
 
         reduction: "mean" or "sum" of the clips' losses. zero_infinity: a clip with fewer frames
         than tokens counts 0.
@@ -211,14 +214,14 @@ class CtcHead(nn.Module):
         self.blank, self.reduction, self.zero_infinity = blank, reduction, zero_infinity
 
     def forward(self, x: Tensor, num_frames: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """(B, F, H) -> logits (B, F', tokens), and how many frames of them each clip has."""
+        """Map (B, F, H) to logits (B, F', tokens) and the frames of each clip."""
         frames = list(num_frames)
         if self.adapter is not None:
             x, frames = self.adapter(x, frames)
         return self.lm_head(self.dropout(x)), frames
 
     def loss(self, logits: Tensor, num_frames: Sequence[int], tokens: Tensor) -> Tensor:
-        """Of what `forward` gave, for the true tokens, (B, L) int64, below 0 where padded -> ()."""
+        """Compute the loss () of logits for true tokens (B, L) int64, below 0 in padding."""
         return F.ctc_loss(
             logits.float().log_softmax(2).transpose(0, 1),
             tokens[tokens >= 0],
@@ -233,17 +236,19 @@ class CtcHead(nn.Module):
 Head = XVectorHead | FrameHead | ClipHead | CtcHead
 
 
-def load_head(path: str | Path, *, normalize_wav: bool | None = None, seed: int = 0) -> Headed:
-    """A fine-tuned WavLM or HuBERT that transformers wrote: evaluation mode, float32, on the CPU.
+def load_head(
+    path: str | Path, *, normalize_wav: bool | None = None, seed: int = 0
+) -> HeadedNetwork:
+    """Load a fine-tuned WavLM or HuBERT of transformers, in evaluation mode, float32, on the CPU.
 
-    path: its folder, or the weight file in it. Which head it has is told by its parameters; every
-    one must be there, and no other.
+    path: its folder, or the weights file in it. The parameters determine the head; all of them
+    must be present, and no other.
 
-    normalize_wav: None: what preprocessor_config.json says. seed: of what training draws, the
-    masked spans and the adapter's omitted layers.
+    normalize_wav: None: as in preprocessor_config.json. seed: of the masked spans and the adapter's
+    skipped layers in training.
 
-    Raises CheckpointError for a network without such a head, or with other parameters than its
-    configuration asks for.
+    Raises: CheckpointError: when the network has no such head, or parameters that do not match its
+    configuration.
     """
     path = Path(path)
     backbone, state = read_encoder_file(path).take(normalize_wav=False)
@@ -251,8 +256,8 @@ def load_head(path: str | Path, *, normalize_wav: bool | None = None, seed: int 
     rng = np.random.RandomState(seed)
     content, _ = load_weights(path)
     tensors = {k: t for k, t in content.items() if isinstance(t, Tensor)}
-    mark = HUGGING_FACE.signature
-    prefix = next((k.removesuffix(mark) for k in tensors if k.endswith(mark)), "")
+    signature = HUGGING_FACE.signature
+    prefix = next((k.removesuffix(signature) for k in tensors if k.endswith(signature)), "")
     outer = {k: t for k, t in tensors.items() if not k.startswith(prefix)}
     adapter = f"{prefix}adapter."
     outer |= {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(adapter)}
@@ -260,21 +265,21 @@ def load_head(path: str | Path, *, normalize_wav: bool | None = None, seed: int 
     head = _head_of(config, backbone.width, outer, path, rng)
     layer_sum = config.get("use_weighted_layer_sum") and not isinstance(head, CtcHead)
     network = (LayerSum if layer_sum else Wav2Vec2)(backbone)
-    wanted = head.state_dict()
+    expected = head.state_dict()
     if isinstance(network, LayerSum):
-        wanted["layer_weights"] = network.layer_weights
-    _check(wanted, outer, path)
+        expected["layer_weights"] = network.layer_weights
+    _check(expected, outer, path)
     if isinstance(network, LayerSum):
         state["layer_weights"] = outer.pop("layer_weights")
     network.load_state_dict(state)
     head.load_state_dict(outer)
-    masked = tensors.get(f"{prefix}masked_spec_embed")
-    if masked is not None and config.get("apply_spec_augment", True):
+    mask_embedding = tensors.get(f"{prefix}masked_spec_embed")
+    if mask_embedding is not None and config.get("apply_spec_augment", True):
         network.masking = SpecAugment(_masking_of(config), backbone.width, rng)
-        network.masking.load_state_dict({"embedding": masked})
+        network.masking.load_state_dict({"embedding": mask_embedding})
     if normalize_wav is None:
         normalize_wav = bool(_required_json(path, _PREPROCESSOR).get("do_normalize", True))
-    return Headed(network, head, normalize_wav).eval()
+    return HeadedNetwork(network, head, normalize_wav).eval()
 
 
 def _head_of(
@@ -284,7 +289,7 @@ def _head_of(
     path: Path,
     rng: np.random.RandomState,
 ) -> Head:
-    """The head that has these parameters, not yet loaded."""
+    """Build the head for these parameters, without loading them."""
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
     try:
         if "lm_head.weight" in shapes:
@@ -312,21 +317,21 @@ def _head_of(
     except CheckpointError:
         raise
     except (ValueError, IndexError, TypeError) as error:
-        raise CheckpointError(f"{path} has a head of impossible shape: {error}") from error
+        raise CheckpointError(f"{path} has a head of an invalid shape: {error}") from error
     raise CheckpointError(
-        f"{path} has no head: neither an x-vector's (tdnn), nor a classifier, nor CTC's (lm_head)"
+        f"{path} has no head: no x-vector head (tdnn), classifier or CTC head (lm_head)"
     )
 
 
 def _time_delays_of(
     config: dict[str, Any], shapes: Mapping[str, torch.Size], path: Path
 ) -> list[tuple[int, int, int]]:
-    """(channels, kernel, dilation) of each layer, for which only the dilation needs the config."""
+    """Return (channels, kernel, dilation) of each layer; only the dilation is in the config."""
     n = sum(key.startswith("tdnn.") and key.endswith(".kernel.weight") for key in shapes)
     dilation = config.get("tdnn_dilation") or _DILATION_OF_WAVLM
     if len(dilation) != n:
         raise CheckpointError(
-            f"{path} has {n} time-delay layers and its config.json {len(dilation)} dilations"
+            f"{path} has {n} time-delay layers, but its config.json has {len(dilation)} dilations"
         )
     layers = []
     n_in = shapes["projector.weight"][0]
@@ -360,23 +365,23 @@ def _masking_of(config: dict[str, Any]) -> SpecAugmentConfig:
     )
 
 
-def _check(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], path: Path) -> None:
-    """Every parameter is there, in its shape, and no other."""
-    for key in sorted(wanted.keys() | given.keys()):
-        if key not in given:
+def _check(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Check that exactly the expected parameters are present, with their shapes."""
+    for key in sorted(expected.keys() | tensors.keys()):
+        if key not in tensors:
             raise CheckpointError(f"{path} lacks the parameter {key!r}")
-        if key not in wanted:
-            raise CheckpointError(f"{path} has the parameter {key!r}, which its head has not")
-        if given[key].shape != wanted[key].shape:
+        if key not in expected:
+            raise CheckpointError(f"{path} has the unknown parameter {key!r}")
+        if tensors[key].shape != expected[key].shape:
             raise CheckpointError(
-                f"{path} has {key!r} in shape {tuple(given[key].shape)}, "
-                f"where {tuple(wanted[key].shape)} is right"
+                f"{path} has {key!r} of shape {tuple(tensors[key].shape)}; "
+                f"it must be {tuple(expected[key].shape)}"
             )
 
 
 def _required_json(path: Path, name: str) -> dict[str, Any]:
-    content = json_beside(path, name)
+    content = sibling_json(path, name)
     if not content:
         folder = path if path.is_dir() else path.parent
-        raise CheckpointError(f"{folder / name} is missing or empty: copy it there")
+        raise CheckpointError(f"{folder / name} is missing or empty: copy it from the source")
     return content

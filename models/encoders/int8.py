@@ -1,12 +1,12 @@
-"""Linear layers in 8-bit integers on a CPU: some four times as fast as in float32, and not exact.
+"""Linear layers in 8-bit integers on a CPU: about four times as fast as float32, and not exact.
 
-Weights are symmetric, with a scale for each output (made once). Inputs are quantised as they come,
-each row (a frame) from its own smallest to its own largest number, so that what a clip gives never
+Weights are quantised once, symmetrically, with one scale per output. Inputs are quantised per call,
+each row (a frame) from its own minimum to its own maximum, so that the result of a clip never
 depends on another clip. With x = lo + step * q and w = scale * v,
 
     x w = step * scale * sum(q v) + lo * scale * sum(v)
 
-where the first sum is oneDNN's integer product and the last one is known beforehand.
+where the first sum is oneDNN's integer product and the last one is precomputed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 
 class Int8Linear(nn.Module):
-    """`nn.Linear` for inference, and GELU after it if asked for."""
+    """`nn.Linear` for inference, optionally followed by GELU."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> None:
-        """weight: (n_out, n_in), float32, on the CPU."""
+        """Quantise weight (n_out, n_in), float32, on the CPU."""
         super().__init__()
         weight = weight.detach()
         self.n_out = len(weight)
@@ -33,11 +33,11 @@ class Int8Linear(nn.Module):
         self.gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., n_in) -> (..., n_out)"""
+        """Apply to (..., n_in): (..., n_out)."""
         rows = x.reshape(-1, x.shape[-1])
         lo = rows.amin(1, keepdim=True)
         step = (rows.amax(1, keepdim=True) - lo).clamp_min_(1e-30) / 255
-        # Through int8 since that cast is vectorised; the topmost bit turned over makes it unsigned.
+        # Through int8, because that cast is vectorised; flipping the top bit makes it unsigned.
         q = (rows - (lo + 128 * step)).mul_(1 / step).round_().to(torch.int8)
         q = q.view(torch.uint8).bitwise_xor_(128)
         product = _product(q, self.weight, self.scale, self.zeros)
@@ -46,33 +46,36 @@ class Int8Linear(nn.Module):
 
 
 def _product(q: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
-    """(rows, n_in) uint8, packed int8 weight -> (rows, n_out) float32, times the outputs' scale."""
+    """Multiply (rows, n_in) uint8 by a packed int8 weight: (rows, n_out) float32, scaled."""
     return torch.ops.onednn.qlinear_pointwise(
         q, 1.0, 0, weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
 
 
 def require_int8(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises ValueError where int8 cannot be had: on a GPU, in another dtype, on an old CPU."""
+    """Check that int8 is supported.
+
+    Raises: ValueError: when the device is a GPU or an old CPU, or the dtype is not float32.
+    """
     if device.type != "cpu":
-        raise ValueError(f"encoder.int8 works on a CPU alone, not on {device}: leave it out there")
+        raise ValueError(f"encoder.int8 works only on a CPU, not on {device}: leave it out")
     if dtype != torch.float32:
         name = str(dtype).removeprefix("torch.")
         raise ValueError(f"encoder.int8 works with encoder.dtype=float32, not with {name}")
     if not _is_exact():
         raise ValueError(
-            "encoder.int8 needs a build of PyTorch with oneDNN and a CPU with 8-bit dot products "
-            "(AVX-512 VNNI): leave it out here"
+            "encoder.int8 needs PyTorch with oneDNN and a CPU with 8-bit dot products "
+            "(AVX-512 VNNI): leave it out"
         )
 
 
 def _is_exact() -> bool:
-    """The integer product exists and its sums do not saturate, as they do on a CPU without VNNI."""
+    """Check that the integer product exists and does not saturate, as on a CPU without VNNI."""
     try:
         weight = torch.full((16, 64), 127, dtype=torch.int8)
         weight = torch.ops.onednn.qlinear_prepack(weight, None)
         q = torch.full((4, 64), 255, dtype=torch.uint8)
-        found = _product(q, weight, torch.ones(16), torch.zeros(16, dtype=torch.int32))
+        product = _product(q, weight, torch.ones(16), torch.zeros(16, dtype=torch.int32))
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
-    return bool((found == 64 * 255 * 127).all())
+    return bool((product == 64 * 255 * 127).all())

@@ -1,4 +1,4 @@
-"""k-means of more frames than fit in memory: they come in batches, as often as one likes."""
+"""k-means of more frames than fit in memory, in batches and any number of passes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from models.encoders.codebook import nearest
 
 
 class KMeans:
-    """Centres that move by minibatches or by whole passes (Lloyd).
+    """k-means by minibatches or by whole passes (Lloyd).
 
-    Batches are float32 CPU (N, D). Distances are computed on `device`, sums on the CPU in float64;
-    since `nearest` is exact, they move alike on every device.
+    Batches are float32 CPU (N, D). Distances are computed on `device`, sums on the CPU in float64.
+    `nearest` is exact, so the centres are the same on every device.
 
     centroids: float32 CPU (K, D).
     """
@@ -22,7 +22,7 @@ class KMeans:
     def __init__(self, centroids: Tensor, device: str | torch.device = "cpu") -> None:
         self.device = torch.device(device)
         self._centres = centroids.double().cpu().clone()
-        self._seen = torch.zeros(len(centroids), dtype=torch.int64)  # frames that moved a centre
+        self._seen = torch.zeros(len(centroids), dtype=torch.int64)  # frames used by each centre
         self._refresh()
         self.start_pass()
 
@@ -31,14 +31,17 @@ class KMeans:
         self._on_device = self.centroids.to(self.device)
 
     def start_pass(self) -> None:
-        """Forget what `minibatch` and `collect` counted."""
-        self.counts = torch.zeros(len(self.centroids), dtype=torch.int64)  # frames by centre
+        """Reset the counts of `minibatch` and `collect`."""
+        self.counts = torch.zeros(len(self.centroids), dtype=torch.int64)  # frames of each centre
         self.inertia = 0.0  # sum of the squared distances to the nearest centres
         self._sums = torch.zeros_like(self._centres)
 
     def minibatch(self, frames: Tensor) -> None:
-        """Move the centres towards the means of their frames in a batch, each centre more slowly
-        the more frames it has seen (Sculley 2010, algorithm 1, with one step a batch)."""
+        """Move the centres towards the means of their frames in a batch.
+
+        A centre moves more slowly the more frames it has seen (Sculley 2010, algorithm 1, with one
+        step per batch).
+        """
         sums, counts = self._sums_of(frames)
         self.counts += counts
         self._seen += counts
@@ -48,21 +51,25 @@ class KMeans:
         self._refresh()
 
     def collect(self, frames: Tensor) -> None:
-        """Count a batch without moving the centres; `finish_lloyd` moves them."""
+        """Collect a batch for `finish_lloyd` without moving the centres."""
         sums, counts = self._sums_of(frames)
         self.counts += counts
         self._sums += sums
 
     def finish_lloyd(self) -> None:
-        """Move each centre to the mean of the frames that were collected for it since
-        `start_pass`: one step of Lloyd's algorithm. A centre without frames stays."""
-        lived = self.counts > 0
-        self._centres[lived] = self._sums[lived] / self.counts[lived, None]
+        """Move each centre to the mean of its frames collected since `start_pass`.
+
+        One step of Lloyd's algorithm. A centre without frames stays.
+        """
+        used = self.counts > 0
+        self._centres[used] = self._sums[used] / self.counts[used, None]
         self._refresh()
 
     def reseed(self, dead: Tensor, sample: Tensor, generator: torch.Generator) -> None:
-        """Put the centres `dead` (indices) on frames of `sample` (N, D), drawn with a probability
-        that grows with the squared distance to the nearest centre."""
+        """Move the centres `dead` (indices) to random frames of `sample` (N, D).
+
+        The probability of a frame is proportional to its squared distance to the nearest centre.
+        """
         if len(dead) == 0:
             return
         ids = nearest(sample.to(self.device), self._on_device).cpu()
@@ -70,13 +77,13 @@ class KMeans:
         drawn = min(len(dead), int((weight > 0).sum()))
         if drawn == 0:
             return  # every frame lies on a centre
-        places = torch.multinomial(weight, drawn, generator=generator)
-        self._centres[dead[:drawn]] = sample[places].double()
+        chosen = torch.multinomial(weight, drawn, generator=generator)
+        self._centres[dead[:drawn]] = sample[chosen].double()
         self._seen[dead[:drawn]] = 0
         self._refresh()
 
     def _sums_of(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum (K, D) and number (K,) of the frames nearest to each centre; adds to the inertia."""
+        """Return sum (K, D) and number (K,) of the frames of each centre; add to the inertia."""
         ids = nearest(frames.to(self.device), self._on_device).cpu()
         wide = frames.double()
         self.inertia += float((wide - self._centres[ids]).square().sum())
@@ -84,13 +91,16 @@ class KMeans:
         return sums, torch.bincount(ids, minlength=len(self._centres))
 
 
-def spread_out(
+def kmeans_plus_plus(
     sample: Tensor, clusters: int, generator: torch.Generator, device: str | torch.device = "cpu"
 ) -> Tensor:
-    """First centres, frames of `sample`, by greedy k-means++ (Arthur and Vassilvitskii 2007).
+    """Choose initial centres (K, D) from `sample` by greedy k-means++.
 
-    Each next centre is the best of a few frames drawn with a probability proportional to the
-    squared distance to the centres so far. sample: float32 (N, D), N >= clusters. -> (K, D).
+    Each centre is the best of a few frames drawn with a probability proportional to the squared
+    distance to the centres so far. sample: float32 (N, D), N >= clusters.
+    Source: Arthur and Vassilvitskii (2007).
+
+    Raises: ValueError: when there are fewer frames than clusters.
     """
     if len(sample) < clusters:
         raise ValueError(f"{len(sample)} frames are too few for {clusters} centres")

@@ -1,8 +1,8 @@
-"""SpecAugment on frames: what a network must guess when it is fine-tuned.
+"""SpecAugment on frames, for fine-tuning of a network.
 
-Park et al. (2019) as wav2vec 2.0 has it: spans of frames give way to one learnt vector, spans of
-features to zero. Ours rather than transformers', so that training needs no transformers; the same
-seed masks the same frames.
+Park et al. (2019) as in wav2vec 2.0: spans of frames are replaced by one learnt vector, spans of
+features by zero. Implemented here so that training does not need transformers; the same seed masks
+the same frames as there.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ def compute_mask_indices(
     lengths: Sequence[int] | None = None,
     min_masks: int = 0,
 ) -> NDArray[np.bool_]:
-    """True where masked: bool `shape`, (rows, positions). Spans of `length` positions may overlap.
+    """Draw a mask of `shape` (rows, positions), True where masked. Spans of `length` may overlap.
 
-    probability: upper bound of the share masked. lengths: positions that each row has, the rest is
-    padding; None: all. min_masks: spans a row has at least, where they fit. A row too short for one
+    probability: upper bound of the masked share. lengths: positions of each row without padding;
+    None: all. min_masks: lowest number of spans in a row, where they fit. A row too short for one
     span has its last position masked, which is padding.
 
-    rng: draws what transformers draws from numpy's global state, so `RandomState(seed)` gives what
-    `np.random.seed(seed)` gives there: one number for the call (it rounds the number of spans up or
-    down), then one permutation for each row.
+    rng: replaces numpy's global state in transformers, so `RandomState(seed)` here equals
+    `np.random.seed(seed)` there: one number per call (it rounds the number of spans up or down),
+    then one permutation per row.
 
-    Raises ValueError for a span of no positions, or of more than there are.
+    Raises: ValueError: when a span has no positions or more than a row.
     """
     n_rows, n = shape
     if not 1 <= length <= n:
@@ -61,7 +61,7 @@ def compute_mask_indices(
 
 @dataclass(frozen=True, kw_only=True)
 class SpecAugmentConfig:
-    """How much is masked; see `compute_mask_indices`. Lengths in frames and in features."""
+    """Settings of the masks; see `compute_mask_indices`. Lengths in frames and in features."""
 
     time_probability: float = 0.05
     time_length: int = 10
@@ -72,11 +72,11 @@ class SpecAugmentConfig:
 
 
 class SpecAugment(nn.Module):
-    """Masks frames and features in training and lets everything through in evaluation.
+    """Masking of frames and features in training; the identity in evaluation.
 
-    It sits between a network's projection and its position convolution: `Wav2Vec2.masking`.
+    Used between a network's projection and its position convolution: `Wav2Vec2.masking`.
 
-    embedding: (H,), what stands in for a masked frame; checkpoints call it `mask_emb` (fairseq) and
+    embedding: (H,), replaces a masked frame; checkpoints call it `mask_emb` (fairseq) and
     `masked_spec_embed` (transformers).
     """
 
@@ -86,7 +86,7 @@ class SpecAugment(nn.Module):
         self.embedding = nn.Parameter(torch.empty(width).uniform_())
 
     def forward(self, x: Tensor, num_frames: Sequence[int]) -> Tensor:
-        """(B, F, H), frames of each clip -> (B, F, H)"""
+        """Mask x (B, F, H), given the frames of each clip."""
         cfg = self.config
         if not self.training:
             return x

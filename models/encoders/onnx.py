@@ -1,17 +1,17 @@
 """ContentVec and HuBERT-Soft as exported ONNX graphs, run by onnxruntime.
 
-A graph takes float32 [1, 1, T] and gives float32 [1, F, D]. F is that of wav2vec 2.0's
-convolutions, floor((T - 400) / 320) + 1; HuBERT-Soft, which pads 40 samples at both ends, has
-T // 320. A clip too short for one frame is followed by zeros up to it.
+A graph maps float32 [1, 1, T] to float32 [1, F, D]. F is that of wav2vec 2.0's convolutions,
+floor((T - 400) / 320) + 1; HuBERT-Soft, which pads 40 samples at both ends, has T // 320. A clip
+too short for one frame is padded with zeros.
 
-Clips run one by one: the graphs have one row, and their group norm would hear the padding of a
-batch. One longer than 60 s runs in windows of 60 s that overlap by 10 s and meet in the middle of
-the overlap, and that norm hears a window instead of the song. The seam error, one window's frames
-against the other's around a seam: 0.04 to 0.06 RMS, where the units' standard deviation is 1; all
-frames against those of a graph that sees the whole song: 0.03 (singing, a small random network).
+Clips run one by one: the graphs have one row, and their group norm would include the padding of a
+batch. A clip longer than 60 s runs in windows of 60 s that overlap by 10 s and are joined in the
+middle of the overlap, so the norm covers a window instead of the song. The error at a seam, one
+window's frames against the other's: 0.04 to 0.06 RMS at a standard deviation of 1; all frames
+against a graph on the whole song: 0.03 (singing, a small random network).
 
-A graph cannot be told from one that is a few layers deeper: which layer it is stays the user's
-word. Nor is it known what it computes in.
+A graph looks the same as one with a few layers more, so the user has to know its layer and its
+precision.
 
 Axes: T samples, F frames, D width.
 """
@@ -30,24 +30,24 @@ from torch.nn import functional as F
 
 from models.batching import Window, windows
 from models.checkpoint import CheckpointError
-from models.encoders.encoder import checked
+from models.encoders.encoder import check_clips
 from models.onnx_session import (
     first_line,
     graph_faults,
     open_session,
-    refuse_weights_elsewhere,
+    refuse_external_weights,
 )
 
 SAMPLE_RATE = 16000
 HOP_LENGTH = 320
-REACH = 400  # samples that a frame sees
+REACH = 400  # samples that a frame depends on
 WINDOW_FRAMES = 3000
 OVERLAP_FRAMES = 500
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a name promises. pad: zeros that the graph puts before and after the clip."""
+    """Properties that a name implies. pad: zeros that the graph adds before and after the clip."""
 
     dim: int
     pad: int = 0
@@ -66,21 +66,21 @@ KINDS = {
 
 
 class OnnxEncoder:
-    """Encoder by an ONNX graph: (T,) -> (F, D). Frames and windows: see the module."""
+    """Encoder that runs an ONNX graph: (T,) -> (F, D). Frames and windows: see the module."""
 
     sample_rate = SAMPLE_RATE
     hop_length = HOP_LENGTH
 
     def __init__(self, name: str, kind: Kind, session: Any, dim: int) -> None:
-        """session: an onnxruntime.InferenceSession of a graph as the module says, D being `dim`."""
+        """Wrap a session: an onnxruntime.InferenceSession of a graph with the width `dim`."""
         self.name = name
         self.kind = kind
         self.session = session
         self.dim = dim
 
     def encode(self, wavs: Sequence[Tensor]) -> list[Tensor]:
-        """As `Encoder.encode`; clip by clip."""
-        return [self._encode(wav.cpu()) for wav in checked(wavs)]
+        """Encode as `Encoder.encode`, clip by clip."""
+        return [self._encode(wav.cpu()) for wav in check_clips(wavs)]
 
     def _encode(self, wav: Tensor) -> Tensor:
         wav = F.pad(wav, (0, max(0, REACH - 2 * self.kind.pad - len(wav))))
@@ -92,7 +92,7 @@ class OnnxEncoder:
         return units
 
     def _cut(self, wav: Tensor, window: Window, n_frames: int) -> Tensor:
-        """The samples that make the frames of `window`; the last window takes all that is left."""
+        """Cut the samples for the frames of `window`; the last window takes all the rest."""
         start = window.start * HOP_LENGTH
         if window.stop == n_frames:
             return wav[start:]
@@ -100,18 +100,18 @@ class OnnxEncoder:
 
 
 def load_onnx(name: str, checkpoint: str | None, device: str = "cpu") -> OnnxEncoder:
-    """The encoder `name`, one of `KINDS`, from an .onnx file that holds its own weights.
+    """Load the encoder `name`, one of `KINDS`, from an .onnx file that contains its weights.
 
-    A session computes in as many threads as torch does in this process now.
+    A session gets as many threads as torch has in this process now. There is no silent fallback to
+    the CPU.
 
-    Raises CheckpointError for a file that is no such graph, or another name's; ValueError where
-    there is none, and where onnxruntime is missing or cannot compute on `device`: it never takes
-    the processor instead.
+    Raises: CheckpointError: when the file is not such a graph or fits another name; ValueError:
+    when there is no file, or onnxruntime is missing or does not support `device`.
     """
     if checkpoint is None:
         raise ValueError(f"encoder.checkpoint is empty: {name} needs an .onnx file")
     path = Path(checkpoint)
-    refuse_weights_elsewhere(path)
+    refuse_external_weights(path)
     session = _session(path, torch.device(device))
     _check_ends(path, session)
     return OnnxEncoder(name, KINDS[name], session, _width(path, name, session))
@@ -122,9 +122,10 @@ def _session(path: Path, device: torch.device) -> Any:
 
 
 def describe_onnx(path: Path) -> list[tuple[str, str]]:
-    """Label and value of what a graph says of itself, and the encoders it can be.
+    """Describe a graph as (label, value) pairs, with the encoder names that it fits.
 
-    Raises CheckpointError for a graph that is no encoder, ValueError where onnxruntime is missing.
+    Raises: CheckpointError: when the graph is not an encoder; ValueError: when onnxruntime is
+    missing.
     """
     session = _session(path, torch.device("cpu"))
     _check_ends(path, session)
@@ -135,40 +136,44 @@ def describe_onnx(path: Path) -> list[tuple[str, str]]:
         ("encoder.name", " or ".join(names) or "none"),
         ("input", f"{entry.name}: {entry.type} {list(entry.shape)}"),
         ("output", f"{end.name}: {end.type} {list(end.shape)}"),
-        ("units", f"{dim} numbers"),
+        ("units", f"width {dim}"),
     ]
 
 
 def _check_ends(path: Path, session: Any) -> None:
-    """Raises CheckpointError where the graph does not go from [1, 1, T] to [1, F, D]."""
+    """Check that the graph maps [1, 1, T].
+
+    Raises: CheckpointError: when its inputs are different.
+    """
     inputs = session.get_inputs()
     if len(inputs) != 1:
         names = {entry.name for entry in inputs}
-        what = "a whole voice model, no encoder" if names >= {"c", "f0"} else "no encoder"
+        what = "a whole voice model" if names >= {"c", "f0"} else "not an encoder"
         raise CheckpointError(
-            f"{path} takes {len(inputs)} inputs ({', '.join(sorted(names))}): it is {what}, which "
-            f"takes a waveform alone"
+            f"{path} has {len(inputs)} inputs ({', '.join(sorted(names))}): it is {what}. "
+            "An encoder has one input, a waveform"
         )
     (entry,) = inputs
     shape = list(entry.shape)
     rows_fit = all(not isinstance(size, int) or size == 1 for size in shape[:2])
     if len(shape) != 3 or not rows_fit or entry.type != "tensor(float)":
         raise CheckpointError(
-            f"{path} takes {entry.type} {shape}; an encoder takes tensor(float) [1, 1, samples]"
+            f"{path} has the input {entry.type} {shape}; an encoder has tensor(float) "
+            "[1, 1, samples]"
         )
     if isinstance(shape[2], int):
         raise CheckpointError(
-            f"{path} takes clips of {shape[2]} samples alone: export it with a length that varies"
+            f"{path} accepts only clips of {shape[2]} samples: export it with a dynamic length"
         )
 
 
-_TRIAL_SAMPLES = 960  # the two ways to pad differ here
+_TRIAL_SAMPLES = 960  # a length at which the two ways to pad give different frame counts
 
 
 def _trial(path: Path, session: Any) -> tuple[int, int, list[str]]:
-    """Frames of the trial, D, and the names whose padding and width a graph has, by a trial.
+    """Run a graph on silence; return the frames, D, and the names that it fits.
 
-    A width that no name has is taken under any: students and tests are narrower.
+    A width that no name has fits any name, for distilled students and tests.
     """
     try:
         units = _run(session, torch.zeros(_TRIAL_SAMPLES))
@@ -177,7 +182,7 @@ def _trial(path: Path, session: Any) -> tuple[int, int, list[str]]:
     shape = list(units.shape)
     if len(shape) != 3 or shape[0] != 1 or units.dtype != np.float32:
         raise CheckpointError(
-            f"{path} gives {units.dtype} {shape}; an encoder gives float32 [1, frames, width]"
+            f"{path} returns {units.dtype} {shape}; an encoder returns float32 [1, frames, width]"
         )
     _, frames, dim = shape
     widths = {kind.dim for kind in KINDS.values()}
@@ -193,18 +198,21 @@ def _trial(path: Path, session: Any) -> tuple[int, int, list[str]]:
 
 
 def _width(path: Path, name: str, session: Any) -> int:
-    """D. Raises CheckpointError where the graph is not what `name` says."""
+    """Return D.
+
+    Raises: CheckpointError: when the graph does not fit `name`.
+    """
     frames, dim, fits = _trial(path, session)
     if name not in fits:
-        hint = f"its name is {' or '.join(fits)}" if fits else "no encoder here does that"
+        hint = f"use encoder.name={' or '.join(fits)}" if fits else "no encoder has that"
         raise CheckpointError(
-            f"{path} is not {name}: of {_TRIAL_SAMPLES} samples it makes {frames} frames of width "
+            f"{path} is not {name}: {_TRIAL_SAMPLES} samples give {frames} frames of width "
             f"{dim}; {hint}"
         )
     return dim
 
 
 def _run(session: Any, wav: Tensor) -> Any:
-    """(T,) float32 on the CPU -> what the graph's first output is, (1, F, D)."""
+    """Run a session on (T,) float32 on the CPU; return its first output, (1, F, D)."""
     feed = {session.get_inputs()[0].name: wav[None, None].contiguous().numpy()}
     return session.run([session.get_outputs()[0].name], feed)[0]

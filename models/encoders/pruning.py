@@ -1,9 +1,9 @@
-"""Structured pruning of the network: learned gates, what they leave, and the smaller dense network.
+"""Structured pruning of the network: learned gates, and conversion to a smaller dense network.
 
 DPHuBERT's method (Peng et al., 2023): HardConcrete gates (Louizos et al., 2018) on the channels of
 the convolutions, the heads, the inner features of the feed-forwards, and on whole attentions and
 feed-forwards. A network with gates is trained (`models.encoders.distill`), then `prune` folds every
-gate into the weights that follow it and leaves out what is closed.
+gate into the weights after it and removes closed parts.
 
 Axes as in `models.encoders.wav2vec2`.
 """
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from models.checkpoint import CheckpointError, load_foreign
-from models.encoders.layouts import checkpoint_of
+from models.encoders.layouts import parse_encoder_file
 from models.encoders.wav2vec2 import (
     Attention,
     FeedForward,
@@ -35,7 +35,7 @@ from models.encoders.wav2vec2 import (
 GateKind = Literal["stem", "heads", "attention", "inner", "feed_forward"]
 GATE_KINDS: tuple[GateKind, ...] = get_args(GateKind)
 
-# The share that is closed where training starts: close to none, except for the inner features.
+# Closed share at the start of training: close to none, except for the inner features.
 _CLOSED_AT_START: dict[GateKind, float] = {
     "stem": 0.01,
     "heads": 0.01,
@@ -51,7 +51,7 @@ _KINDS: tuple[tuple[str, GateKind], ...] = (
     (r".*\.feed_forward\.inner_gate\.log_alpha", "inner"),
     (r".*\.feed_forward\.gate\.log_alpha", "feed_forward"),
 )
-# What DPHuBERT's own code calls them, in this order -> our names.
+# Patterns of the names in DPHuBERT's code, in this order -> Cantor's names.
 _PUBLISHED_GATES = (
     (r"^feature_extractor\.conv_layers\.(\d+)\.hard_concrete\.", r"stem.\1.gate."),
     (r"^encoder\.transformer\.layers\.", "layers."),
@@ -62,7 +62,7 @@ _PUBLISHED_GATES = (
 
 
 class HardConcrete(nn.Module):
-    """A factor in [0, 1] for each of `size` parts; how open a part is, is learned (`log_alpha`).
+    """Gates of `size` parts: a factor in [0, 1] for each, with learned openness (`log_alpha`).
 
     In training the factors are drawn from a binary concrete distribution, stretched beyond [0, 1]
     and clamped, so that exact zeros and ones occur. In evaluation they are fixed: as many are zero
@@ -73,26 +73,26 @@ class HardConcrete(nn.Module):
     STRETCH = 0.1  # beyond 0 and 1
 
     def __init__(self, size: int, closed: float = 0.5) -> None:
-        """closed: the share of the parts to start from as closed."""
+        """Initialise the gates. closed: share of closed parts at the start."""
         super().__init__()
         self.log_alpha = nn.Parameter(torch.empty(size))
         nn.init.normal_(self.log_alpha, math.log(1 - closed) - math.log(closed), 0.01)
 
     def forward(self) -> Tensor:
-        """(size,): drawn anew at every call in training, `mask` in evaluation."""
+        """Return the factors (size,): drawn at every call in training, `mask` in evaluation."""
         if not self.training:
             return self.mask()
         eps = 1e-6
         return self.sample(eps + (1 - 2 * eps) * torch.rand_like(self.log_alpha))
 
     def sample(self, uniform: Tensor) -> Tensor:
-        """The factors that draws (size,) from (0, 1) give."""
+        """Convert uniform draws (size,) from (0, 1) to factors."""
         noise = uniform.log() - (1 - uniform).log()
         soft = torch.sigmoid((noise + self.log_alpha) / self.BETA)
         return (soft * (1 + 2 * self.STRETCH) - self.STRETCH).clamp(0, 1)
 
     def mask(self) -> Tensor:
-        """The factors of evaluation: the round(size - l0) smallest are zero, half to even."""
+        """Return the factors of evaluation: the round(size - l0) smallest are 0, half to even."""
         soft = torch.sigmoid(self.log_alpha / self.BETA * 0.8)
         closed = round(soft.numel() - float(self.l0_norm().detach()))
         if closed == 0:
@@ -101,13 +101,13 @@ class HardConcrete(nn.Module):
         return soft.index_fill(0, smallest, 0.0)
 
     def l0_norm(self) -> Tensor:
-        """How many parts are expected to be open: a scalar that training can reduce."""
+        """Return the expected number of open parts, a differentiable scalar."""
         shift = self.BETA * math.log(self.STRETCH / (1 + self.STRETCH))
         return torch.sigmoid(self.log_alpha - shift).sum()
 
 
 def add_gates(network: Wav2Vec2, kinds: Sequence[GateKind] = GATE_KINDS) -> None:
-    """Put new gates of these kinds on `network`, in place. What is absent gets none.
+    """Add new gates of these kinds to `network`, in place. Absent parts get none.
 
     Their names in the state dict are `stem.0.gate.log_alpha`,
     `layers.0.attention.{head_gate,gate}.log_alpha`,
@@ -130,22 +130,21 @@ def add_gates(network: Wav2Vec2, kinds: Sequence[GateKind] = GATE_KINDS) -> None
 
 
 def read_gated(path: str | Path) -> Wav2Vec2:
-    """The network with its gates in a file that DPHuBERT's training wrote, in evaluation mode.
+    """Read a network with gates from a file of DPHuBERT's training, in evaluation mode.
 
-    Raises CheckpointError where it is another file, or has gates on some parts of a kind only.
+    Raises: CheckpointError: when it is another file, or only some parts of a kind have gates.
     """
     path = Path(path)
     content = load_foreign(path)
     state = content.get("state_dict") if isinstance(content, dict) else None
-    theirs = {key: t for key, t in (state or {}).items() if "hard_concrete" in key}
-    if not theirs:
-        raise CheckpointError(f"{path} is no DPHuBERT with gates (hard_concrete)")
-    dense = {key: t for key, t in state.items() if key not in theirs}
-    checkpoint = checkpoint_of(path, {**content, "state_dict": dense})
-    config, tensors = checkpoint.take()
-    for key, tensor in theirs.items():
-        for pattern, ours in _PUBLISHED_GATES:
-            key = re.sub(pattern, ours, key)
+    foreign = {key: t for key, t in (state or {}).items() if "hard_concrete" in key}
+    if not foreign:
+        raise CheckpointError(f"{path} is not a DPHuBERT with gates (hard_concrete)")
+    dense = {key: t for key, t in state.items() if key not in foreign}
+    config, tensors = parse_encoder_file(path, {**content, "state_dict": dense}).take()
+    for key, tensor in foreign.items():
+        for pattern, name in _PUBLISHED_GATES:
+            key = re.sub(pattern, name, key)
         tensors[key] = tensor.float()
     network = Wav2Vec2(config)
     kinds = [kind for kind in GATE_KINDS if any(_kind_of(name) == kind for name in tensors)]
@@ -153,7 +152,7 @@ def read_gated(path: str | Path) -> Wav2Vec2:
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: its gates do not fit its network: {error}") from error
+        raise CheckpointError(f"{path}: its gates do not match its network: {error}") from error
     return network.eval()
 
 
@@ -165,22 +164,22 @@ def _kind_of(name: str) -> GateKind | None:
 
 
 def gates(network: Wav2Vec2) -> dict[str, HardConcrete]:
-    """Every gate by its name, "layers.0.attention.head_gate" for one."""
+    """Return all gates by name, such as "layers.0.attention.head_gate"."""
     return {n: m for n, m in network.named_modules() if isinstance(m, HardConcrete)}
 
 
 def l0_norm(network: Wav2Vec2) -> Tensor:
-    """How many gated parts are expected to be open, over all gates: a scalar."""
+    """Return the expected number of open parts over all gates, a scalar."""
     return torch.stack([gate.l0_norm() for gate in gates(network).values()]).sum()
 
 
 def expected_parameters(network: Wav2Vec2, as_published: bool = False) -> Tensor:
-    """How many numbers `prune(network)` is expected to hold: a scalar with a gradient.
+    """Return the expected number of parameters of `prune(network)`, a differentiable scalar.
 
-    A network without gates gives the count of its parameters, exactly. as_published: as DPHuBERT's
-    own code counts, for comparison with its figures. That leaves out WavLM's position bias and its
-    gates and the final projection, and always counts what this network may lack: the magnitudes
-    of the position convolution's weight norm, the scale of the stem's output, every norm.
+    For a network without gates this is its exact number of parameters. as_published: count like
+    DPHuBERT's code, for comparison with its figures. That omits WavLM's position bias, its gates
+    and the final projection, and always counts parts that this network may lack: the magnitudes of
+    the position convolution's weight norm, the scale of the stem's output, every norm.
     """
     n_in = torch.ones((), device=network.projection.weight.device)
     count = torch.zeros_like(n_in)
@@ -236,17 +235,17 @@ def _open(gate: nn.Module | None, size: int) -> Tensor | float:
 
 @torch.no_grad()
 def prune(network: Wav2Vec2) -> Wav2Vec2:
-    """The smaller dense network that is left of a gated one, in evaluation mode, without gates.
+    """Convert a gated network to a smaller dense one, in evaluation mode.
 
-    Gate values are folded into the weights that follow, so it computes what `network` does in
-    evaluation, to rounding, as far as no norm loses channels that were zero before: where the last
-    convolution is cut, `stem_out_norm` runs over fewer channels, and so do the norms of a stem
-    with `stem_norm="layer"`. A second distillation makes up for that.
+    Gate values are folded into the weights after them. So the result equals `network` in evaluation
+    up to rounding, unless a norm loses channels that were zero before: if the last convolution is
+    cut, `stem_out_norm` runs over fewer channels, and so do the norms of a stem with
+    `stem_norm="layer"`. A second distillation compensates for that.
 
-    An open block whose every head or inner feature is closed is a constant, its bias: it keeps
-    one of them, with zero weights.
+    An open block with all heads or inner features closed is a constant, its bias: it keeps one of
+    them, with zero weights.
 
-    Raises ValueError where a convolution would be left without channels.
+    Raises: ValueError: when a convolution would have no channels left.
     """
     network = copy.deepcopy(network).eval()  # the soft factors are multiplied into this copy
     stem, kept_channels = _prune_stem(network)
@@ -271,7 +270,7 @@ def prune(network: Wav2Vec2) -> Wav2Vec2:
 
 
 def _prune_stem(network: Wav2Vec2) -> tuple[tuple[tuple[int, int, int], ...], Tensor]:
-    """Cut the convolutions; the config's `stem` and the channels that are left of the last one."""
+    """Prune the convolutions; return the config's `stem` and the last one's remaining channels."""
     shapes = []
     layers = _stem(network)
     kept = torch.arange(1, device=network.projection.weight.device)
@@ -283,8 +282,7 @@ def _prune_stem(network: Wav2Vec2) -> tuple[tuple[tuple[int, int, int], ...], Te
         kept = factors.nonzero().squeeze(1)
         if len(kept) == 0:
             raise ValueError(
-                f"every channel of convolution {i} is closed; a network needs at least one, so "
-                "train with a lower sparsity"
+                f"every channel of convolution {i} is closed: train with a lower sparsity"
             )
         conv.weight = nn.Parameter(weight[kept])
         if conv.bias is not None:
@@ -299,7 +297,7 @@ def _prune_stem(network: Wav2Vec2) -> tuple[tuple[tuple[int, int, int], ...], Te
 
 
 def _prune_layer(network: Wav2Vec2, index: int) -> LayerShape:
-    """Cut one transformer layer; its new shape."""
+    """Prune one transformer layer; return its new shape."""
     layer, shape = _layers(network)[index], network.config.layers[index]
     if layer.attention is not None:
         heads = _prune_attention(layer.attention)
@@ -324,7 +322,7 @@ def _prune_layer(network: Wav2Vec2, index: int) -> LayerShape:
 
 
 def _prune_attention(attention: Attention) -> Tensor:
-    """Cut to the open heads, whose indices it gives; none where the whole block is closed."""
+    """Prune closed heads; return the indices of the rest, none if the whole block is closed."""
     device = attention.out.weight.device
     whole = _factors(attention.gate, 1, device)
     factors = _factors(attention.head_gate, attention.heads, device)
@@ -343,7 +341,7 @@ def _prune_attention(attention: Attention) -> Tensor:
 
 
 def _prune_feed_forward(feed_forward: FeedForward) -> int:
-    """Cut to the open inner features; how many are left, 0 where the whole block is closed."""
+    """Prune closed inner features; return the number left, 0 if the whole block is closed."""
     device = feed_forward.fc2.weight.device
     whole = _factors(feed_forward.gate, 1, device)
     size = feed_forward.fc2.in_features

@@ -1,7 +1,7 @@
-"""The Gumbel vector quantizer of wav2vec 2.0, which gives pre-training its targets.
+"""The Gumbel vector quantizer of wav2vec 2.0, which makes the targets of pre-training.
 
-Baevski et al. (2020), section 2, after Jang et al. (2017). Ours rather than transformers', whose
-lookup holds frames x entries x width in memory; parameters have the names they have there.
+Baevski et al. (2020), section 2, after Jang et al. (2017). Implemented here because the lookup in
+transformers needs frames x entries x width in memory; parameter names are the same as there.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from torch.nn import functional as F
 
 
 class GumbelVectorQuantizer(nn.Module):
-    """Each frame becomes one entry of every group's codebook, side by side.
+    """Quantizer of frames to one entry of each group's codebook, concatenated.
 
-    temperature: of the Gumbel softmax in training; whoever trains lowers it.
+    temperature: of the Gumbel softmax in training; the training loop lowers it.
     """
 
     def __init__(self, width: int, groups: int = 2, entries: int = 320, dim: int = 256) -> None:
-        """width: of the frames that come in. entries: of each group. dim: of what comes out.
+        """Build the quantizer. width: of the input. entries: per group. dim: of the output.
 
-        Raises ValueError where the groups do not share `dim` evenly.
+        Raises: ValueError: when `dim` is not a multiple of the groups.
         """
         super().__init__()
         if dim % groups:
-            raise ValueError(f"{groups} groups of codevectors cannot share a width of {dim} evenly")
+            raise ValueError(f"the width {dim} is not a multiple of the {groups} groups")
         self.groups, self.entries = groups, entries
         self.temperature = 2.0
         self.codevectors = nn.Parameter(torch.rand(1, groups * entries, dim // groups))
@@ -33,14 +33,14 @@ class GumbelVectorQuantizer(nn.Module):
         nn.init.zeros_(self.weight_proj.bias)
 
     def forward(self, x: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, F, width) -> codevectors (B, F, dim), perplexity ().
+        """Quantize (B, F, width) to codevectors (B, F, dim); also return the perplexity ().
 
-        Training draws an entry, and the gradient goes straight through to its probability;
-        evaluation takes the likeliest.
+        Training draws an entry, with a straight-through gradient to its probability; evaluation
+        takes the most likely one.
 
-        counted: (B, F) bool, the frames that perplexity is over; None: all. Perplexity is exp of
-        the entropy of the mean distribution, summed over groups: of the probabilities in training,
-        of the choices in evaluation.
+        counted: (B, F) bool, frames included in the perplexity; None: all. Perplexity is exp of the
+        entropy of the mean distribution, summed over groups: of the probabilities in training, of
+        the choices in evaluation.
         """
         n_clips, n_frames, _ = x.shape
         logits = self.weight_proj(x).view(-1, self.entries)  # (B F groups, entries)
@@ -63,6 +63,6 @@ class GumbelVectorQuantizer(nn.Module):
 
 
 def _perplexity(shares: Tensor) -> Tensor:
-    """(frames, groups, entries) -> ()"""
+    """Compute the perplexity () of shares (frames, groups, entries)."""
     mean = shares.mean(dim=0)
     return (-torch.xlogy(mean, mean).sum(dim=1)).exp().sum()

@@ -1,13 +1,12 @@
 """Encoders without weights: log mel energies and mel cepstra, as Kaldi defines them.
 
-The conventions are Kaldi's `compute-fbank-feats` and `compute-mfcc-feats` without dither, on
-samples in [-1, 1], which is what the first k-means targets of HuBERT are made of (W.-N. Hsu et
-al., 2021, section IV.A), but at one frame in 20 ms where those have two: the frame clock of HuBERT
-itself.
+The conventions are those of Kaldi's `compute-fbank-feats` and `compute-mfcc-feats` without dither,
+on samples in [-1, 1], as used for the first k-means targets of HuBERT (W.-N. Hsu et al., 2021,
+section IV.A), but with one frame per 20 ms instead of two: the frame clock of HuBERT itself.
 
 A frame is 25 ms: samples [320 i, 320 i + 400) at 16 kHz. A clip of T samples has
-max(1, 1 + (T - 400) // 320) frames, as many as the convolutions of wav2vec 2.0 make of it; one
-shorter than a frame is followed by zeros.
+max(1, 1 + (T - 400) // 320) frames, as many as with the convolutions of wav2vec 2.0; a clip
+shorter than a frame is padded with zeros.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.encoders.encoder import checked
+from models.encoders.encoder import check_clips
 
 SAMPLE_RATE = 16000
 HOP_LENGTH = 320
@@ -33,7 +32,7 @@ _MELS_OF_CEPSTRA = 23
 
 
 class MelSpectrum:
-    """Log mel energies of one clip; what both encoders share."""
+    """Log mel energies of one clip, used by both encoders."""
 
     def __init__(self, n_mels: int, device: str) -> None:
         self.device = torch.device(device)
@@ -42,7 +41,7 @@ class MelSpectrum:
         self.filters = mel_filters(n_mels).to(self.device)
 
     def __call__(self, wav: Tensor) -> Tensor:
-        """(T,) -> (F, M), natural logarithm, at least log(2**-23)."""
+        """Compute (T,) -> (F, M), natural logarithm, at least log(2**-23)."""
         wav = wav.to(self.device)
         wav = F.pad(wav, (0, max(0, FRAME_LENGTH - len(wav))))
         frames = wav.unfold(0, FRAME_LENGTH, HOP_LENGTH)  # (F, 400)
@@ -66,14 +65,16 @@ class LogMel:
         self.mel = MelSpectrum(n_mels, device)
 
     def encode(self, wavs: Sequence[Tensor]) -> list[Tensor]:
-        """As `Encoder.encode`; clip by clip, since there is nothing to gain from a batch."""
-        return [self.mel(wav).cpu() for wav in checked(wavs)]
+        """Encode as `Encoder.encode`, clip by clip, since a batch would not be faster."""
+        return [self.mel(wav).cpu() for wav in check_clips(wavs)]
 
 
 class Mfcc:
-    """13 liftered mel cepstra (the zeroth included), then their first and second differences:
-    (T,) -> (F, 39). Differences are slopes over five frames, the ends repeated. Frames: see the
-    module."""
+    """Mel cepstra with first and second differences: (T,) -> (F, 39). Frames: see the module.
+
+    13 liftered cepstra, the zeroth included. Differences are slopes over five frames, with the ends
+    repeated.
+    """
 
     name = "mfcc"
     sample_rate = SAMPLE_RATE
@@ -88,9 +89,9 @@ class Mfcc:
         self.cepstra = (dct * lifter).float().to(self.mel.device)  # (M, 13)
 
     def encode(self, wavs: Sequence[Tensor]) -> list[Tensor]:
-        """As `Encoder.encode`; clip by clip, since there is nothing to gain from a batch."""
+        """Encode as `Encoder.encode`, clip by clip, since a batch would not be faster."""
         units = []
-        for wav in checked(wavs):
+        for wav in check_clips(wavs):
             cepstra = self.mel(wav) @ self.cepstra
             slopes = delta_features(cepstra)
             units.append(torch.cat([cepstra, slopes, delta_features(slopes)], dim=1).cpu())
@@ -98,9 +99,9 @@ class Mfcc:
 
 
 def mel_filters(n_mels: int) -> Tensor:
-    """Triangles that rise and fall linearly in mel = 1127 ln(1 + f / 700): float32 (257, n_mels).
+    """Build triangles linear in mel = 1127 ln(1 + f / 700): float32 (257, n_mels).
 
-    Raises ValueError when `n_mels` is so high that a triangle falls between two FFT bins.
+    Raises: ValueError: when `n_mels` is so high that a triangle lies between two FFT bins.
     """
 
     def mel(hz: Tensor) -> Tensor:
@@ -114,12 +115,12 @@ def mel_filters(n_mels: int) -> Tensor:
     falling = (edges[2:] - at) / (edges[2:] - edges[1:-1])
     filters = torch.minimum(rising, falling).clamp(min=0)
     if not filters.sum(dim=0).all():
-        raise ValueError(f"n_mels={n_mels} is too fine for a frame of 25 ms: some bands are empty")
+        raise ValueError(f"n_mels={n_mels} is too high for frames of 25 ms: some bands are empty")
     return filters.float()
 
 
 def cosine_transform(n_in: int, n_out: int) -> Tensor:
-    """The orthonormal DCT-II as a matrix: float64 (n_in, n_out)."""
+    """Build the orthonormal DCT-II as a matrix: float64 (n_in, n_out)."""
     n = torch.arange(n_in, dtype=torch.float64)[:, None]
     k = torch.arange(n_out, dtype=torch.float64)[None, :]
     matrix = torch.cos(math.pi / n_in * (n + 0.5) * k) * math.sqrt(2 / n_in)
@@ -128,7 +129,7 @@ def cosine_transform(n_in: int, n_out: int) -> Tensor:
 
 
 def delta_features(x: Tensor) -> Tensor:
-    """Least-squares slope over frames i - 2 to i + 2, the first and last frame repeated: (F, D)."""
+    """Compute the least-squares slope (F, D) over frames i - 2 to i + 2, with the ends repeated."""
     n_frames = len(x)
     x = torch.cat([x[:1], x[:1], x, x[-1:], x[-1:]])
 

@@ -1,4 +1,4 @@
-"""The encoders of the wav2vec 2.0 family (HuBERT and its kin): clips in, units out."""
+"""Encoders of the wav2vec 2.0 family (HuBERT, ContentVec, WavLM, HuBERT-Soft, DPHuBERT)."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from torch.nn import functional as F
 
 from models.batching import Batcher, windows
 from models.encoders.cpu_packing import TiledStem, pack
-from models.encoders.encoder import DType, checked
+from models.encoders.encoder import DType, check_clips
 from models.encoders.int8 import require_int8
 from models.encoders.wav2vec2 import Wav2Vec2
 
-WINDOW_FRAMES = 3000  # 60 s: what is longer runs in windows
+WINDOW_FRAMES = 3000  # 60 s: longer clips run in windows
 OVERLAP_FRAMES = 500
 _GPU_BATCH_S = 480.0  # padded audio in one batch on a GPU: about 15 GB of the stem's activations
 
 
 class SslEncoder:
-    """A network of the family behind the `Encoder` contract: (T,) -> (F, D) at 50 frames a second.
+    """`Encoder` for a network of the family: (T,) -> (F, D) at 50 frames a second.
 
     Frames are those of the network's convolutions: floor((T + 2 pad - 400) / 320) + 1; a clip too
-    short for one is followed by zeros up to it.
+    short for one frame is padded with zeros.
 
-    On a GPU clips run in padded batches. On a CPU each runs alone: a few seconds of audio fill the
-    processor already, and nothing is padded. (Batches of four equal clips took 26 % less time at
-    1 s, where reading the weights counts, 8 % at 2 s, 1.5 % at 5 s; the stem not counted.)
+    On a GPU clips run in padded batches. On a CPU they run one by one: a few seconds of audio use
+    the whole processor, and nothing is padded. (Batches of four equal clips took 26 % less time at
+    1 s, where reading the weights matters, 8 % at 2 s, 1.5 % at 5 s; without the stem.)
 
-    Up to 60 s a clip is one piece. Beyond that attention, whose cost is quadratic, runs in windows
-    of 60 s that overlap by 10 s and meet in the middle of the overlap; the stem and its norm still
-    see the whole. Frames within 5 s of a window's end, which are not kept, are those that notice.
+    A clip of up to 60 s runs in one piece. In a longer one attention, whose cost is quadratic, runs
+    in windows of 60 s that overlap by 10 s and are joined in the middle of the overlap; the stem
+    and its norm still cover the whole clip. The windows affect mainly frames within 5 s of a
+    window's end, which are dropped.
     """
 
     sample_rate = 16000
@@ -44,10 +45,11 @@ class SslEncoder:
         dtype: DType = "float32",
         int8: bool = False,
     ) -> None:
-        """network: takes it over: it is moved, cast, and on a CPU packed for inference.
+        """Take over `network`: it is moved, cast, and on a CPU packed for inference.
 
-        int8: most products in 8-bit integers, on a CPU (`models.encoders.int8`); ValueError where
-        that cannot be had.
+        int8: run most products in 8-bit integers, on a CPU (`models.encoders.int8`).
+
+        Raises: ValueError: when int8 is not supported here.
         """
         self.name = name
         self.config = network.config
@@ -66,9 +68,9 @@ class SslEncoder:
 
     @torch.inference_mode()
     def encode(self, wavs: Sequence[Tensor]) -> list[Tensor]:
-        """As `Encoder.encode`."""
+        """Encode as `Encoder.encode`."""
         shortest = self.config.reach - 2 * self.config.pad
-        padded = [F.pad(wav, (0, max(0, shortest - len(wav)))) for wav in checked(wavs)]
+        padded = [F.pad(wav, (0, max(0, shortest - len(wav)))) for wav in check_clips(wavs)]
         lengths = [len(wav) for wav in padded]
         if self.one_by_one:
             return [self._encode_alone(wav) for wav in padded]
@@ -81,7 +83,7 @@ class SslEncoder:
                 return [self._encode_alone(padded[batch[0]])]
             return self._encode_batch([padded[i] for i in batch])
 
-        # What needs windows goes alone: to the batcher it is as long as a whole batch.
+        # A clip that needs windows runs alone: for the batcher it is as long as a whole batch.
         sizes = [self.batcher.budget if windowed(n) else n for n in lengths]
         return self.batcher.map(sizes, run)
 

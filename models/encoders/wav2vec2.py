@@ -1,14 +1,14 @@
-"""The one network behind HuBERT, ContentVec, WavLM, HuBERT-Soft and their pruned students.
+"""The network of HuBERT, ContentVec, WavLM, HuBERT-Soft and their pruned students.
 
     waveform -> stem (convolutions) -> projection -> + position convolution -> transformer layers
 
-wav2vec 2.0 (Baevski et al., 2020) with what its descendants vary: where the norms stand, how many
-heads and how wide a feed-forward each layer has (DPHuBERT, Peng et al., 2023), and WavLM's gated
-relative position bias (Chen et al., 2022). Weight norm is folded and query, key and value are one
-matrix; `models.encoders.layouts` brings every foreign checkpoint into this shape.
+wav2vec 2.0 (Baevski et al., 2020) with the variations of its descendants: the position of the
+norms, the heads and the feed-forward width of each layer (DPHuBERT, Peng et al., 2023), and WavLM's
+gated relative position bias (Chen et al., 2022). Weight norm is folded, and query, key and value
+are one matrix; `models.encoders.layouts` converts every foreign checkpoint to this form.
 
-Clips of different lengths in one padded batch give what each gives alone: GroupNorm's statistics
-run over a clip's own samples, frames beyond its end are zeroed before the position convolution and
+Clips of different lengths in one padded batch give the same result as alone: GroupNorm's statistics
+cover a clip's own samples, and frames beyond its end are zeroed before the position convolution and
 masked in attention.
 
 Axes: B batch, T samples, F frames, C stem channels, H hidden width, N heads.
@@ -46,10 +46,10 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
-    """One transformer layer. heads=0: no attention; feed_forward=0: no feed-forward.
+    """Shape of one transformer layer. heads=0: no attention; feed_forward=0: no feed-forward.
 
-    kept_heads: which of the unpruned network's heads these are; None: all of them. It matters only
-    to WavLM's bias, whose table has a column for every head of the unpruned network.
+    kept_heads: indices of these heads in the unpruned network; None: all of them. Used only by
+    WavLM's bias, whose table has a column for every head of the unpruned network.
     """
 
     heads: int
@@ -69,16 +69,16 @@ class RelativeBias:
 
 @dataclass(frozen=True, kw_only=True)
 class Wav2Vec2Config:
-    """Shapes and order of everything; enough to build the network that a checkpoint fits.
+    """Shapes and order of all parts; enough to build the network of a checkpoint.
 
     stem: (channels, kernel, stride) of each convolution.
     stem_norm: "group" normalises the first convolution over time, "layer" every one over channels.
-    pre_norm: norms stand before attention and feed-forward, and one after the last layer.
-    final_norm: apply that last one (it belongs to the whole stack: a cut one goes without).
-    activation: of the feed-forward; "glu-swish" and the like are gated linear units.
-    project_dim: width of the final projection (`final_proj`); None: there is none.
-    pad: zeros put before and after the waveform (HuBERT-Soft: 40).
-    normalize_wav: bring each clip to mean 0 and variance 1 first.
+    pre_norm: norms come before attention and feed-forward, and one after the last layer.
+    final_norm: apply that last norm (only with all layers).
+    activation: of the feed-forward; "glu-swish" and similar are gated linear units.
+    project_dim: width of the final projection (`final_proj`); None: none.
+    pad: zeros added before and after the waveform (HuBERT-Soft: 40).
+    normalize_wav: normalise each clip to mean 0 and variance 1 first.
     """
 
     stem: tuple[tuple[int, int, int], ...] = STEM_OF_WAV2VEC2
@@ -99,7 +99,7 @@ class Wav2Vec2Config:
 
     @property
     def dim(self) -> int:
-        """D of what comes out."""
+        """Width D of the output."""
         return self.project_dim or self.width
 
     @property
@@ -108,14 +108,14 @@ class Wav2Vec2Config:
 
     @property
     def reach(self) -> int:
-        """Samples that the first frame sees, padding included: the shortest possible input."""
+        """Samples that the first frame depends on, padding included: the shortest input."""
         samples = 1
         for _, kernel, stride in reversed(self.stem):
             samples = (samples - 1) * stride + kernel
         return samples
 
     def num_frames(self, num_samples: int) -> int:
-        """Frames of a clip, by the arithmetic of the convolutions (floor of each)."""
+        """Return the frames of a clip, by the convolutions' lengths, each rounded down."""
         length = num_samples + 2 * self.pad
         for _, kernel, stride in self.stem:
             length = (length - kernel) // stride + 1
@@ -123,11 +123,13 @@ class Wav2Vec2Config:
 
 
 class Wav2Vec2(nn.Module):
-    """See the module. Every method takes what lies on the network's own device; waveforms are
-    float32 or, as all else, of the network's own dtype.
+    """The network of the module docstring.
 
-    masking: where set, changes the projected frames (B, F, H), given how many each clip has, before
-    they are told their position (`models.encoders.masking`).
+    All inputs lie on the network's device. Waveforms are float32 or of the network's dtype, other
+    inputs of the network's dtype.
+
+    masking: where set, masks the projected frames (B, F, H), given the frames of each clip, before
+    the position convolution (`models.encoders.masking`).
     """
 
     def __init__(self, config: Wav2Vec2Config) -> None:
@@ -157,16 +159,16 @@ class Wav2Vec2(nn.Module):
         )
 
     def forward(self, wavs: Tensor, num_samples: list[int] | None = None) -> Tensor:
-        """(B, T) -> (B, F, D). num_samples: of each clip, those beyond are padding (any values).
+        """Encode (B, T) -> (B, F, D). num_samples: of each clip; the rest is padding (any values).
 
-        Frames beyond a clip's own `config.num_frames` hold nothing of meaning.
+        Frames beyond a clip's own `config.num_frames` are undefined.
         """
         num_samples = num_samples or [wavs.shape[1]] * len(wavs)
         frames = [self.config.num_frames(n) for n in num_samples]
         return self.context(self.features(wavs, num_samples), frames)
 
     def features(self, wavs: Tensor, num_samples: list[int]) -> Tensor:
-        """The stem: (B, T) -> (B, F, C)."""
+        """Run the stem: (B, T) -> (B, F, C)."""
         lengths = torch.tensor(num_samples, device=wavs.device)
         x = wavs
         even = len(set(num_samples)) == 1 and num_samples[0] == wavs.shape[1]
@@ -174,7 +176,7 @@ class Wav2Vec2(nn.Module):
             x = x * (torch.arange(x.shape[1], device=x.device) < lengths[:, None])
         if self.config.normalize_wav:
             x = normalized(x, lengths)
-        x = x.to(self.stem[0].conv.weight.dtype)  # only now: quiet clips are not to be rounded
+        x = x.to(self.stem[0].conv.weight.dtype)  # last, so that quiet clips keep precision
         x = F.pad(x, (self.config.pad, self.config.pad))[:, None]  # (B, 1, T)
         lengths = lengths + 2 * self.config.pad
         for layer in self.stem:
@@ -182,12 +184,12 @@ class Wav2Vec2(nn.Module):
         return x.transpose(1, 2)
 
     def context(self, features: Tensor, num_frames: list[int]) -> Tensor:
-        """Everything after the stem: (B, F, C) -> (B, F, D)."""
-        x = deque(self._states(features, num_frames), maxlen=1).pop()  # the others are freed
+        """Run everything after the stem: (B, F, C) -> (B, F, D)."""
+        x = deque(self._states(features, num_frames), maxlen=1).pop()  # frees the others
         return x if self.final_projection is None else self.final_projection(x)
 
     def hidden_states(self, features: Tensor, num_frames: list[int]) -> list[Tensor]:
-        """(B, F, H) before the first layer and after each; the last one normed as configured."""
+        """Return (B, F, H) before the first layer and after each; the last with the final norm."""
         return list(self._states(features, num_frames))
 
     def _states(self, features: Tensor, num_frames: list[int]) -> Iterator[Tensor]:
@@ -200,7 +202,7 @@ class Wav2Vec2(nn.Module):
     def embed(
         self, features: Tensor, num_frames: list[int]
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What the layers take: (B, F, H), which frames are there (B, F), position bias (N, F, F).
+        """Compute the layers' input: (B, F, H), mask of frames (B, F), position bias (N, F, F).
 
         The mask is None where every clip fills its row.
         """
@@ -222,14 +224,14 @@ class Wav2Vec2(nn.Module):
         return x, mask, self.position_bias(n)
 
     def position_bias(self, num_frames: int) -> Tensor | None:
-        """WavLM's bias before the gates: (N, F, F), a function of key minus query alone."""
+        """Compute WavLM's bias before the gates: (N, F, F), a function of key minus query."""
         shape = self.config.relative_bias
         if shape is None or self.relative_bias is None:
             return None
         device = self.relative_bias.weight.device
         distance = torch.arange(1 - num_frames, num_frames, device=device)
         table = self.relative_bias(relative_buckets(distance, shape)).T  # (N, 2F - 1)
-        # Row q holds the distances -q .. F-1-q: windows of the table, taken backwards.
+        # Row q has the distances -q .. F-1-q: windows of the table in reverse order.
         return table.unfold(1, num_frames, 1).flip(1)
 
 
@@ -240,7 +242,7 @@ def _norm_of(config: Wav2Vec2Config, index: int) -> Literal["group", "layer"] | 
 
 
 class StemLayer(nn.Module):
-    """Convolution, norm, GELU. `gate`, where set, gives a factor for each channel (pruning)."""
+    """Convolution, norm, GELU. `gate`, where set, returns a factor per channel (pruning)."""
 
     def __init__(
         self,
@@ -261,7 +263,7 @@ class StemLayer(nn.Module):
         self.gate: nn.Module | None = None
 
     def forward(self, x: Tensor, lengths: Tensor, even: bool) -> tuple[Tensor, Tensor]:
-        """(B, C, T), valid lengths -> the same of the output. even: every row is full."""
+        """Map (B, C, T) and valid lengths to those of the output. even: every row is full."""
         (kernel,), (stride,) = self.conv.kernel_size, self.conv.stride
         x = self.conv(x)
         lengths = (lengths - kernel) // stride + 1
@@ -276,7 +278,7 @@ class StemLayer(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm with a group for each channel, its statistics over a clip's own samples only."""
+    """GroupNorm with one group per channel and statistics over a clip's own samples."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -284,7 +286,7 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        """(B, C, T). lengths: (B,), None where every row is full."""
+        """Normalise (B, C, T). lengths: (B,), None where every row is full."""
         if lengths is None:
             return F.group_norm(x.float(), x.shape[1], self.weight.float(), self.bias.float()).to(x)
         wide = x.float()
@@ -298,22 +300,22 @@ class GroupNorm(nn.Module):
 
 
 class PositionConvolution(nn.Module):
-    """Grouped convolution over frames that tells the layers what is near what."""
+    """Grouped convolution over frames that encodes relative position."""
 
     def __init__(self, width: int, kernel: int, groups: int) -> None:
         super().__init__()
         self.conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, F, H) -> (B, F, H)"""
+        """Apply to (B, F, H), to the same shape."""
         n = x.shape[1]
         return F.gelu(self.conv(x.transpose(1, 2))[:, :, :n]).transpose(1, 2)
 
 
 class TransformerLayer(nn.Module):
-    """Attention and feed-forward, each with its residual and its norm, each possibly absent.
+    """Attention and feed-forward, both optional, each with its residual and norm.
 
-    A post-norm layer keeps the norm of an absent block, a pre-norm layer goes without.
+    A post-norm layer keeps the norm of an absent block; a pre-norm layer does not have it.
     """
 
     def __init__(self, config: Wav2Vec2Config, shape: LayerShape) -> None:
@@ -331,7 +333,7 @@ class TransformerLayer(nn.Module):
         self.feed_forward_norm = norms[1] if keeps or shape.feed_forward else None
 
     def forward(self, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
-        """(B, F, H); mask (B, F) and bias (N, F, F) as `Wav2Vec2.embed` gives them."""
+        """Apply to x (B, F, H); mask (B, F) and bias (N, F, F) come from `Wav2Vec2.embed`."""
         if self.pre_norm:
             if self.attention is not None:
                 x = x + self.attention(self.attention_norm(x), mask, bias)
@@ -350,7 +352,7 @@ class Attention(nn.Module):
     """Multi-head self-attention, with WavLM's gated position bias where the network has one.
 
     head_gate, gate: where set, factors for each head and for the whole block (pruning).
-    attend: softmax(q k / sqrt(head_dim) + mask) v, by another kernel where one is quicker.
+    attend: softmax(q k / sqrt(head_dim) + mask) v, replaceable by a faster kernel.
     """
 
     def __init__(self, config: Wav2Vec2Config, shape: LayerShape) -> None:
@@ -371,21 +373,21 @@ class Attention(nn.Module):
         n_clips, n_frames, _ = x.shape
         qkv = self.qkv(x).view(n_clips, n_frames, 3, self.heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, N, F, head_dim)
-        seen = None if mask is None else mask[:, None, None]  # (B, 1, 1, F)
+        attn_mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, F)
         if self.bias_gate is not None and bias is not None:
             gated = self.bias_gate(x, bias)  # (B, N, F, F)
-            seen = gated if seen is None else gated.masked_fill(~seen, -torch.inf)
-        heard = self.attend(q, k, v, attn_mask=seen)
+            attn_mask = gated if attn_mask is None else gated.masked_fill(~attn_mask, -torch.inf)
+        attended = self.attend(q, k, v, attn_mask=attn_mask)
         if self.head_gate is not None:
-            heard = heard * self.head_gate()[:, None, None]
-        x = self.out(heard.transpose(1, 2).flatten(2))
+            attended = attended * self.head_gate()[:, None, None]
+        x = self.out(attended.transpose(1, 2).flatten(2))
         return x if self.gate is None else x * self.gate()
 
 
 class BiasGate(nn.Module):
-    """How much of the position bias a query takes: WavLM, equations 3 to 6.
+    """Gates of the position bias for each query: WavLM, equations 3 to 6.
 
-    It looks at the attention's input split by heads, not at the projected query.
+    They depend on the attention's input split by heads, not on the projected query.
     """
 
     def __init__(self, heads: int, kept_heads: tuple[int, ...] | None, width: int) -> None:
@@ -396,7 +398,7 @@ class BiasGate(nn.Module):
         self.scale = nn.Parameter(torch.ones(heads))
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """(B, F, H), (N of the unpruned network, F, F) -> (B, N, F, F)"""
+        """Gate the bias: (B, F, H), (N of the unpruned network, F, F) -> (B, N, F, F)."""
         x = x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, N, F, H / N)
         scale = self.scale[:, None, None]
         if self.kept is not None:
@@ -406,7 +408,7 @@ class BiasGate(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers; a gated linear unit between them where `activation` says so.
+    """Two linear layers with an activation or a gated linear unit between them.
 
     inner_gate, gate: where set, factors for each inner feature and for the whole block (pruning).
     """
@@ -435,7 +437,7 @@ class FeedForward(nn.Module):
 
 
 def normalized(wavs: Tensor, lengths: Tensor, eps: float = 1e-5) -> Tensor:
-    """Mean 0 and variance 1 of each clip over its own samples; the padding stays 0. (B, T)"""
+    """Normalise each clip (B, T) to mean 0 and variance 1 over its own samples; padding stays 0."""
     mask = torch.arange(wavs.shape[1], device=wavs.device) < lengths[:, None]
     wide = wavs.float()
     mean = (wide * mask).sum(1, keepdim=True) / lengths[:, None]
@@ -445,9 +447,10 @@ def normalized(wavs: Tensor, lengths: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def relative_buckets(distance: Tensor, shape: RelativeBias) -> Tensor:
-    """Bucket of each key minus query: half of them ahead, near ones singly, far ones by logarithm.
+    """Return the bucket of each distance (key minus query).
 
-    As T5 has them (Raffel et al., 2020), the logarithm in float32 like the original.
+    Half of the buckets are for keys ahead; near distances have one bucket each, far ones share
+    logarithmic buckets. As in T5 (Raffel et al., 2020), with the logarithm in float32.
     """
     per_side = shape.buckets // 2
     single = per_side // 2

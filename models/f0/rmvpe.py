@@ -1,20 +1,20 @@
-"""RMVPE: f0 by a network that sees the log-mel of a clip as an image.
+"""RMVPE: f0 from the log-mel of a clip as an image.
 
 H. Wei, X. Cao, T. Dan, Y. Chen, "RMVPE: A robust model for vocal pitch estimation in polyphonic
 music", Interspeech 2023. The network is the one in the community's `rmvpe.pt`: a U-Net of residual
 blocks, a bidirectional GRU over frames, and a sigmoid for each of 360 bins of 20 cents.
 
-Clips. Frame i is centred on sample 160 i of 16 kHz audio; T samples have T // 160 + 1 frames. A
-clip's log-mel is followed by zeros up to a multiple of 32 frames, and the network hears them: they
-are part of its numbers. In a batch every layer's output is cleared beyond each clip's own multiple,
-so that a clip sounds to the network as it does alone.
+Clips: frame i is centred on sample 160 i of 16 kHz audio; T samples have T // 160 + 1 frames. A
+clip's log-mel is padded with zeros to a multiple of 32 frames, and this padding affects the result.
+In a batch every layer's output is cleared beyond each clip's own multiple, so that a clip gives the
+same result as alone.
 
-Speed. Norms are folded into the convolutions before them. On a CPU these run in oneDNN with weights
-laid out once and ReLU fused in, channels last. Time lies along the rows of the image: it is longer
-than the mel axis, which has four bins left at the bottom.
+Speed: norms are folded into the convolutions before them. On a CPU these run in oneDNN with packed
+weights and fused ReLU, channels last. Time lies along the rows of the image, because it is longer
+than the mel axis, which has four bins left at the lowest level.
 
-Long clips. A frame of the U-Net sees `RmvpeConfig.reach` frames to either side, 16 s: it runs in
-windows that overlap by twice as much, whose seams are none. The GRU runs over the whole.
+Long clips: a frame of the U-Net depends on `RmvpeConfig.reach` frames on either side, 16 s. It runs
+in windows that overlap by twice as much, which is exact. The GRU runs over the whole clip.
 
 Axes: B batch, C channels, M mel bins, F frames, H the GRU's width, K bins.
 """
@@ -39,24 +39,24 @@ from models.f0.rmvpe_checkpoint import LEVELS, MAPS, RmvpeConfig, read_rmvpe
 from models.f0.rmvpe_onnx import OnnxRmvpe
 from models.onnx_session import is_onnx
 
-THRESHOLD = 0.03  # the largest salience of a voiced frame lies above it; the paper's code
+THRESHOLD = 0.03  # the largest salience of a voiced frame is above it; from the paper's code
 WINDOW_FRAMES = 16384  # 164 s
 TILE_FRAMES = 512
 _NORM_EPS = 1e-5
-_UNET_FRAMES = {"cpu": 512, "cuda": 48000}  # padded, in one batch
+_UNET_FRAMES = {"cpu": 512, "cuda": 48000}  # padded frames of one batch
 _GRU_FRAMES = 32768
 
 
 class Network(Protocol):
-    """What makes salience of log-mels; its clips do not hear each other."""
+    """A network from log-mels to salience, whose clips do not affect each other."""
 
     def salience(self, mels: Sequence[Tensor]) -> list[Tensor]:
-        """(M, F) each, F a multiple of 32 -> (F, K) each, on the CPU."""
+        """Compute salience: (M, F) each, F a multiple of 32 -> (F, K) each, on the CPU."""
         ...
 
 
 class Rmvpe:
-    """Clips in, salience out."""
+    """RMVPE for clips: log-mel, network and trimming of padding."""
 
     sample_rate = SAMPLE_RATE
     hop_length = HOP_LENGTH
@@ -68,45 +68,47 @@ class Rmvpe:
 
     @torch.inference_mode()
     def salience(self, wavs: Sequence[Tensor]) -> list[Tensor]:
-        """(T,) float32 at 16 kHz each -> float32 (T // 160 + 1, K), 0 to 1, on the CPU.
+        """Compute salience of clips (T,) float32 at 16 kHz.
 
-        A clip of fewer than 513 samples is followed by zeros, since its ends are mirrored.
-        Raises CheckpointError where the weights make something that is not finite.
+        Returns float32 (T // 160 + 1, K) each, 0 to 1, on the CPU. A clip of fewer than 513 samples
+        is padded with zeros, because its ends are reflected.
+
+        Raises: CheckpointError: when the weights give values that are not finite.
         """
         saliences = self.network.salience([self._mel(wav) for wav in wavs])
         out = [row[: len(wav) // HOP_LENGTH + 1] for row, wav in zip(saliences, wavs, strict=True)]
         if not all(bool(torch.isfinite(row).all()) for row in out):
             raise CheckpointError(
-                "RMVPE's weights make numbers that are not finite: are they whole?"
+                "RMVPE's weights give values that are not finite: the file may be damaged"
             )
         return out
 
     def _mel(self, wav: Tensor) -> Tensor:
-        """(T,) -> (M, F), F the next multiple of 32."""
+        """Compute the log-mel (M, F) of (T,), F the next multiple of 32."""
         n_frames = len(wav) // HOP_LENGTH + 1
         wav = F.pad(wav.to(self.device), (0, max(0, N_FFT // 2 + 1 - len(wav))))
-        mirrored = F.pad(wav[None], (N_FFT // 2, N_FFT // 2), mode="reflect")[0]
-        mel = f0_log_mel(mirrored, self.filters)[:n_frames]
+        padded = F.pad(wav[None], (N_FFT // 2, N_FFT // 2), mode="reflect")[0]
+        mel = f0_log_mel(padded, self.filters)[:n_frames]
         return F.pad(mel.T, (0, -n_frames % (1 << LEVELS)))
 
 
 def decode_rmvpe(salience: Tensor, threshold: float = THRESHOLD) -> Tensor:
-    """f0 in Hz, 0 where no bin lies above the threshold: (F, K) -> float64 (F,)."""
+    """Decode (F, K) to f0 in Hz, float64 (F,), 0 where no bin is above the threshold."""
     bins = torch.arange(NUM_BINS, dtype=torch.float64, device=salience.device)
     f0 = hz_of_cents(local_average(salience.double(), bins * CENTS_PER_BIN + LOWEST_CENTS))
     return torch.where(salience.amax(dim=1) > threshold, f0, 0.0)
 
 
 def load_rmvpe(path: str | Path, device: str = "cpu") -> Rmvpe:
-    """From rmvpe.pt, a safetensors file with its keys, or an ONNX export.
+    """Load rmvpe.pt, a safetensors file with its keys, or an ONNX export.
 
-    Raises CheckpointError for a file that is none, naming keys; ValueError where an ONNX file is
-    asked for and onnxruntime is missing or cannot compute on `device`.
+    Raises: CheckpointError: when the file is none of these (the message names keys); ValueError:
+    when it is an ONNX file and onnxruntime is missing or does not support `device`.
     """
     if is_onnx(Path(path)):
         return Rmvpe(OnnxRmvpe(Path(path), device), device)
     if torch.device(device).type == "cuda":
-        # Convolutions would otherwise round to 10 bits, unasked; matrix products do not.
+        # By default convolutions would round to 10 bits (TF32); matrix products do not.
         torch.backends.cudnn.allow_tf32 = False
     config, tensors = read_rmvpe(path)
     packed = can_pack(torch.empty(0, device=device))
@@ -118,9 +120,12 @@ def load_rmvpe(path: str | Path, device: str = "cpu") -> Rmvpe:
 
 
 def check_rmvpe(path: str | Path) -> None:
-    """Raises what `load_rmvpe` would on a CPU for a file that is no RMVPE.
+    """Check that a file is an RMVPE, as `load_rmvpe` on a CPU.
 
-    Of torch's containers and safetensors, names and shapes are read and no weight is.
+    Only names and shapes of torch's containers and safetensors are read, not weights.
+
+    Raises: CheckpointError: when it is not; ValueError: when it is an ONNX file and onnxruntime is
+    missing.
     """
     if is_onnx(Path(path)):
         OnnxRmvpe(Path(path), "cpu")
@@ -129,10 +134,10 @@ def check_rmvpe(path: str | Path) -> None:
 
 
 class BatchedRmvpe:
-    """The network over clips of any lengths.
+    """The network for clips of any length, in batches.
 
-    The U-Net fills a CPU with five seconds of audio; shorter clips go together until they have as
-    much, so that its weights (370 MB) are read less often. The GRU, which is all steps, takes many.
+    Five seconds of audio keep a CPU busy in the U-Net. Shorter clips share a batch of that length,
+    so that its weights (370 MB) are read less often. The GRU is sequential and takes large batches.
     """
 
     def __init__(self, network: UNetGru, device: str = "cpu") -> None:
@@ -142,7 +147,7 @@ class BatchedRmvpe:
         self.gru_batcher = Batcher(_GRU_FRAMES)
 
     def salience(self, mels: Sequence[Tensor]) -> list[Tensor]:
-        """As `Network.salience`."""
+        """Compute salience as `Network.salience`."""
         features = self._features(mels)
 
         def run(batch: list[int]) -> list[Tensor]:
@@ -151,7 +156,7 @@ class BatchedRmvpe:
         return self.gru_batcher.map([len(row) for row in features], run)
 
     def _features(self, mels: Sequence[Tensor]) -> list[Tensor]:
-        """(M, F) each -> (F, 3 M) each."""
+        """Run the U-Net: (M, F) each -> (F, 3 M) each."""
         overlap = 2 * self.network.config.reach
         pieces: list[tuple[int, Window]] = [
             (clip, window)
@@ -174,17 +179,16 @@ class BatchedRmvpe:
             ]
 
         parts: list[list[Tensor]] = [[] for _ in mels]
-        found = self.unet_batcher.map(lengths, run)
-        for (clip, _), features in zip(pieces, found, strict=True):
+        for (clip, _), features in zip(pieces, self.unet_batcher.map(lengths, run), strict=True):
             parts[clip].append(features)
         return [part[0] if len(part) == 1 else torch.cat(part) for part in parts]
 
 
 class Ends:
-    """Clears what lies beyond each clip's own frames, at every level of a batch."""
+    """Clearing of the padding beyond each clip's own frames, at every level of a batch."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        """lengths: frames, multiples of 2 ** LEVELS."""
+        """Prepare masks. lengths: frames, multiples of 2 ** LEVELS."""
         self.beyond: dict[int, Tensor] = {}  # by frames of the level: (B, 1, 1, F)
         if min(lengths) == (longest := max(lengths)):
             return
@@ -194,12 +198,12 @@ class Ends:
             self.beyond[len(frames)] = frames >= counts >> level
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(B, C, M, F), in place."""
+        """Clear x (B, C, M, F) in place."""
         return x.masked_fill_(self.beyond[x.shape[3]], 0) if self.beyond else x
 
 
 class Conv(nn.Module):
-    """A convolution that keeps the size of (B, C, M, F), and ReLU after it if asked for."""
+    """A convolution that keeps the size of (B, C, M, F), optionally followed by ReLU."""
 
     def __init__(self, weight: Tensor, bias: Tensor, relu: bool) -> None:
         super().__init__()
@@ -213,7 +217,7 @@ class Conv(nn.Module):
 
 
 class Up(nn.Module):
-    """A convolution that doubles M and F, and ReLU."""
+    """A transposed convolution that doubles M and F, followed by ReLU."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -226,7 +230,7 @@ class Up(nn.Module):
 
 
 class PackedConv(nn.Module):
-    """`Conv` in oneDNN, its weight laid out for it."""
+    """`Conv` in oneDNN with a packed weight."""
 
     def __init__(self, weight: Tensor, bias: Tensor, relu: bool) -> None:
         super().__init__()
@@ -244,7 +248,7 @@ class PackedConv(nn.Module):
 
 
 class PackedUp(nn.Module):
-    """`Up` in oneDNN, its weight laid out for it."""
+    """`Up` in oneDNN with a packed weight."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -260,7 +264,7 @@ class PackedUp(nn.Module):
 
 
 class UNetBlock(nn.Module):
-    """Two convolutions, and the input added to what they make."""
+    """A residual block of two convolutions."""
 
     def __init__(self, first: Conv, second: Conv, shortcut: Conv | None) -> None:
         super().__init__()
@@ -273,28 +277,27 @@ class UNetBlock(nn.Module):
 
 
 class UNetLayer(nn.Module):
-    """Residual blocks one after the other.
+    """A sequence of residual blocks.
 
-    tiled: channels last, and a long clip that is alone goes through them in tiles that stay in the
-    processor's cache.
+    tiled: channels last, and a single long clip runs in tiles that fit into the processor's cache.
     """
 
     def __init__(self, blocks: Sequence[UNetBlock], tiled: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.reach = 2 * len(blocks)  # frames of this level, to either side
+        self.reach = 2 * len(blocks)  # frames of this level on either side
         self.tiled = tiled
 
-    def forward(self, x: Tensor, ends: Ends, beside: Tensor | None = None) -> Tensor:
-        """(B, C, M, F) -> (B, C out, M, F). beside: further channels of the input."""
+    def forward(self, x: Tensor, ends: Ends, skip: Tensor | None = None) -> Tensor:
+        """Map (B, C, M, F) to (B, C out, M, F). skip: further input channels."""
         n_frames = x.shape[3]
         if not self.tiled or ends.beyond or n_frames <= TILE_FRAMES + 2 * self.reach:
-            return self._run(x, ends, beside)
+            return self._run(x, ends, skip)
         tiles = windows(n_frames, TILE_FRAMES + 2 * self.reach, 2 * self.reach)
         out: Tensor | None = None
         for tile in tiles:
-            seen = slice(tile.start, tile.stop)
-            y = self._run(x[..., seen], ends, None if beside is None else beside[..., seen])
+            span = slice(tile.start, tile.stop)
+            y = self._run(x[..., span], ends, None if skip is None else skip[..., span])
             if out is None:
                 shape = (*y.shape[:3], n_frames)
                 out = torch.empty(shape, memory_format=torch.channels_last)
@@ -303,9 +306,9 @@ class UNetLayer(nn.Module):
             ]
         return out
 
-    def _run(self, x: Tensor, ends: Ends, beside: Tensor | None) -> Tensor:
-        if beside is not None:
-            x = torch.cat([x, beside], dim=1)
+    def _run(self, x: Tensor, ends: Ends, skip: Tensor | None) -> Tensor:
+        if skip is not None:
+            x = torch.cat([x, skip], dim=1)
         elif self.tiled:
             x = x.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
@@ -314,7 +317,7 @@ class UNetLayer(nn.Module):
 
 
 class BiGru(nn.Module):
-    """A GRU in both directions over each of several clips: (F, D) each -> (F, 2 H) each."""
+    """A bidirectional GRU over several clips: (F, D) each -> (F, 2 H) each."""
 
     def __init__(self, gru: nn.GRU) -> None:
         super().__init__()
@@ -326,12 +329,12 @@ class BiGru(nn.Module):
 
 
 class UNetGru(nn.Module):
-    """The network with its norms folded."""
+    """The network with folded norms."""
 
     def __init__(
         self, config: RmvpeConfig, tensors: Mapping[str, Tensor], packed: bool = False
     ) -> None:
-        """tensors: under the published keys. packed: for a CPU, where `can_pack` allows it."""
+        """Build from tensors under the published keys. packed: use oneDNN's packed weights."""
         super().__init__()
         self.config = config
         read = _Reader(tensors, packed)
@@ -353,7 +356,7 @@ class UNetGru(nn.Module):
         self.linear = read.linear("fc.1")
 
     def unet(self, mel: Tensor, lengths: Sequence[int]) -> Tensor:
-        """(B, M, F) -> (B, F, 3 M). lengths: frames of each clip; multiples of 32, as F is."""
+        """Map (B, M, F) to (B, F, 3 M). lengths: frames of each clip; multiples of 32, like F."""
         ends = Ends(lengths, mel.device)
         x = ends((mel * self.scale + self.shift)[:, None])  # (B, 1, M, F)
         skipped = []
@@ -363,18 +366,18 @@ class UNetGru(nn.Module):
         for layer in self.intermediate:
             x = layer(x, ends)
         for up, layer in zip(self.ups, self.decoder, strict=True):
-            x = layer(ends(up(x)), ends, beside=skipped.pop())
+            x = layer(ends(up(x)), ends, skip=skipped.pop())
         return self.maps(x).permute(0, 3, 1, 2).flatten(2)
 
     def salience(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """(F, 3 M) each -> (F, K) each."""
+        """Compute salience: (F, 3 M) each -> (F, K) each."""
         return [self.linear(row).sigmoid_() for row in self.gru(features)]
 
 
 class _Reader:
-    """Layers of a state dict: norms folded into the convolution before them, mel bins first.
+    """Builder of layers from a state dict: norms folded into the convolutions, mel bins first.
 
-    Raises CheckpointError naming what is not finite; ReLU would hide it.
+    Weights that are not finite raise CheckpointError, because ReLU would hide them.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], packed: bool) -> None:
@@ -382,14 +385,14 @@ class _Reader:
         self.packed = packed
 
     def numbers(self, name: str) -> Tensor:
-        """A copy: what stays must not need the file any more."""
+        """Copy a tensor, so that the file is not needed any more."""
         return _finite(name, self.tensors[name].float().clone())
 
     def folded(self, name: str, scale: Tensor) -> Tensor:
         return _finite(name, self.tensors[name].float() * scale)
 
     def norm(self, name: str) -> tuple[Tensor, Tensor]:
-        """Scale and shift of a batch norm."""
+        """Return scale and shift of a batch norm."""
         weight, bias, mean, variance = (
             self.tensors[f"{name}.{part}"].double()
             for part in ("weight", "bias", "running_mean", "running_var")
@@ -399,7 +402,7 @@ class _Reader:
         return _finite(name, scale.float()), _finite(name, shift.float())
 
     def conv(self, name: str, norm: str | None = None) -> nn.Module:
-        """With ReLU where there is a norm."""
+        """Build a convolution, with ReLU if there is a norm."""
         if norm is None:
             weight, bias = self.numbers(f"{name}.weight"), self.numbers(f"{name}.bias")
         else:
@@ -441,5 +444,5 @@ class _Reader:
 
 def _finite(name: str, numbers: Tensor) -> Tensor:
     if not torch.isfinite(numbers.sum()):
-        raise CheckpointError(f"{name} holds numbers that are not finite: the file is damaged")
+        raise CheckpointError(f"{name} has values that are not finite: the file is damaged")
     return numbers

@@ -1,7 +1,7 @@
-"""Files of RMVPE's weights: the community's `rmvpe.pt` and its like, held against the network.
+"""Reading of RMVPE's weights, such as the community's `rmvpe.pt`, with a check of keys and shapes.
 
-`{"model": state dict}` or a bare state dict, in torch's containers or safetensors. Every key must
-be there, have its shape, and be known.
+A file is `{"model": state dict}` or a bare state dict, in torch's containers or safetensors. Every
+key must be present, known and of its shape.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from models.f0.bins import NUM_BINS
 from models.f0.mel import NUM_MELS
 
 LEVELS = 5  # each halves frames and mel bins
-MAPS = 3  # that leave the U-Net, NUM_MELS numbers a frame each
+MAPS = 3  # feature maps of the U-Net's output, NUM_MELS values per frame each
 _FILTER = "unet.tf."
 
 
 @dataclass(frozen=True)
 class RmvpeConfig:
-    """Widths and depths of the network; the defaults are the published one's.
+    """Widths and depths of the network; the defaults are those of the published one.
 
     channels: of the first level; each level doubles them. blocks: residual blocks in each layer.
     inter_layers: layers between encoder and decoder. hidden: width of the GRU in each direction.
@@ -44,8 +44,8 @@ class RmvpeConfig:
 
     @property
     def reach(self) -> int:
-        """Frames to either side that a frame of the U-Net sees; a multiple of 2 ** LEVELS."""
-        block = 2  # two convolutions, each a step to either side at its own level
+        """Frames on either side that a frame of the U-Net depends on; a multiple of 2 ** LEVELS."""
+        block = 2  # two convolutions, each reaching one step at its own level
         layers = 2 * sum(block * self.blocks << level for level in range(LEVELS))
         ups = sum(1 << level for level in range(1, LEVELS + 1))
         between = block * self.blocks * self.inter_layers << LEVELS
@@ -54,14 +54,14 @@ class RmvpeConfig:
 
 
 def read_rmvpe(path: str | Path) -> tuple[RmvpeConfig, dict[str, Tensor]]:
-    """The network's widths, and its tensors as views of the mapped file: no weight is read yet.
+    """Read the network's widths, and its tensors as views of the mapped file, without the weights.
 
-    Raises CheckpointError for a file that is not such a network's, naming keys.
+    Raises: CheckpointError: when the file is not such a network's (the message names keys).
     """
     content, _ = load_weights(path)
     inner = content.get("model", content)
     if not isinstance(inner, dict):
-        raise CheckpointError(f"{path} holds a {type(inner).__name__} as 'model', not weights")
+        raise CheckpointError(f"{path} has a {type(inner).__name__} as 'model', not weights")
     tensors = {
         key: value
         for key, value in inner.items()
@@ -73,7 +73,7 @@ def read_rmvpe(path: str | Path) -> tuple[RmvpeConfig, dict[str, Tensor]]:
 
 
 def key_shapes(config: RmvpeConfig) -> dict[str, tuple[int, ...]]:
-    """Every key of the published state dict and its shape, in the order of the state dict."""
+    """Return every key of the published state dict and its shape, in order."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def norm(name: str, width: int) -> None:
@@ -127,10 +127,10 @@ def _config_of(path: str | Path, tensors: Mapping[str, Tensor]) -> RmvpeConfig:
 
     def width(key: str, ndim: int, axis: int) -> int:
         if key not in tensors:
-            raise CheckpointError(f"{path} holds no RMVPE: it lacks {key}")
+            raise CheckpointError(f"{path} is not an RMVPE: it lacks {key}")
         shape = tuple(tensors[key].shape)
         if len(shape) != ndim:
-            raise CheckpointError(f"{path}: {key} has shape {shape}, but {ndim} axes are wanted")
+            raise CheckpointError(f"{path}: {key} has shape {shape}; it must have {ndim} axes")
         return shape[axis]
 
     config = RmvpeConfig(
@@ -142,8 +142,8 @@ def _config_of(path: str | Path, tensors: Mapping[str, Tensor]) -> RmvpeConfig:
     )
     if 0 in (config.channels, config.inter_layers, config.hidden):
         raise CheckpointError(
-            f"{path} holds no RMVPE: of channels, layers between encoder and decoder, and width "
-            f"of the GRU it has {config.channels}, {config.inter_layers} and {config.hidden}"
+            f"{path} is not an RMVPE: it has {config.channels} channels, {config.inter_layers} "
+            f"layers between encoder and decoder, and a GRU of width {config.hidden}"
         )
     return config
 
@@ -164,7 +164,7 @@ def _require_fit(
         and not key.endswith("num_batches_tracked")
     ]
     misshapen = [
-        f"{key} (has {tuple(tensors[key].shape)}, wanted is {shape})"
+        f"{key} (is {tuple(tensors[key].shape)}, must be {shape})"
         for key, shape in shapes.items()
         if key in tensors and tuple(tensors[key].shape) != shape
     ]
@@ -172,11 +172,11 @@ def _require_fit(
         f"{what} {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
         for what, keys in (
             ("lacks", missing),
-            ("has another shape in", misshapen),
-            ("has no real numbers in", not_floats),
-            ("has besides", unknown),
+            ("has other shapes:", misshapen),
+            ("has no floating-point tensor for", not_floats),
+            ("has unknown keys:", unknown),
         )
         if keys
     ]
     if faults:
-        raise CheckpointError(f"{path} does not fit RMVPE: it {'; it '.join(faults)}")
+        raise CheckpointError(f"{path} does not match RMVPE: it {'; it '.join(faults)}")

@@ -1,9 +1,9 @@
-"""The likeliest path through bins of pitch, frame by frame.
+"""Viterbi decoding of the most likely path through pitch bins.
 
-The model is torchcrepe's (`torchcrepe.decode.viterbi`): the chance to move by d bins falls in
-proportion to 12 - |d|, and what a frame says of its bins is the softmax of their salience. Near the
-ends of the scale torchcrepe makes the moves that are left likelier, so that a weak pitch is taken
-for one there; here they stay as they are. From 36 to 1766 Hz the two agree.
+The model is torchcrepe's (`torchcrepe.decode.viterbi`): the probability of a move by d bins is
+proportional to 12 - |d|, and the probability of a bin is the softmax of salience. Near the ends of
+the scale torchcrepe renormalises the remaining moves, which attracts weak pitches; here they are
+not renormalised. From 36 to 1766 Hz the two agree.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-_REACH = 11  # bins that the pitch moves at most from one frame to the next
+_REACH = 11  # largest move in bins from one frame to the next
 
 
 def likeliest_path(salience: NDArray[np.floating], first: int, last: int) -> NDArray[np.int64]:
-    """The bin of each frame: (F,) within [first, last).
+    """Return the bin of each frame, (F,) within [first, last).
 
-    salience: (F, K); only the bins in [first, last), of which there must be one, are looked at. Of
-    equally likely bins the lowest one counts.
+    salience: (F, K); only the bins in [first, last) are used, at least one. On a tie the lowest bin
+    wins.
     """
     scores = _log_softmax(salience[:, first:last])
     frames, bins = scores.shape
@@ -27,8 +27,8 @@ def likeliest_path(salience: NDArray[np.floating], first: int, last: int) -> NDA
         return path
     weight = _REACH + 1.0 - np.abs(np.arange(-_REACH, _REACH + 1))
     moves = np.log(weight / weight.sum())[:, None]
-    # Around the scores of a frame lie bins that no path reaches, so that row m of `reached` is, for
-    # each bin, the score of the one m - reach away from it.
+    # The scores of a frame are padded with unreachable bins, so that row m of `reached` has, for
+    # each bin, the score of the bin m - reach away.
     padded = np.full(bins + 2 * _REACH, -np.inf)
     best = padded[_REACH : _REACH + bins]
     reached = np.lib.stride_tricks.sliding_window_view(padded, bins)  # (2 * reach + 1, bins)

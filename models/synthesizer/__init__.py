@@ -1,6 +1,6 @@
 """The singing voice synthesizer.
 
-`from_sovits` and `to_sovits` are at hand here, and need torch only once they are asked for.
+`from_sovits` and `to_sovits` can be imported from here; torch is loaded at their first use.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a synthesizer is built of, and what its spectrograms are.
+"""Settings of a synthesizer's networks and of its spectrograms.
 
-The names are those of VITS and HiFi-GAN; so-vits-svc's for the same are in `sovits.py`.
+The names are those of VITS and HiFi-GAN; `sovits.config` maps so-vits-svc's names to them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-SPEAKER_LAYER = 2  # where the speaker comes into a text's transformers; the first layer is 0
+SPEAKER_LAYER = 2  # layer of a text transformer that gets the speaker embedding, from 0
 _DISCRIMINATOR_CHANNELS = (64, 128, 256, 512, 1024)
 _COUNTS = (
     "inter_channels",
@@ -25,16 +25,19 @@ _COUNTS = (
 
 
 def require_at_least(least: float, name: str, value: float) -> None:
-    """Raises ValueError that names the setting."""
+    """Check a lower limit.
+
+    Raises: ValueError: when the value is below it (the message names the setting).
+    """
     if not value >= least:
         raise ValueError(f"{name} is {value}; it must be {least} or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The networks, as far as they are a matter of choice. The defaults are so-vits-svc's."""
+    """Settings of the networks that are free to choose. The defaults are so-vits-svc's."""
 
-    inter_channels: int = 192  # of the latent z
+    inter_channels: int = 192  # width of the latent z
     hidden_channels: int = 192
     filter_channels: int = 768  # inside the feed-forward layers
     n_heads: int = 2
@@ -48,16 +51,16 @@ class ModelConfig:
     upsample_rates: tuple[int, ...] = (8, 8, 2, 2, 2)  # their product is the hop length
     upsample_initial_channel: int = 512
     upsample_kernel_sizes: tuple[int, ...] = (16, 16, 4, 4, 4)
-    gin_channels: int = 768  # of the speaker embedding
+    gin_channels: int = 768  # width of the speaker embedding
     flow: Literal["residual", "transformer"] = "residual"
-    n_flows: int = 4  # so-vits-svc has always 4 residual ones, of n_flow_layer layers each
-    n_flow_layers: int = 4  # of the network in each flow; so-vits-svc's transformers have 3
+    n_flows: int = 4  # so-vits-svc always has 4 residual flows, of n_flow_layer layers each
+    n_flow_layers: int = 4  # layers of the network in each flow; so-vits-svc's transformers: 3
     share_flow: bool = False  # one network for all flows
     depthwise_conv: bool = False  # depthwise-separable convolutions in WN
-    predict_f0: bool = True  # with a predictor for conversion with pitch of its own
+    predict_f0: bool = True  # has an f0 predictor, which can replace the source's melody
     volume_embedding: bool = False
-    spectral_norm: bool = False  # in the discriminators, in place of weight normalisation
-    discriminator_channels: int = 1024  # of their widest layers; so-vits-svc has no other number
+    spectral_norm: bool = False  # spectral in place of weight normalisation in the discriminators
+    discriminator_channels: int = 1024  # width of their widest layers; fixed in so-vits-svc
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -65,24 +68,24 @@ class ModelConfig:
         if len(self.upsample_rates) != len(self.upsample_kernel_sizes):
             raise ValueError(
                 f"model.upsample_rates has {len(self.upsample_rates)} numbers and "
-                f"model.upsample_kernel_sizes {len(self.upsample_kernel_sizes)}; one each belongs "
-                "together"
+                f"model.upsample_kernel_sizes {len(self.upsample_kernel_sizes)}; they must have as "
+                "many"
             )
         for rate, kernel in zip(self.upsample_rates, self.upsample_kernel_sizes, strict=True):
             if rate < 1 or kernel < rate or (kernel - rate) % 2:
                 raise ValueError(
-                    f"model.upsample_kernel_sizes has {kernel} where model.upsample_rates has "
-                    f"{rate}; it must be larger by an even number, or equal"
+                    f"model.upsample_kernel_sizes has {kernel} for the rate {rate} of "
+                    "model.upsample_rates; it must be equal or larger by an even number"
                 )
         require_at_least(
-            2 ** len(self.upsample_rates),  # each upsampling halves them
+            2 ** len(self.upsample_rates),  # each upsampling halves the channels
             "model.upsample_initial_channel",
             self.upsample_initial_channel,
         )
         if len(self.resblock_kernel_sizes) != len(self.resblock_dilation_sizes):
             raise ValueError(
                 "model.resblock_kernel_sizes and model.resblock_dilation_sizes differ in length; "
-                "each kernel has its dilations"
+                "each kernel needs its dilations"
             )
         if self.hidden_channels % self.n_heads:
             raise ValueError(
@@ -97,20 +100,20 @@ class ModelConfig:
                 f"{', '.join(map(str, _DISCRIMINATOR_CHANNELS))}"
             )
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout is {self.dropout}; it must lie in 0 to 1")
+            raise ValueError(f"model.dropout is {self.dropout}; it must be in 0 to 1")
 
     @property
     def hop_length(self) -> int:
-        """Samples of output for each frame."""
+        """Output samples per frame."""
         return math.prod(self.upsample_rates)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SynthesizerConfig(ModelConfig):
-    """The networks with what the data dictate: enough to build them.
+    """Settings of the networks and of their data: everything needed to build them.
 
-    source_rate: what the sine source takes a second for. so-vits-svc has 44100 there whatever the
-    rate of the audio is, and its voices are trained so.
+    source_rate: the sample rate that the sine source assumes. so-vits-svc always uses 44100, at any
+    rate of the audio, and its voices are trained that way.
     """
 
     units_dim: int
@@ -126,13 +129,13 @@ class SynthesizerConfig(ModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MelConfig:
-    """Spectrograms, linear for the posterior encoder and mel for the loss. Hz and samples."""
+    """Settings of the linear (posterior encoder) and mel (loss) spectrograms. Hz and samples."""
 
     n_fft: int = 2048
     win_length: int = 2048
     n_mels: int = 80
     f_min: float = 0.0
-    f_max: float | None = None  # None: half of the sample rate
+    f_max: float | None = None  # None: half the sample rate
 
     def __post_init__(self) -> None:
         require_at_least(1, "mel.n_mels", self.n_mels)
@@ -141,5 +144,5 @@ class MelConfig:
             raise ValueError(f"mel.f_max is {self.f_max}; it must be above mel.f_min, {self.f_min}")
         if not 1 < self.win_length <= self.n_fft:
             raise ValueError(
-                f"mel.win_length is {self.win_length}; it must lie in 2 to mel.n_fft, {self.n_fft}"
+                f"mel.win_length is {self.win_length}; it must be in 2 to mel.n_fft, {self.n_fft}"
             )

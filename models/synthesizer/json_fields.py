@@ -1,4 +1,4 @@
-"""Settings out of JSON, held against the types of dataclasses."""
+"""Typed reading of JSON values into dataclasses."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 
 def typed(kind: Any, value: Any, where: str) -> Any:
-    """`value`, as JSON has it, as a `kind`: a dataclass, tuple, dict, Literal, ..., or None.
+    """Convert a JSON value to `kind`: a dataclass, tuple, dict, Literal, ..., or None.
 
-    Raises ValueError that names the field: `where` and the way into it.
+    where: the path of the value, for errors.
+
+    Raises: ValueError: when the value has another type (the message names the field).
     """
     if dataclasses.is_dataclass(kind):
         return _typed_fields(kind, value, where)
@@ -23,7 +25,7 @@ def typed(kind: Any, value: Any, where: str) -> Any:
         if value in arguments and type(value) in map(type, arguments):
             return value
         choices = ", ".join(map(str, arguments))
-        raise ValueError(f"{where} is {value!r}; there are {choices}")
+        raise ValueError(f"{where} is {value!r}; choose from {choices}")
     if origin is dict and isinstance(value, dict):
         return {name: typed(arguments[1], one, f"{where}.{name}") for name, one in value.items()}
     if kind is Any:
@@ -33,13 +35,13 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise ValueError(f"{where} is {value!r}, which is no {_words(kind)}")
+        raise ValueError(f"{where} is {value!r}; it must be a {_type_name(kind)}")
     return value
 
 
 def _typed_fields(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is {value!r}, which is no object with fields")
+        raise ValueError(f"{where} is {value!r}; it must be an object with fields")
     within = f"{where}." if where else ""
     names = [field.name for field in dataclasses.fields(kind)]
     missing = [within + name for name in names if name not in value]
@@ -52,6 +54,6 @@ def _typed_fields(kind: type, value: Any, where: str) -> Any:
     return kind(**{name: typed(hints[name], value[name], within + name) for name in names})
 
 
-def _words(kind: Any) -> str:
-    names = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+def _type_name(kind: Any) -> str:
+    names = {int: "whole number", float: "number", str: "text", bool: "boolean"}
     return names.get(kind, "list")

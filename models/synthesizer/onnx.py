@@ -1,12 +1,11 @@
-"""A voice as ONNX graphs: a folder with `voice.onnx`, `voice.json` and, of a voice that has a pitch
-predictor, `melody.onnx`.
+"""Voices as ONNX graphs: `voice.onnx`, `voice.json`, and `melody.onnx` with a pitch predictor.
 
 The graphs are `Synthesizer.infer` and `Synthesizer.predict_f0` for any number of frames, without
-what only training needs and with weight norms folded. They draw nothing: noise and phases are
-inputs. The sine source is in the graph, its phases in float64 as in torch. The JSON is that of
-`voice.py`; the graphs' metadata hold its hash. docs/export.md lists the inputs.
+training-only parts and with weight norms folded. They draw no random numbers: noise and phases are
+inputs. The sine source is part of the graph, with phases in float64 as in torch. The JSON is that
+of `voice.py`; the graphs' metadata contain its hash. docs/export.md lists the inputs.
 
-B batch, S speakers, F frames, T samples; M is 1 for a mix of speakers that stays, F for one over
+B batch, S speakers, F frames, T samples; M is 1 for a constant mix of speakers, F for a mix over
 time.
 """
 
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.onnx_session import open_session, refuse_weights_elsewhere
+from models.onnx_session import open_session, refuse_external_weights
 from models.synthesizer.blocks.noise import Noise
 from models.synthesizer.blocks.source import HARMONICS, first_phase
 from models.synthesizer.blocks.weight_norm import fold_weight_norm
@@ -30,11 +29,11 @@ from models.synthesizer.config import SynthesizerConfig
 from models.synthesizer.sovits.networks import Synthesizer
 from models.synthesizer.voice import (
     Voice,
-    described,
-    describing,
-    folder_of,
+    atomic_file,
     load_network,
-    replacing,
+    read_description,
+    voice_folder,
+    write_description,
 )
 
 GRAPH = "voice.onnx"
@@ -56,40 +55,43 @@ _VARYING = {  # dimensions that a graph leaves open
 
 
 def export_voice(folder: str | os.PathLike[str], voice: Voice) -> None:
-    """Write the voice's graphs and description into `folder`, which is made. Each is written whole
-    or not at all, and what a kill between them leaves is refused by `OnnxSynthesizer`.
+    """Write the voice's graphs and description into `folder`, which is created.
 
-    Raises ValueError where onnx is missing.
+    Each file is written atomically. If the process is killed between them, `OnnxSynthesizer`
+    refuses the result.
+
+    Raises: ValueError: when onnx is not installed.
     """
     try:
         import onnx
     except ImportError as error:
-        raise ValueError("writing an ONNX graph needs onnx: install cantor[onnx]") from error
+        raise ValueError("writing ONNX graphs needs onnx: pip install 'cantor[onnx]'") from error
     folder = Path(folder)
     graphs = {name: onnx.load_model_from_string(graph) for name, graph in _graphs(voice).items()}
-    with describing(folder, voice) as metadata:
+    with write_description(folder, voice) as metadata:
         for name, graph in graphs.items():
             onnx.helper.set_model_props(graph, metadata)
-            with replacing(folder / name) as temporary:
+            with atomic_file(folder / name) as temporary:
                 onnx.save_model(graph, str(temporary))
         if MELODY not in graphs:
-            (folder / MELODY).unlink(missing_ok=True)  # of another voice, which was here before
+            (folder / MELODY).unlink(missing_ok=True)  # of a voice that was here before
 
 
 class OnnxSynthesizer:
-    """Sings as `Synthesizer` does, in onnxruntime.
+    """The inference interface of `Synthesizer`, run by onnxruntime.
 
-    voice: what the description says; it has no tensors.
+    voice: the description; it has no tensors.
     """
 
     def __init__(self, path: str | os.PathLike[str], device: str = "cpu") -> None:
-        """path: the folder, or its `voice.onnx` or `voice.json`. It is computed in as many threads
-        as torch has in this process now.
+        """Open a voice; path: the folder, or its `voice.onnx` or `voice.json`.
 
-        Raises CheckpointError for a folder without such a voice, files of two voices, and files
-        that are no such graphs; ValueError as `open_session`.
+        onnxruntime gets as many threads as torch has in this process now.
+
+        Raises: CheckpointError: when a file is missing, is not such a graph or belongs to another
+        voice; ValueError: when onnxruntime or the device is missing.
         """
-        folder = folder_of(Path(path), GRAPH)
+        folder = voice_folder(Path(path), GRAPH)
         self._graph, self.voice = _open(folder / GRAPH, device)
         self.config = self.voice.config
         if self.config.predict_f0:
@@ -108,7 +110,7 @@ class OnnxSynthesizer:
         volume: Tensor | None = None,
         phase: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As `Synthesizer.infer`, of which the same noise makes the same sound."""
+        """Run `Synthesizer.infer`; the same noise gives the same audio."""
         if predict_f0:
             f0 = self.predict_f0(units, f0, voiced, speaker, volume)
         batch, frames = f0.shape
@@ -132,50 +134,50 @@ class OnnxSynthesizer:
         speaker: Tensor,
         volume: Tensor | None = None,
     ) -> Tensor:
-        """As `Synthesizer.predict_f0`."""
+        """Run `Synthesizer.predict_f0`."""
         if not self.config.predict_f0:
-            raise ValueError("this voice was built without a pitch predictor (model.predict_f0)")
+            raise ValueError("this voice has no pitch predictor (model.predict_f0 was false)")
         feed = self._content(units, f0, voiced, speaker, volume)
         return _run(self._melody, feed).to(f0.device)
 
     def _content(
         self, units: Tensor, f0: Tensor, voiced: Tensor, speaker: Tensor, volume: Tensor | None
     ) -> dict[str, Tensor]:
-        """The inputs of both graphs."""
+        """Return the inputs that both graphs share."""
         inputs = {"units": units, "f0": f0, "voiced": voiced.bool(), "speaker": self._mix(speaker)}
         if not self.config.volume_embedding:
             return inputs
         if volume is None:
-            raise ValueError("this voice takes the volume of each frame, and none was given")
+            raise ValueError("this voice needs the volume of each frame")
         return inputs | {"volume": volume}
 
     def _mix(self, speaker: Tensor) -> Tensor:
-        """(B, M, S) of what `infer` takes for a speaker."""
+        """Convert the speaker argument of `infer` to mix weights (B, M, S)."""
         count = self.config.n_speakers
         if not speaker.is_floating_point():
             return torch.eye(count, device=speaker.device)[speaker].unsqueeze(1)
         if speaker.shape[-1] != count:
             raise ValueError(
-                f"a mix has weights for {speaker.shape[-1]} speakers, and this voice has {count}"
+                f"the mix has weights for {speaker.shape[-1]} speakers, but this voice has {count}"
             )
         return speaker if speaker.dim() == 3 else speaker.unsqueeze(1)
 
 
 def _open(path: Path, device: str) -> tuple[Any, Voice]:
-    """A session, and the voice that it is of."""
-    refuse_weights_elsewhere(path)
+    """Open a session and read its voice."""
+    refuse_external_weights(path)
     session = open_session(path, torch.device(device), "a voice as ONNX needs", "compute.device")
-    return session, described(path, session.get_modelmeta().custom_metadata_map)
+    return session, read_description(path, session.get_modelmeta().custom_metadata_map)
 
 
 def _run(session: Any, feed: Mapping[str, Tensor]) -> Tensor:
-    """The output, on the CPU."""
+    """Run a session and return its output on the CPU."""
     arrays = {name: tensor.contiguous().cpu().numpy() for name, tensor in feed.items()}
     return torch.from_numpy(session.run(None, arrays)[0])
 
 
-class _Singing(nn.Module):
-    """`Synthesizer.infer` with its noise as inputs."""
+class _Infer(nn.Module):
+    """`Synthesizer.infer` with its noise as an input."""
 
     def __init__(self, network: Synthesizer) -> None:
         super().__init__()
@@ -198,7 +200,7 @@ class _Singing(nn.Module):
             f0,
             voiced,
             speaker,
-            noise=_Given(noise, source_noise),
+            noise=_GivenNoise(noise, source_noise),
             noise_scale=noise_scale,
             volume=volume,
             phase=phase,
@@ -206,8 +208,8 @@ class _Singing(nn.Module):
         return wav
 
 
-class _Given:
-    """Noise that was drawn before, in the order in which `Synthesizer.infer` draws."""
+class _GivenNoise:
+    """Given random numbers, in the order in which `Synthesizer.infer` draws them."""
 
     def __init__(self, *drawn: Tensor) -> None:
         self._drawn = iter(drawn)
@@ -216,8 +218,8 @@ class _Given:
         return next(self._drawn)
 
 
-class _Predicting(nn.Module):
-    """`Synthesizer.predict_f0`."""
+class _PredictF0(nn.Module):
+    """`Synthesizer.predict_f0` as a module."""
 
     def __init__(self, network: Synthesizer) -> None:
         super().__init__()
@@ -235,25 +237,26 @@ class _Predicting(nn.Module):
 
 
 def _graphs(voice: Voice) -> dict[str, bytes]:
-    """What is in the files of graphs, by their names."""
+    """Build the graphs, by file name."""
     network = fold_weight_norm(load_network(voice))
-    network.dec.infer = network.dec.forward  # a trace would have the tiles of one length
+    network.dec.infer = network.dec.forward  # a trace would fix the number of tiles
     example = _example(voice.config)
-    graphs = {GRAPH: _traced(_Singing(network), example, "wav")}
+    graphs = {GRAPH: _trace(_Infer(network), example, "wav")}
     if voice.config.predict_f0:
-        heard = {name: example[name] for name in _CONTENT if name in example}
-        graphs[MELODY] = _traced(_Predicting(network), heard, "melody")
+        content = {name: example[name] for name in _CONTENT if name in example}
+        graphs[MELODY] = _trace(_PredictF0(network), content, "melody")
     return graphs
 
 
-def _traced(network: nn.Module, example: dict[str, Tensor], output: str) -> bytes:
-    """By torch's older exporter: the newer one makes the same numbers, but takes fifty times as
-    long and needs onnxscript.
+def _trace(network: nn.Module, example: dict[str, Tensor], output: str) -> bytes:
+    """Export with torch's older exporter.
+
+    The newer one gives the same values, but takes fifty times as long and needs onnxscript.
     """
     names = [*example, output]
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its age, and of checks of shapes that it leaves out
+        warnings.simplefilter("ignore")  # about its deprecation and the shape checks it skips
         torch.onnx.export(
             network,
             f=file,
@@ -268,7 +271,7 @@ def _traced(network: nn.Module, example: dict[str, Tensor], output: str) -> byte
 
 
 def _example(config: SynthesizerConfig) -> dict[str, Tensor]:
-    """Inputs to trace with, in the order of `_Singing.forward`; their values do not matter."""
+    """Return inputs to trace with, in the order of `_Infer.forward`; the values do not matter."""
     frames = 24
     example = {
         "units": torch.zeros(1, config.units_dim, frames),

@@ -1,7 +1,7 @@
 """One step of adversarial training: the discriminators first, then the synthesizer.
 
-Every loss is normalised by the whole global batch, so that parts of it, worked on one after the
-other or by several workers, add up to the same gradients.
+Every loss is normalised by the whole global batch, so that the gradients of its parts, computed one
+after the other or by several workers, add up to the same values.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from models.synthesizer.sovits.networks import Outputs, Synthesizer
 LOSSES = ("disc", "gen", "fm", "mel", "kl", "lf0", "total")
 
 Reduce = Callable[[Sequence[Tensor]], None]
-"""Adds up each tensor over the workers, in place."""
+"""Sums each tensor over the workers, in place."""
 
 
 @dataclass(frozen=True)
 class Totals:
-    """The global batch, of which a worker sees a share."""
+    """Size of the global batch, over all workers."""
 
     examples: int
     frames: int  # of all clips, without padding
@@ -40,26 +40,26 @@ class Totals:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """What the losses count for, from when on, and how much of a clip the decoder makes."""
+    """Weights of the losses, start of the adversarial ones, and length of decoded segments."""
 
     mel: float = 45.0
     kl: float = 1.0
-    adversarial_from: int = 0  # the step; before it the discriminators neither learn nor judge
+    adversarial_from: int = 0  # first step that uses and trains the discriminators
     segment_frames: int = 20
 
 
 @dataclass(frozen=True)
-class _Made:
-    """A part of the batch with what the synthesizer made of it."""
+class _Synthesized:
+    """The synthesizer's outputs for a part of the batch, and their targets."""
 
     outputs: Outputs
-    wav: Tensor  # (B, 1, segment) the original
-    mel: Tensor  # (B, M, segment frames) of the original
-    share: float  # of the global batch
+    wav: Tensor  # (B, 1, segment) target
+    mel: Tensor  # (B, M, segment frames) target
+    share: float  # examples of this part over those of the global batch
 
 
 class GanStep:
-    """Losses, gradients and both optimizers' steps; called once for each global batch."""
+    """Losses, gradients and updates of both optimizers; called once per global batch."""
 
     def __init__(
         self,
@@ -91,40 +91,42 @@ class GanStep:
         noise: Callable[[Batch], Noise],
         number: int = 0,
     ) -> dict[str, float]:
-        """The losses (`LOSSES`) of the global batch before its updates, and the gradients' norms.
+        """Train on one global batch; return its losses (`LOSSES`) and the gradient norms.
 
-        parts: this worker's share; of several, each is synthesized twice, so that only one is in
-        memory at a time. noise: that of a part, the same each time it is asked for. number: of the
-        step, from 0 on.
+        parts: this worker's share. If there are several, each is synthesized twice, so that only
+        one is in memory at a time. noise: returns the noise of a part, the same at each call.
+        number: the step, from 0.
         """
-        found = torch.zeros(len(LOSSES), device=self.device)
-        norm_d = found.new_zeros(())
+        sums = torch.zeros(len(LOSSES), device=self.device)
+        norm_d = sums.new_zeros(())
         adversarial = number >= self.weights.adversarial_from
-        kept = self._make(parts[0], totals, noise) if len(parts) == 1 else None
+        kept = self._synthesize(parts[0], totals, noise) if len(parts) == 1 else None
 
         for part in parts if adversarial else ():
             with torch.no_grad():
-                made = kept or self._make(part, totals, noise)
+                made = kept or self._synthesize(part, totals, noise)
             disc = self._discriminator_loss(made)
             self.scaler.scale(disc).backward()
-            found[0] += disc.detach()
+            sums[0] += disc.detach()
         if adversarial:
             norm_d = self._update(self.optim_d)
 
         for part in parts:
-            made = kept or self._make(part, totals, noise)
+            made = kept or self._synthesize(part, totals, noise)
             terms = self._generator_losses(made, totals, adversarial)
             total = torch.stack(terms).sum()
             self.scaler.scale(total).backward()
-            found[1:] += torch.stack([*terms, total]).detach()
+            sums[1:] += torch.stack([*terms, total]).detach()
         norm_g = self._update(self.optim_g)
         self.scaler.update()
 
-        self.reduce([found])
-        values = torch.stack([*found, norm_d, norm_g]).tolist()  # the one wait for the device
+        self.reduce([sums])
+        values = torch.stack([*sums, norm_d, norm_g]).tolist()  # the only wait for the device
         return dict(zip((*LOSSES, "grad_norm_d", "grad_norm_g"), values, strict=True))
 
-    def _make(self, part: Batch, totals: Totals, noise: Callable[[Batch], Noise]) -> _Made:
+    def _synthesize(
+        self, part: Batch, totals: Totals, noise: Callable[[Batch], Noise]
+    ) -> _Synthesized:
         segment, hop = self.weights.segment_frames, self.generator.config.hop_length
         spec = self.spec_of(part)
         with self._autocast():
@@ -135,23 +137,25 @@ class GanStep:
             self.mel,
             self.generator.config.sample_rate,
         )
-        return _Made(outputs, wav, mel, len(part) / totals.examples)
+        return _Synthesized(outputs, wav, mel, len(part) / totals.examples)
 
     def _spectrogram(self, part: Batch) -> Tensor:
-        """(B, n_fft // 2 + 1, F), 0 in padding."""
+        """Compute the linear spectrogram (B, n_fft // 2 + 1, F), 0 in padding."""
         return spectrogram(part.wav, self.mel, self.generator.config.hop_length, part.lengths)
 
-    def _discriminator_loss(self, made: _Made) -> Tensor:
+    def _discriminator_loss(self, made: _Synthesized) -> Tensor:
         both = torch.cat([made.wav, made.outputs.wav.detach().to(made.wav)])
         with self._autocast():
             scores, _ = self.discriminator(both)
         real, fake = zip(*(score.chunk(2) for score in scores), strict=True)
         return losses.discriminator_loss(real, fake) * made.share
 
-    def _generator_losses(self, made: _Made, totals: Totals, adversarial: bool) -> list[Tensor]:
-        """gen, fm, mel, kl, lf0: as they are summed up."""
+    def _generator_losses(
+        self, made: _Synthesized, totals: Totals, adversarial: bool
+    ) -> list[Tensor]:
+        """Compute the weighted losses gen, fm, mel, kl and lf0; their sum is the total."""
         out, config = made.outputs, self.generator.config
-        gen, fm = self._judged(made) if adversarial else (out.wav.new_zeros(()),) * 2
+        gen, fm = self._adversarial_losses(made) if adversarial else (out.wav.new_zeros(()),) * 2
         wav = out.wav.float().squeeze(1)
         mel = mel_of(spectrogram(wav, self.mel, config.hop_length), self.mel, config.sample_rate)
         mel_loss = (made.mel - mel).abs().mean() * self.weights.mel
@@ -169,8 +173,8 @@ class GanStep:
         mean_losses = [each.float() * made.share for each in (gen, fm, mel_loss, lf0)]
         return [*mean_losses[:3], kl * self.weights.kl, mean_losses[3]]
 
-    def _judged(self, made: _Made) -> tuple[Tensor, Tensor]:
-        """gen and fm. The originals' features need no gradients, nor do the discriminators."""
+    def _adversarial_losses(self, made: _Synthesized) -> tuple[Tensor, Tensor]:
+        """Compute gen and fm, without gradients for the originals and the discriminators."""
         with _frozen(self.discriminator), self._autocast():
             with torch.no_grad():
                 _, real = self.discriminator(made.wav)
@@ -178,7 +182,7 @@ class GanStep:
         return losses.generator_loss(scores), losses.feature_loss(real, fake)
 
     def _update(self, optimizer: Optimizer) -> Tensor:
-        """Adds up the gradients over the workers and takes a step; the norm of the gradients."""
+        """Sum the gradients over the workers, take a step, and return the gradients' norm."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
         self.reduce(gradients)
@@ -196,12 +200,12 @@ class GanStep:
 
 @contextmanager
 def _frozen(network: nn.Module) -> Iterator[None]:
-    """No gradients for the network's weights in here: they would be thrown away."""
-    learning = [p for p in network.parameters() if p.requires_grad]
-    for parameter in learning:
+    """Turn off gradients of the network's weights inside the block."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    for parameter in trained:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in learning:
+        for parameter in trained:
             parameter.requires_grad_(True)

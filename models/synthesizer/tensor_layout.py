@@ -1,6 +1,6 @@
-"""What the tensors of a network are called and shaped, and whether those of a file are they.
+"""Names and shapes of a network's tensors, and the check of a file against them.
 
-Networks are laid out on the meta device: no memory, no random numbers.
+Layouts are built on the meta device, without memory or random numbers.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from models.checkpoint import CheckpointError
 
-_SHOWN = 4  # names in an error, and then how many more
+_SHOWN = 4  # names listed in an error before "and … more"
 
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """The state dict of a network, in its order.
+    """Names and shapes of a network's state dict, in its order.
 
-    first: of each name the first one of the same tensor: itself, but where flows share a network.
+    first: for each name the first name of the same tensor. They differ where flows share a network.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -31,11 +31,11 @@ class TensorLayout:
 
     @property
     def parameters(self) -> list[str]:
-        """As an optimizer numbers them."""
+        """Names of the parameters in the order in which an optimizer numbers them."""
         return [k for k, first in self.first.items() if k == first and k not in self.buffers]
 
     def without(self, start: str) -> TensorLayout:
-        """Without the names that begin with `start`."""
+        """Return the layout without the names that begin with `start`."""
         kept = {name: shape for name, shape in self.shapes.items() if not name.startswith(start)}
         return TensorLayout(
             kept, {name: self.first[name] for name in kept}, self.buffers & set(kept)
@@ -43,7 +43,7 @@ class TensorLayout:
 
 
 def layout_of(build: Callable[[], nn.Module]) -> TensorLayout:
-    """The layout of the network that `build` makes."""
+    """Return the layout of the network that `build` makes."""
     with torch.device("meta"):
         network = build()
     state = network.state_dict(keep_vars=True)
@@ -54,19 +54,20 @@ def layout_of(build: Callable[[], nn.Module]) -> TensorLayout:
     return TensorLayout(shapes, first, frozenset(state.keys() - parameters))
 
 
-def fitted(
+def matching_tensors(
     path: Path,
     what: str,
     content: Mapping[str, Any],
     layout: TensorLayout,
     shared_once: bool = False,
 ) -> dict[str, Tensor]:
-    """The tensors of `content` in the layout's order: float32 copies on the CPU, shared ones once.
+    """Return the tensors of `content` in the layout's order, as float32 copies on the CPU.
 
-    what: the network, for errors. shared_once: a tensor of several names is there under the first.
+    Shared tensors are copied once. what: the network, for errors. shared_once: a tensor with
+    several names is in `content` under the first only.
 
-    Raises CheckpointError that names what is missing, misshapen, beside the point, not a finite
-    number, and names of one tensor under which different numbers are.
+    Raises: CheckpointError: when tensors are missing, unknown, of another shape, not finite, or
+    unequal under names that should share one tensor (the message names them).
     """
     wanted = {k: s for k, s in layout.shapes.items() if not shared_once or layout.first[k] == k}
     _require_names_and_shapes(path, what, content, wanted)
@@ -78,7 +79,7 @@ def fitted(
         else:
             tensors[name] = content[name].to("cpu", torch.float32, copy=True).contiguous()
     unequal = [
-        f"{name} (not as {layout.first[name]})"
+        f"{name} (differs from {layout.first[name]})"
         for name in wanted
         if layout.first[name] != name
         and not torch.equal(content[name].to(tensors[name]), tensors[name])
@@ -88,8 +89,8 @@ def fitted(
         path,
         what,
         [
-            ("has different numbers where the flows share one network", unequal),
-            ("has numbers that are infinite or none", infinite),
+            ("has different values where the flows share one network:", unequal),
+            ("has NaN or infinity in", infinite),
         ],
     )
     return tensors
@@ -103,7 +104,7 @@ def _require_names_and_shapes(
     missing = [name for name in wanted if name not in content]
     surplus = [str(name) for name in content if name not in wanted]
     misshapen = [
-        f"{name} (has {tuple(tensors[name].shape)}, wanted is {wanted[name]})"
+        f"{name} (is {tuple(tensors[name].shape)}, must be {wanted[name]})"
         for name in both
         if tuple(tensors[name].shape) != wanted[name]
     ]
@@ -114,9 +115,9 @@ def _require_names_and_shapes(
         what,
         [
             (f"lacks {len(missing)} of {len(wanted)} tensors:", missing),
-            ("has another shape in", misshapen),
-            ("has no real numbers in", others),
-            (f"has besides {len(surplus)} that do not belong to it:", surplus),
+            ("has other shapes:", misshapen),
+            ("has no floating-point tensor for", others),
+            (f"has {len(surplus)} unknown tensors:", surplus),
         ],
     )
 
@@ -124,7 +125,7 @@ def _require_names_and_shapes(
 def _raise(path: Path, what: str, faults: list[tuple[str, list[str]]]) -> None:
     sentences = [f"{start} {_first_few(names)}" for start, names in faults if names]
     if sentences:
-        raise CheckpointError(f"{path} does not fit {what}: it {'; it '.join(sentences)}")
+        raise CheckpointError(f"{path} does not match {what}: it {'; it '.join(sentences)}")
 
 
 def _first_few(names: list[str]) -> str:

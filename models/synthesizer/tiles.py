@@ -1,13 +1,12 @@
-"""Decoding in tiles of time: what a decoder gives as a whole, worked out tile by tile.
+"""Decoding in tiles of time, equal to decoding the whole signal up to rounding.
 
-A tile of each stage of upsampling fits a core's cache however long the signal is, and room is taken
-for tiles alone. A tile is read with as many samples around it as the convolutions see, and each
-convolution leaves those off that it has used up; at the ends of the signal it pads, as it does in
-the whole. So the result is the whole's but for rounding.
+A tile of each upsampling stage fits into a core's cache, and memory is needed for tiles only. A
+tile is read with a halo of as many samples as the convolutions reach, and each convolution drops
+the part of the halo that it used. At the ends of the signal it pads, as for the whole signal.
 
-Tensors are (1, C, 1, T) in the memory format `channels_last`, in which convolutions of few channels
-are up to twice as quick. C channels, T samples at the rate of a stage, R how many of them a sample
-before it becomes.
+Tensors are (1, C, 1, T) in the memory format `channels_last`, which makes convolutions of few
+channels up to twice as fast. C channels, T samples at the rate of a stage, R the upsampling factor
+of a stage.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from torch.nn import functional as F
 from models.synthesizer.blocks.snake import Snake
 from models.synthesizer.blocks.weight_norm import weight_of
 
-_VALUES = 1 << 18  # of a tile, a megabyte, so that a core's cache holds what is made of it
-_REACHES = 64  # a tile is at least so many times as long as what is read around it; 2 or more
+_VALUES = 1 << 18  # values of a tile: 1 MB, so that intermediate results stay in a core's cache
+_REACHES = 64  # shortest tile in multiples of its reach; 2 or more
 
 
 class TileableBlock(Protocol):
-    """A residual block."""
+    """A residual block that can be computed in tiles."""
 
     def branches(self) -> list[list[tuple[nn.Module, nn.Conv1d]]]:
-        """One after the other, each of them beside the way straight through."""
+        """Return the residual branches in order, as layers (activation, convolution)."""
         ...
 
 
 class TileableDecoder(Protocol):
-    """The stages of a HiFi-GAN with a source; of the blocks each stage has an equal share."""
+    """A HiFi-GAN with a source; every stage has the same number of residual blocks."""
 
     ups: nn.ModuleList
     snakes: nn.ModuleList  # activations before the upsamplers
@@ -46,7 +45,7 @@ class TileableDecoder(Protocol):
 
 
 def decode_in_tiles(decoder: TileableDecoder, x: Tensor, source: Tensor) -> Tensor:
-    """wav (1, 1, T) of x (1, C, F), what the first stage is given, and the source (1, 1, T)."""
+    """Decode the first stage's input x (1, C, F) and the source (1, 1, T) to wav (1, 1, T)."""
     chunks: Iterable[Tensor] = [x.unsqueeze(2).contiguous(memory_format=torch.channels_last)]
     blocks = len(decoder.resblocks) // len(decoder.ups)
     for i, up in enumerate(decoder.ups):
@@ -61,9 +60,9 @@ def decode_in_tiles(decoder: TileableDecoder, x: Tensor, source: Tensor) -> Tens
 
 
 def lay_out_for_tiles(decoder: TileableDecoder) -> None:
-    """Stores weights as tiles read them, in place; otherwise they are copied at each decoding.
+    """Store weights in the memory format of the tiles, in place, to avoid a copy at each call.
 
-    Shapes and values stay. Weight norm is to be folded before.
+    Shapes and values stay the same. Weight norm must be folded before.
     """
     for conv in [*decoder.ups, *decoder.resblocks.modules(), decoder.conv_post]:
         if isinstance(conv, nn.Conv1d | nn.ConvTranspose1d):
@@ -81,46 +80,46 @@ def _last_layer(decoder: TileableDecoder, chunks: Iterable[Tensor]) -> Iterator[
 
 
 class _Ends(NamedTuple):
-    """Whether a tile begins and ends where the signal does; elsewhere it is cut."""
+    """Flags of a tile that begins or ends at an end of the signal; other ends are cuts."""
 
     first: bool
     last: bool
 
 
 class _Window(NamedTuple):
-    """A tile and what is around it: `halo` samples at either end that is cut."""
+    """A tile with its halo at each end that is a cut."""
 
     x: Tensor
-    begin: int  # of x in the signal
+    begin: int  # position of x in the signal
     ends: _Ends
 
 
 def _windows(chunks: Iterable[Tensor], size: int, halo: int) -> Iterator[_Window]:
-    """Tiles of `size` samples, the last one of `halo` to `size + halo`; `size` is more than `halo`.
+    """Yield tiles of `size` samples, the last one of `halo` to `size + halo`; `size` > `halo`.
 
-    chunks: the signal, in pieces of any length.
+    chunks: the signal, in chunks of any length.
     """
-    held: Tensor | None = None
-    begin, around = 0, 0  # around: how much of what is held comes before the next tile
+    rest: Tensor | None = None
+    begin, before = 0, 0  # before: samples of `rest` that lie before the next tile
     for chunk in chunks:
-        held = chunk if held is None else torch.cat([held, chunk], dim=-1)
-        while held.shape[-1] > around + size + halo:
-            x = held[..., : around + size + halo]
+        rest = chunk if rest is None else torch.cat([rest, chunk], dim=-1)
+        while rest.shape[-1] > before + size + halo:
+            x = rest[..., : before + size + halo]
             yield _Window(x, begin, _Ends(begin == 0, False))
-            step = around + size - halo
-            held, begin, around = held[..., step:], begin + step, halo
-    assert held is not None
-    yield _Window(held, begin, _Ends(begin == 0, True))
+            step = before + size - halo
+            rest, begin, before = rest[..., step:], begin + step, halo
+    assert rest is not None
+    yield _Window(rest, begin, _Ends(begin == 0, True))
 
 
 def _inner(x: Tensor, reach: int, ends: _Ends) -> Tensor:
-    """x without `reach` samples at the ends that are cut."""
+    """Drop `reach` samples of x at each end that is a cut."""
     return x[..., 0 if ends.first else reach : x.shape[-1] - (0 if ends.last else reach)]
 
 
 # ---- layers ------------------------------------------------------------------------------------
-# `reach`: how many samples before and after it a sample of the output depends on. So many fewer
-# come out at the ends that are cut.
+# `reach`: input samples on each side that an output sample depends on. The output is shorter by
+# that many at each end that is a cut.
 
 
 class _Activation:
@@ -135,7 +134,7 @@ class _Activation:
 
 
 class _Conv:
-    """One that pads so that its output is as long as its input."""
+    """A convolution that pads so that its output is as long as its input."""
 
     def __init__(self, conv: nn.Conv1d) -> None:
         self.weight, self.bias = _flat_weight(conv), conv.bias
@@ -149,7 +148,7 @@ class _Conv:
 
 
 class _Upsampler:
-    """(1, C, 1, T) to (1, C', 1, R T). Near cut ends, `reach` samples of its input, it is wrong."""
+    """Upsampling (1, C, 1, T) to (1, C', 1, R T); invalid within `reach` input samples of a cut."""
 
     def __init__(self, up: nn.ConvTranspose1d) -> None:
         self.weight, self.bias = _flat_weight(up), up.bias
@@ -162,14 +161,14 @@ class _Upsampler:
 
 
 class _SourceConv:
-    """The source at the rate and width of a stage."""
+    """A convolution of the source to the rate and width of a stage."""
 
     def __init__(self, conv: nn.Conv1d) -> None:
         self.weight, self.bias = conv.weight.squeeze(1), conv.bias  # (C, taps)
         self.stride, self.padding = conv.stride[0], int(conv.padding[0])
 
     def __call__(self, source: Tensor, begin: int, count: int) -> Tensor:
-        """(1, C, 1, count) from sample `begin` of the output on; source is (1, 1, T)."""
+        """Return (1, C, 1, count) from output sample `begin` on; source is (1, 1, T)."""
         first = begin * self.stride - self.padding
         last = first + (count - 1) * self.stride + self.weight.shape[1]
         inside = source[..., max(0, first) : last]
@@ -202,7 +201,7 @@ class _Block:
 
 
 class _Stage:
-    """Upsampling, the source added, and the mean of residual blocks."""
+    """One stage of the decoder: upsample, add the source, average the residual blocks."""
 
     def __init__(
         self,
@@ -213,12 +212,12 @@ class _Stage:
     ) -> None:
         self.activation, self.up = activation, up
         self.source_conv, self.blocks = source_conv, blocks
-        self.reach = max(block.reach for block in blocks)  # samples of the output
-        self.halo = activation.reach + up.reach + -(-self.reach // up.rate)  # of the input
+        self.reach = max(block.reach for block in blocks)  # output samples
+        self.halo = activation.reach + up.reach + -(-self.reach // up.rate)  # input samples
         self.size = max(2 * self.halo, _size(up.channels, self.reach) // up.rate)
 
     def __call__(self, chunks: Iterable[Tensor], source: Tensor) -> Iterator[Tensor]:
-        """The stage's output in pieces, of its input in pieces and the whole source (1, 1, T)."""
+        """Yield the output in chunks, from the input in chunks and the whole source (1, 1, T)."""
         for x, begin, ends in _windows(chunks, self.size, self.halo):
             spare = self.halo * self.up.rate - self.reach
             y = self.up(self.activation(x, ends))
@@ -235,11 +234,11 @@ class _Stage:
 
 
 def _size(channels: int, reach: int) -> int:
-    """Samples of a tile: few enough for the cache, and enough for what is read around them."""
+    """Return the samples of a tile: few enough for the cache, many compared to the reach."""
     return max(_VALUES // channels, _REACHES * reach)
 
 
 def _flat_weight(conv: nn.Conv1d | nn.ConvTranspose1d) -> Tensor:
-    """(C', C, 1, taps) in the memory format of the tiles."""
+    """Return the weight (C', C, 1, taps) in the memory format of the tiles."""
     weight = weight_of(conv).detach().unsqueeze(2)
     return weight.contiguous(memory_format=torch.channels_last)

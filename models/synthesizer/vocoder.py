@@ -1,7 +1,7 @@
-"""The NSF-HiFiGAN vocoder of the singing community: mels and f0 in, sound out.
+"""The NSF-HiFiGAN vocoder: mel spectrogram and f0 to audio.
 
 Source: vdecoder/nsf_hifigan of so-vits-svc (commit 730930d); the checkpoints are OpenVPI's, a file
-`model` with its config.json beside it.
+`model` and a config.json in the same folder.
 
 B batch, M mel bins, N harmonics, F frames, T samples = F * hop_length.
 """
@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.checkpoint import CheckpointError, json_beside, load_foreign
-from models.synthesizer.blocks.decoder import SourceFilter, for_singing
+from models.checkpoint import CheckpointError, load_foreign, sibling_json
+from models.synthesizer.blocks.decoder import SourceFilter, prepare_for_inference
 from models.synthesizer.blocks.noise import Noise
 from models.synthesizer.blocks.source import HARMONICS, SineSource, first_phase, sines
 from models.synthesizer.blocks.weight_norm import fold_weight_norm
 from models.synthesizer.config import MelConfig, ModelConfig, require_at_least
 from models.synthesizer.json_fields import typed
-from models.synthesizer.sovits.files import STRANGERS, unwrapped
-from models.synthesizer.tensor_layout import fitted, layout_of
+from models.synthesizer.sovits.files import OTHER_KINDS, state_dict_in
+from models.synthesizer.tensor_layout import layout_of, matching_tensors
 
 _NETWORK = (
     "resblock",
@@ -45,20 +45,20 @@ _MEL = {
     "f_max": "fmax",
 }
 _VOCODER = "a vocoder"
-# A key that only such files have (at its start), and what they are.
-_STRANGERS = (
-    *(stranger for stranger in STRANGERS if stranger[1] != _VOCODER),
-    ("enc_p.", "a voice, which sings from units"),
-    ("dec.", "a voice, which sings from units"),
+# Prefixes of keys that identify other files, and the kind of those files.
+_OTHER_KINDS = (
+    *(kind for kind in OTHER_KINDS if kind[1] != _VOCODER),
+    ("enc_p.", "a voice, which takes units"),
+    ("dec.", "a voice, which takes units"),
     ("discriminators.", "a discriminator, which only training needs"),
     ("mpd", "a vocoder's discriminators (do_*), which only training needs"),
-    ("generator.", "a vocoder in training; its generator alone is needed"),
+    ("generator.", "a vocoder's training checkpoint; only its generator is needed"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class VocoderConfig:
-    """network: its `inter_channels` are the mel bins."""
+    """Settings of a vocoder. network: its `inter_channels` is the number of mel bins."""
 
     sample_rate: int
     mel: MelConfig
@@ -70,7 +70,7 @@ class VocoderConfig:
 
 
 class Vocoder(SourceFilter):
-    """NSF-HiFiGAN that sings from mels (B, M, F)."""
+    """NSF-HiFiGAN for mel spectrograms (B, M, F)."""
 
     def __init__(self, config: VocoderConfig) -> None:
         super().__init__(config.network, VocoderSource(config.sample_rate, config.hop_length))
@@ -78,12 +78,13 @@ class Vocoder(SourceFilter):
 
 
 class VocoderSource(SineSource):
-    """The sine source as vocoders are trained with it; for singing (`infer`) it is a SineSource."""
+    """The sine source of vocoders in training; in inference (`infer`) it is a SineSource."""
 
     @torch.no_grad()
     def waves(self, f0: Tensor, noise: Noise, phase: Tensor | None = None) -> Tensor:
-        """(B, N, T), as SineSource's, but for the chance where there is no `phase`: every sample of
-        the first frame advances by it, so there the overtones are out of tune.
+        """Generate (B, N, T) as SineSource does, except for the random phase without `phase`.
+
+        Every sample of the first frame advances by it, so the overtones are out of tune there.
         """
         if phase is not None:
             return super().waves(f0, noise, phase)
@@ -98,10 +99,10 @@ class VocoderSource(SineSource):
 
 
 def load_vocoder(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Vocoder:
-    """The vocoder in a file, with the config.json beside it, ready to sing (`for_singing`).
+    """Load a vocoder from a file and its config.json, ready for inference.
 
-    Raises CheckpointError for settings and tensors that are missing, unknown, or not made for each
-    other, and for files of other networks.
+    Raises: CheckpointError: when settings or tensors are missing, unknown or do not match, or the
+    file has another network.
     """
     path = Path(path)
     content = _generator(path)
@@ -114,16 +115,17 @@ def load_vocoder(path: str | os.PathLike[str], device: torch.device | str = "cpu
 
     with torch.device("meta"):
         network = build()
-    tensors = fitted(path, "the vocoder that config.json describes", content, layout_of(build))
+    layout = layout_of(build)
+    tensors = matching_tensors(path, "the vocoder that config.json describes", content, layout)
     network.load_state_dict(tensors, assign=True)
-    return for_singing(network).to(device)
+    return prepare_for_inference(network).to(device)
 
 
 def _generator(path: Path) -> dict[str, Any]:
-    """The state dict in the file, which is of no other known kind."""
-    content = unwrapped(path, load_foreign(path))
+    """Return the state dict in the file, unless the file is of another known kind."""
+    content = state_dict_in(path, load_foreign(path))
     names = [str(name) for name in content]
-    for start, what in _STRANGERS:
+    for start, what in _OTHER_KINDS:
         if any(name.startswith(start) for name in names):
             raise CheckpointError(f"{path} is {what}, not an NSF-HiFiGAN vocoder")
     if "conv_pre.bias" in names and "m_source.l_linear.weight" not in names:
@@ -132,12 +134,12 @@ def _generator(path: Path) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> VocoderConfig:
-    """Of the config.json beside `path`."""
+    """Read the config.json next to `path`."""
     described = path.parent / "config.json"
-    content = json_beside(path, described.name)
+    content = sibling_json(path, described.name)
     if not content:
         raise CheckpointError(
-            f"{path} needs its config.json beside it, and {described} says nothing"
+            f"{path} needs its config.json in the same folder, but {described} is empty or missing"
         )
     try:
         return _config_of(content)
@@ -153,14 +155,14 @@ def _config_of(content: Mapping[str, Any]) -> VocoderConfig:
     ]
     if missing:
         raise ValueError(
-            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; it is not of "
-            "an NSF-HiFiGAN vocoder"
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; it does not "
+            "describe an NSF-HiFiGAN vocoder"
         )
     if content.get("mini_nsf"):
-        raise ValueError("mini_nsf is true, which is another network")
+        raise ValueError("mini_nsf is true, which is not supported")
     hints = typing.get_type_hints(ModelConfig)
     network = {name: typed(hints[name], content[name], name) for name in _NETWORK}
-    used = 2 if network["resblock"] == "2" else 3  # of each list, however long it is
+    used = 2 if network["resblock"] == "2" else 3  # entries used of each list
     dilations = tuple(each[:used] for each in network["resblock_dilation_sizes"])
     require_at_least(1, "resblock_dilation_sizes", min(min(each, default=0) for each in dilations))
     network["resblock_dilation_sizes"] = dilations

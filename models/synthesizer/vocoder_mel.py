@@ -1,6 +1,6 @@
-"""The mels that vocoders of the NSF-HiFiGAN family sing from.
+"""Mel spectrograms for vocoders of the NSF-HiFiGAN family.
 
-Source: nvSTFT.py of so-vits-svc (commit 730930d), which OpenVPI's vocoders were trained with.
+Source: nvSTFT.py of so-vits-svc (commit 730930d), used to train OpenVPI's vocoders.
 
 B batch, M mel bins, F frames, T samples.
 """
@@ -25,26 +25,26 @@ def vocoder_mel(
     key_shift: float = 0.0,
     speed: float = 1.0,
 ) -> Tensor:
-    """Natural logarithm of mel bins (B, M, F) of wav (B, T), F = T // (hop_length * speed).
+    """Compute the natural log of mel bins (B, M, F) of wav (B, T), F = T // (hop_length * speed).
 
-    Before and after the wav its mirror image counts, where it is too short for one silence. There
-    is one frame at least.
+    The wav is padded by reflection, or with zeros where it is too short for that. There is at least
+    one frame.
 
-    key_shift: semitones that the sound is moved up by, its length kept. speed: above 1, the frames
-    lie further apart, and what is sung from them is shorter.
+    key_shift: semitones by which the pitch is raised; the length stays. speed: above 1, frames lie
+    further apart, and the vocoder's output is shorter.
 
-    Raises ValueError for an empty wav, and a speed that leaves gaps between the frames.
+    Raises: ValueError: when the wav is empty or the speed leaves gaps between the frames.
     """
     stretch = 2 ** (key_shift / 12)
     n_fft, win_length = round(config.n_fft * stretch), round(config.win_length * stretch)
     hop_length = round(hop_length * speed)
     if not 1 <= hop_length <= win_length:
         raise ValueError(
-            f"frames of {win_length} samples cannot be {hop_length} apart (speed {speed:g})"
+            f"frames of {win_length} samples cannot have a hop of {hop_length} (speed {speed:g})"
         )
     samples = wav.shape[-1]
     if samples == 0:
-        raise ValueError("a mel of no samples")
+        raise ValueError("the wav has no samples, so it has no mel spectrogram")
     before = (win_length - hop_length) // 2
     after = max((win_length - hop_length + 1) // 2, win_length - samples - before)
     padded = F.pad(wav, (before, after), mode="reflect" if after < samples else "constant")

@@ -1,8 +1,8 @@
-"""A voice of ours on disk: a folder with `voice.safetensors` and `voice.json`.
+"""Cantor voices on disk: a folder with `voice.safetensors` and `voice.json`.
 
-The JSON says everything but the weights: what the networks are, which units, rate and pitch they
-were trained on, who sings. The weights' file holds the hash of that description, so files of two
-voices do not pass for one. docs/voices.md lists the fields.
+The JSON describes everything but the weights: the networks, the units, rate and pitch that they
+were trained on, and the speakers. The weights file contains the hash of that description, so that
+files of two voices cannot be mixed up. docs/voices.md lists the fields.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from torch import Tensor, nn
 from models.checkpoint import (
     OWN_HEADER,
     CheckpointError,
-    json_beside,
     read_safetensors,
     save_safetensors,
+    sibling_json,
 )
 from models.synthesizer.config import MelConfig, SynthesizerConfig
 from models.synthesizer.json_fields import typed
 from models.synthesizer.sovits.networks import Synthesizer
-from models.synthesizer.tensor_layout import TensorLayout, fitted, layout_of
+from models.synthesizer.tensor_layout import TensorLayout, layout_of, matching_tensors
 
 WEIGHTS = "voice.safetensors"
 DESCRIPTION = "voice.json"
 VERSION = 2
 _SINCE_2: dict[str, Any] = {"extraction": None, "pitch_hz": {}}
-POSTERIOR = "enc_q."  # tensors that only training and resynthesis need
+POSTERIOR = "enc_q."  # prefix of tensors that only training and resynthesis need
 _KIND = "voice"
 
 
 @dataclass(frozen=True, kw_only=True)
 class VoiceEncoder:
-    """Whose units a voice sings from. None: not known.
+    """The encoder whose units a voice takes. None: not known.
 
-    dim: the width of the units in the dataset; 1 where they are ids of a codebook.
+    dim: width of the units in the dataset; 1 where they are ids of a codebook.
     """
 
     name: str
@@ -60,17 +60,17 @@ class VoiceEncoder:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Voice:
-    """A synthesizer with what one must know to sing with it, or to train it on.
+    """A synthesizer with all settings needed for inference and further training.
 
-    tensors: the state dict of `Synthesizer(config)`. A voice that was released for singing alone
-    may lack the posterior encoder (`enc_q.*`), as a whole. None are of a voice that is a graph.
-    speakers: speaker i has row i of the embedding; rows beyond the last name are nobody's.
-    expand: which unit a frame takes. f0_min, f0_max: Hz that pitch was looked for in; None: not
-    known, like dataset_fingerprint. extraction: the settings by section that made the clips that it
-    was trained on, for making the same of a song to convert; None: not known. pitch_hz: of
-    speakers, the middle of what they sing. licence: what its maker says of its use.
+    tensors: the state dict of `Synthesizer(config)`. A voice released for inference only may lack
+    the whole posterior encoder (`enc_q.*`). Empty for a voice stored as an ONNX graph.
+    speakers: speaker i has row i of the embedding; rows beyond the last name are unused.
+    expand: rule by which a frame takes a unit. f0_min, f0_max: search range of the pitch in Hz;
+    None: not known, like dataset_fingerprint. extraction: the settings, by section, that made the
+    training clips, so that a song to convert is processed the same way; None: not known.
+    pitch_hz: median pitch by speaker. licence: terms of use, as text.
 
-    Raises ValueError for speakers that are not distinct, or more than the embedding has rows.
+    Raises: ValueError: when speakers are not distinct or more than the embedding has rows.
     """
 
     tensors: Mapping[str, Tensor]
@@ -91,7 +91,7 @@ class Voice:
     def __post_init__(self) -> None:
         twice = {name for name in self.speakers if self.speakers.count(name) > 1}
         if twice:
-            raise ValueError(f"speakers names {', '.join(sorted(twice))} more than once")
+            raise ValueError(f"speakers has {', '.join(sorted(twice))} more than once")
         if len(self.speakers) > self.config.n_speakers:
             raise ValueError(
                 f"speakers has {len(self.speakers)} names, and n_speakers is "
@@ -112,12 +112,12 @@ class Voice:
 
 
 class NoPosterior(nn.Module):
-    """Stands where a voice that was released for singing alone has no posterior encoder."""
+    """Placeholder for the posterior encoder of a voice released for inference only."""
 
     def forward(self, *_: object) -> None:
         raise ValueError(
-            "this voice was released without its posterior encoder (enc_q): it can sing, but "
-            "neither be trained on nor resynthesize a spectrogram"
+            "this voice was released without its posterior encoder (enc_q): it can convert, but "
+            "it cannot be trained further or resynthesize a spectrogram"
         )
 
 
@@ -128,7 +128,7 @@ def synthesizer_layout(config: SynthesizerConfig, posterior: bool = True) -> Ten
 
 
 def network_of(config: SynthesizerConfig, tensors: Mapping[str, Tensor]) -> Synthesizer:
-    """A synthesizer in eval mode with these tensors, which it takes over."""
+    """Build a synthesizer in eval mode that uses these tensors without a copy."""
     with torch.device("meta"):
         network = Synthesizer(config)
     if not any(name.startswith(POSTERIOR) for name in tensors):
@@ -138,7 +138,7 @@ def network_of(config: SynthesizerConfig, tensors: Mapping[str, Tensor]) -> Synt
 
 
 def load_network(voice: Voice, device: torch.device | str = "cpu") -> Synthesizer:
-    """The voice's network, in eval mode, with weights of its own."""
+    """Build the voice's network in eval mode, with a copy of the weights."""
     copies: dict[int, Tensor] = {}
     for tensor in voice.tensors.values():
         copies.setdefault(id(tensor), tensor.detach().clone())
@@ -147,15 +147,17 @@ def load_network(voice: Voice, device: torch.device | str = "cpu") -> Synthesize
 
 
 def save_voice(folder: str | os.PathLike[str], voice: Voice) -> None:
-    """Write the voice's two files into `folder`, which is made. Each is written whole or not at
-    all, and what a kill between them leaves is refused by `load_voice`.
+    """Write the voice's two files into `folder`, which is created.
 
-    Raises CheckpointError for tensors that are not the configuration's.
+    Each file is written atomically. If the process is killed between them, `load_voice` refuses the
+    result.
+
+    Raises: CheckpointError: when the tensors do not match the configuration.
     """
     folder = Path(folder)
     layout = synthesizer_layout(voice.config, voice.has_posterior)
-    tensors = fitted(folder / WEIGHTS, "its configuration", voice.tensors, layout)
-    with describing(folder, voice) as metadata:
+    tensors = matching_tensors(folder / WEIGHTS, "its configuration", voice.tensors, layout)
+    with write_description(folder, voice) as metadata:
         save_safetensors(
             folder / WEIGHTS,
             {name: tensor for name, tensor in tensors.items() if layout.first[name] == name},
@@ -164,51 +166,53 @@ def save_voice(folder: str | os.PathLike[str], voice: Voice) -> None:
 
 
 def load_voice(path: str | os.PathLike[str]) -> Voice:
-    """The voice in a folder; either of its files stands for the folder.
+    """Load the voice in a folder, given as the folder or one of its files.
 
-    Raises CheckpointError, in a sentence, for a folder without a voice, files of two voices or one
-    that was edited, fields and tensors that are missing, misshapen or unknown.
+    Raises: CheckpointError: when the folder has no voice, the files belong to two voices or one was
+    edited, or fields or tensors are missing, unknown or of another shape.
     """
-    folder = folder_of(Path(path), WEIGHTS)
+    folder = voice_folder(Path(path), WEIGHTS)
     tensors, metadata = read_safetensors(folder / WEIGHTS)
-    voice = described(folder / WEIGHTS, metadata)
+    voice = read_description(folder / WEIGHTS, metadata)
     posterior = any(name.startswith(POSTERIOR) for name in tensors)
     layout = synthesizer_layout(voice.config, posterior)
-    fit = fitted(folder / WEIGHTS, DESCRIPTION, tensors, layout, shared_once=True)
-    return dataclasses.replace(voice, tensors=fit)
+    tensors = matching_tensors(folder / WEIGHTS, DESCRIPTION, tensors, layout, shared_once=True)
+    return dataclasses.replace(voice, tensors=tensors)
 
 
 @contextlib.contextmanager
-def describing(folder: Path, voice: Voice) -> Iterator[dict[str, str]]:
-    """Writes the description into `folder`, which is made, once the block has written the weights.
+def write_description(folder: Path, voice: Voice) -> Iterator[dict[str, str]]:
+    """Write the description into `folder`, which is created, after the block wrote the weights.
 
-    Gives the metadata that the file of weights is to have.
+    Yields the metadata that the weights file must have.
     """
     description = _description(voice)
     header = {"kind": _KIND, "version": VERSION, "description_sha256": _sha256(description)}
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / DESCRIPTION) as temporary:
+    with atomic_file(folder / DESCRIPTION) as temporary:
         text = json.dumps(description, indent=2, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
         yield {OWN_HEADER: json.dumps(header)}
 
 
-def described(weights: Path, metadata: Mapping[str, str]) -> Voice:
-    """The voice without its tensors, as the description beside `weights` has it.
+def read_description(weights: Path, metadata: Mapping[str, str]) -> Voice:
+    """Read the voice without its tensors from the description next to `weights`.
 
-    metadata: of the file of weights. Raises CheckpointError as `load_voice`.
+    metadata: of the weights file.
+
+    Raises: CheckpointError: when the description is missing, invalid or of another voice.
     """
     path = weights.with_name(DESCRIPTION)
-    content = json_beside(weights, DESCRIPTION)
-    fields = _read_description(path, content)
-    _require_together(weights, content, metadata)
+    content = sibling_json(weights, DESCRIPTION)
+    fields = _parse_description(path, content)
+    _require_same_voice(weights, content, metadata)
     try:
         return Voice(tensors={}, **fields)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def require_same(
+def require_compatible(
     voice: Voice,
     what: str,
     *,
@@ -219,9 +223,12 @@ def require_same(
     sample_rate: int | None = None,
     hop_length: int | None = None,
 ) -> None:
-    """Raises ValueError in a sentence that says what of `what`, such as "the dataset X", differs
-    from the voice. What is None, here or in the voice, is not known and not compared; but where an
-    encoder is named, no codebook_sha256 means no codebook.
+    """Check that data made with these settings fit the voice.
+
+    what: the data, such as "the dataset X", for errors. A value that is None, here or in the voice,
+    is not known and not compared. With an encoder, however, codebook_sha256=None means no codebook.
+
+    Raises: ValueError: when a value differs (the message names it).
     """
     pairs = (
         ("encoder", voice.encoder.name, encoder),
@@ -231,29 +238,29 @@ def require_same(
         ("hop length", voice.hop_length, hop_length),
     )
     differing = [
-        f"its {name} is {theirs}, and the voice has {ours}"
+        f"its {name} is {theirs}, but the voice has {ours}"
         for name, ours, theirs in pairs
         if ours is not None and theirs is not None and ours != theirs
     ]
     if encoder is not None or codebook_sha256 is not None:
         differing += _codebooks_differ(voice.encoder.codebook_sha256, codebook_sha256)
     if differing:
-        raise ValueError(f"{what} does not suit this voice: {'; '.join(differing)}")
+        raise ValueError(f"{what} does not match this voice: {'; '.join(differing)}")
 
 
 def _codebooks_differ(ours: str | None, theirs: str | None) -> list[str]:
     if ours == theirs:
         return []
     if ours is None:
-        return ["its units are ids of a codebook, and the voice's are not"]
+        return ["its units are codebook ids, but the voice's are not"]
     if theirs is None:
-        return ["the voice's units are ids of a codebook, and its are not"]
-    return [f"its codebook, by SHA-256, is {theirs}, and the voice has {ours}"]
+        return ["the voice's units are codebook ids, but its units are not"]
+    return [f"its codebook, by SHA-256, is {theirs}, but the voice has {ours}"]
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` once the block has ended without error."""
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary file that replaces `path` when the block ends without an error."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
@@ -269,20 +276,22 @@ def replacing(path: Path) -> Iterator[Path]:
         os.close(folder)
 
 
-def folder_of(path: Path, weights: str) -> Path:
-    """The folder of the voice that `path` means, which is it or one of its two files.
+def voice_folder(path: Path, weights: str) -> Path:
+    """Return the folder of a voice, given as the folder or one of its two files.
 
-    weights: the name of the other one. Raises CheckpointError where they are not there.
+    weights: name of the weights file.
+
+    Raises: CheckpointError: when a file is missing.
     """
     folder = path if path.is_dir() else path.parent
     if path != folder and path.name not in (weights, DESCRIPTION):
         raise CheckpointError(
-            f"{path} is no voice of ours, which is a folder with {weights} and {DESCRIPTION}; "
-            "models of so-vits-svc are read with their config.json"
+            f"{path} is not a Cantor voice, which is a folder with {weights} and {DESCRIPTION}. "
+            "A so-vits-svc voice needs config.json in the same folder"
         )
     for name in (weights, DESCRIPTION):
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} holds no voice: it has no {name}")
+            raise CheckpointError(f"{folder} is not a voice: it has no {name}")
     return folder
 
 
@@ -315,7 +324,7 @@ class _F0:
 
 @dataclass(frozen=True, kw_only=True)
 class _Description:
-    """voice.json, as its fields are typed."""
+    """The fields of voice.json and their types."""
 
     format: Literal["cantor voice"]
     version: int
@@ -334,13 +343,13 @@ class _Description:
     licence: str
 
 
-def _read_description(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `Voice` but for its tensors."""
+def _parse_description(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `Voice`, except its tensors."""
     if content.get("format") != f"cantor {_KIND}":
-        raise CheckpointError(f"{path} describes no voice of ours (its format is not stated so)")
+        raise CheckpointError(f"{path} does not describe a Cantor voice (by its field format)")
     if content.get("version") not in (1, VERSION):
         raise CheckpointError(
-            f"{path} is of version {content.get('version')}, and this program reads 1 and {VERSION}"
+            f"{path} has version {content.get('version')}; this Cantor reads 1 to {VERSION}"
         )
     before = _SINCE_2 if content["version"] == 1 else {}
     try:
@@ -370,25 +379,25 @@ def _read_description(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _require_together(
+def _require_same_voice(
     weights: Path, content: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> None:
     try:
         header = json.loads(metadata.get(OWN_HEADER, "{}"))
         kind, stated = header.get("kind"), header.get("description_sha256")
     except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"the header of {weights} is damaged ({error})") from error
+        raise CheckpointError(f"{weights} has a damaged header: {error}") from error
     if kind != _KIND:
-        raise CheckpointError(f"{weights} holds no voice of ours")
+        raise CheckpointError(f"{weights} does not have the weights of a Cantor voice")
     if stated != _sha256(content):
         raise CheckpointError(
-            f"{weights.name} and {DESCRIPTION} of {weights.parent} are not of one voice: one of "
-            "them was replaced, or the description edited (only its licence may be)"
+            f"{weights.name} and {DESCRIPTION} in {weights.parent} do not belong together: one of "
+            "them was replaced, or the description was edited (only its licence may be)"
         )
 
 
 def _sha256(description: Mapping[str, Any]) -> str:
-    """Of all that a description says but the licence, however it is laid out."""
-    said = {name: value for name, value in description.items() if name != "licence"}
-    text = json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    """Hash all fields of a description except the licence, independent of the JSON layout."""
+    hashed = {name: value for name, value in description.items() if name != "licence"}
+    text = json.dumps(hashed, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from models.checkpoint import CheckpointError, sha256_of
 from models.encoders import WITHOUT_WEIGHTS, load_encoder
-from models.synthesizer.blocks.decoder import for_singing
+from models.synthesizer.blocks.decoder import prepare_for_inference
 from models.synthesizer.enhancer import Enhancer
 from models.synthesizer.onnx import OnnxSynthesizer, export_voice
 from models.synthesizer.vocoder import load_vocoder
@@ -198,7 +198,7 @@ def _network(request: Request, device: str) -> Singing:
         if request.config.compute.backend == "onnx":
             export_voice(folder, request.voice)
             return OnnxSynthesizer(folder, device)
-    return for_singing(load_network(request.voice, device))
+    return prepare_for_inference(load_network(request.voice, device))
 
 
 def _mix(voice: Voice, config: ConvertConfig) -> SpeakerMix:

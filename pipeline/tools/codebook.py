@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from models.encoders.codebook import MAX_CLUSTERS, Codebook, save_codebooks
-from models.encoders.kmeans import KMeans, spread_out
+from models.encoders.kmeans import KMeans, kmeans_plus_plus
 from models.synthesizer.config import require_at_least
 from pipeline.cluster.bar import show_bar
 from pipeline.cluster.device import choose_device
@@ -120,7 +120,7 @@ def fit_codebook(units: UnitFrames, cfg: CodebookConfig, device: str, console: C
     passes = cfg.epochs + 2
     with show_bar(console, title, passes * units.total) as advance:
         if cfg.clusters <= _MOST_SPREAD:
-            first = spread_out(sample, cfg.clusters, generator, device)
+            first = kmeans_plus_plus(sample, cfg.clusters, generator, device)
         else:
             order = torch.randperm(len(sample), generator=generator)
             first = sample[order[: cfg.clusters]].clone()

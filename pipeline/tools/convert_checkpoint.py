@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from models.checkpoint import json_beside, load_weights, save_safetensors, sha256_of
+from models.checkpoint import load_weights, save_safetensors, sha256_of, sibling_json
 from models.encoders.encoder_names import FAMILIES, names_for
-from models.encoders.layouts import EncoderFile, is_whisper, read_encoder_file, save_checkpoint
+from models.encoders.layouts import EncoderFile, is_whisper, read_encoder_file, save_encoder_file
 from models.encoders.onnx import describe_onnx
 from models.encoders.whisper import WhisperConfig, header, read_whisper
 from models.onnx_session import is_onnx
@@ -38,7 +38,7 @@ def describe_checkpoint(path: Path) -> Description:
     found = _read(path)
     if isinstance(found, EncoderFile):
         lines = _lines_of_network(found)
-        if "WavLMForXVector" in json_beside(path, "config.json").get("architectures", ()):
+        if "WavLMForXVector" in sibling_json(path, "config.json").get("architectures", ()):
             lines.append(("head", "x-vectors, for xvector.checkpoint and purity"))
     else:
         config, tensors = found
@@ -90,7 +90,7 @@ def convert_checkpoint(source: Path, out: Path, dtype: str = "float32") -> None:
         raise UserError(f"{out} is the checkpoint itself; name another file to write")
     found = _read(source)
     if isinstance(found, EncoderFile):
-        save_checkpoint(found, out, DTYPES[dtype])
+        save_encoder_file(found, out, DTYPES[dtype])
     else:
         config, tensors = found
         stored = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}

@@ -26,8 +26,8 @@ from torch import Tensor
 from models.checkpoint import CheckpointError, read_safetensors, save_safetensors, sha256_of
 from models.encoders.distill import Distillation, DistillConfig, Phase, StepReport, gated_student
 from models.encoders.encoder_names import NAMES, Family
-from models.encoders.layouts import EncoderFile, read_encoder, read_encoder_file, save_checkpoint
-from models.encoders.layouts.key_layouts import OURS
+from models.encoders.layouts import EncoderFile, read_encoder, read_encoder_file, save_encoder_file
+from models.encoders.layouts.key_layouts import CANTOR
 from models.encoders.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from models.synthesizer.config import require_at_least
 from pipeline.cluster.bar import show_bar
@@ -330,7 +330,7 @@ def _save_encoder(network: Wav2Vec2, path: Path) -> None:
     tensors = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
     family: Family = "dphubert" if network.config.relative_bias is None else "dpwavlm"
     names = {name: name for name in tensors}
-    save_checkpoint(EncoderFile(path, OURS, family, network.config, tensors, names), path)
+    save_encoder_file(EncoderFile(path, CANTOR, family, network.config, tensors, names), path)
 
 
 def _outcome(teacher: Wav2Vec2, student: Wav2Vec2, losses: list[float]) -> DistillOutcome:

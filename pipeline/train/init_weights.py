@@ -15,7 +15,7 @@ from torch import Tensor
 from models.checkpoint import CheckpointError, read_safetensors
 from models.synthesizer.config import MelConfig, SynthesizerConfig
 from models.synthesizer.sovits.files import read_discriminator, read_voice
-from models.synthesizer.voice import WEIGHTS, Voice, load_voice, require_same
+from models.synthesizer.voice import WEIGHTS, Voice, load_voice, require_compatible
 from pipeline.dataset.schema import EncoderIdentity
 from pipeline.errors import UserError, first_names
 from pipeline.train.find_voice import weights_file
@@ -104,7 +104,7 @@ def _require_alike(voice: Voice, run: NewRun) -> None:
         raise ValueError(
             "it was released for conversion only, without the posterior encoder that training needs"
         )
-    require_same(
+    require_compatible(
         voice,
         "the dataset",
         encoder=run.encoder.name,

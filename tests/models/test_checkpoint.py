@@ -240,13 +240,13 @@ def test_a_handwritten_tensor_is_read(tmp_path: Path) -> None:
 
 
 LIES = {
-    "offset beyond": (tensor_pickle(offset=1), "beyond its storage"),
-    "offset negative": (tensor_pickle(offset=-1), "no natural number"),
-    "size beyond": (tensor_pickle(size="(I5\nt"), "beyond its storage"),
-    "stride beyond": (tensor_pickle(stride="(I2\nt"), "beyond its storage"),
-    "stride negative": (tensor_pickle(offset=3, stride="(I-1\nt"), "no natural number"),
+    "offset beyond": (tensor_pickle(offset=1), "exceeds its storage"),
+    "offset negative": (tensor_pickle(offset=-1), "not a natural number"),
+    "size beyond": (tensor_pickle(size="(I5\nt"), "exceeds its storage"),
+    "stride beyond": (tensor_pickle(stride="(I2\nt"), "exceeds its storage"),
+    "stride negative": (tensor_pickle(offset=3, stride="(I-1\nt"), "not a natural number"),
     "stride missing": (tensor_pickle(stride="(t"), "disagree"),
-    "expanded": (tensor_pickle(size="(I1000000000000\nt", stride="(I0\nt"), "beyond its storage"),
+    "expanded": (tensor_pickle(size="(I1000000000000\nt", stride="(I0\nt"), "exceeds its storage"),
     "storage longer than its entry": (tensor_pickle(numel=5), "claims 20 bytes and has 16"),
     "absurd storage": (tensor_pickle(numel=1 << 60, size=f"(I{1 << 60}\nt"), "claims"),
     "negative storage": (tensor_pickle(numel=-4), "negative size"),
@@ -261,7 +261,7 @@ LIES = {
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v3\n"
         b"((S'storage'\nctorch.storage\nUntypedStorage\nS'0'\nS'cpu'\nI16\ntQ"
         b"I0\n(I4\nt(I1\ntI00\nNctorch\nqint8\ntR.",
-        "of a kind that no encoder has",
+        "of an unsupported kind",
     ),
     "tensor never made": (
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)\x81.",
@@ -278,11 +278,11 @@ LIES = {
         + b"lq\x000"
         + b"".join(b"(" + bytes([104, i]) * 10 + bytes([108, 113, i + 1, 48]) for i in range(6))
         + b"h\x06\x85R.",
-        "makes text of something else",
+        "converts something other than text",
     ),
     "a name that hides": (
         b"\x80\x04X\x09\x00\x00\x00os\n\x1b[31m.X\x01\x00\x00\x00y\x93.",
-        "a name that nothing can have",
+        "an invalid name",
     ),
     "deep": (b"\x80\x02" + b"]" * 5000 + b"a" * 4999 + b".", "nested deeper"),
     "unhashable": (b"\x80\x02}]K\x01s.", "damaged"),
@@ -360,10 +360,10 @@ OTHERS = {
     b"RIFF\x24\x00\x00\x00WAVEfmt ": "audio",
     b'{"error": "no"}': "JSON",
     b"\x08\x07\x12\x07pytorch": "ONNX",
-    b"PK\x03\x04" + bytes(40): "cut off or damaged",
-    b"PK\x05\x06" + bytes(18): "none that torch wrote",
-    bytes(range(200, 232)): "no checkpoint",
-    pickle.dumps({"w": [1, 2]}): "none|no checkpoint that torch wrote",
+    b"PK\x03\x04" + bytes(40): "truncated or damaged",
+    b"PK\x05\x06" + bytes(18): "not one of torch",
+    bytes(range(200, 232)): "not a checkpoint",
+    pickle.dumps({"w": [1, 2]}): "not one of torch|not a checkpoint of torch",
     struct.pack("<Q", 50) + b'{"w": 1}': "safetensors",
     old_tar(): "before 2017",
 }

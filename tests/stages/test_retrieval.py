@@ -99,7 +99,7 @@ def test_units_of_another_width_are_refused() -> None:
     frames, _ = frames_and_queries()
     with pytest.raises(ValueError, match=r"needs \(F, 6\)"):
         made(frames).search(np.zeros((3, 7), np.float32))
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    with pytest.raises(ValueError, match="contain NaN or infinity"):
         made(frames).blend(np.full((1, 6), np.nan, np.float32))
 
 

@@ -135,7 +135,7 @@ def test_packing_loses_nothing_that_float16_holds(half: np.ndarray) -> None:
 def test_what_float16_cannot_hold_is_named(value: float) -> None:
     units = np.zeros((5, 4), dtype=np.float32)
     units[3, 2] = value
-    with pytest.raises(OverflowError, match=re.escape(f"hold {value:g} in dimension 2 of frame 3")):
+    with pytest.raises(OverflowError, match=re.escape(f"have {value:g} in dimension 2 of frame 3")):
         pack_units(units)
 
 

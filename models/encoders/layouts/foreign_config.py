@@ -1,4 +1,4 @@
-"""What the configuration in a foreign file says of its network, beyond what shapes tell."""
+"""Settings of a network from the configuration in a foreign file, beyond the tensors' shapes."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _STEM_TERM = re.compile(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stated:
-    """None, or empty: the file is silent. Lists have an entry for each layer.
+class ForeignConfig:
+    """Settings stated in a foreign file; None or empty: not stated. Tuples: one entry per layer.
 
-    heads: of the unpruned network. kept_heads: those that a pruned layer still has.
+    heads: of the unpruned network. kept_heads: indices of the heads that a pruned layer has.
     """
 
     layers: int | None = None
@@ -45,12 +45,15 @@ class Stated:
     kept_heads: tuple[tuple[int, ...], ...] = ()
 
 
-def of_fairseq(content: Mapping[str, Any]) -> Stated:
-    """cfg (a dict, or WavLM's flat one) or args. Raises ValueError for what cannot be."""
+def fairseq_config(content: Mapping[str, Any]) -> ForeignConfig:
+    """Read cfg (a dict, or WavLM's flat one) or args.
+
+    Raises: ValueError: when a value is invalid.
+    """
     cfg = content.get("cfg") or content.get("args") or {}
     model = cfg.get("model") if isinstance(cfg.get("model"), dict) else cfg
     task = cfg.get("task") if isinstance(cfg.get("task"), dict) else cfg
-    return Stated(
+    return ForeignConfig(
         layers=_number(model, "encoder_layers"),
         heads=_number(model, "encoder_attention_heads"),
         pre_norm=_flag(model, "layer_norm_first"),
@@ -61,9 +64,14 @@ def of_fairseq(content: Mapping[str, Any]) -> Stated:
     )
 
 
-def of_hugging_face(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Stated:
-    """config.json and preprocessor_config.json. Raises ValueError for what cannot be."""
-    return Stated(
+def hugging_face_config(
+    config: Mapping[str, Any], preprocessor: Mapping[str, Any]
+) -> ForeignConfig:
+    """Read config.json and preprocessor_config.json.
+
+    Raises: ValueError: when a value is invalid.
+    """
+    return ForeignConfig(
         layers=_number(config, "num_hidden_layers"),
         heads=_number(config, "num_attention_heads"),
         pre_norm=_flag(config, "do_stable_layer_norm"),
@@ -74,11 +82,14 @@ def of_hugging_face(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) 
     )
 
 
-def of_dphubert(config: Mapping[str, Any]) -> Stated:
-    """The arguments of torchaudio's constructor. Raises ValueError for what cannot be."""
+def dphubert_config(config: Mapping[str, Any]) -> ForeignConfig:
+    """Read the arguments of torchaudio's constructor.
+
+    Raises: ValueError: when a value is invalid.
+    """
     total = config.get("encoder_total_num_heads") or []
     stem = config.get("extractor_conv_layer_config") or ()
-    return Stated(
+    return ForeignConfig(
         layers=_number(config, "encoder_num_layers"),
         heads=int(total[0]) if total else None,
         head_dim=_number(config, "encoder_head_dim"),
@@ -95,7 +106,7 @@ def of_dphubert(config: Mapping[str, Any]) -> Stated:
 
 
 def usual_strides(kernels: tuple[int, ...]) -> tuple[int, ...]:
-    """Of the one stem that all published networks have; () for another."""
+    """Return the strides of the stem of all published networks; () for another stem."""
     if kernels == tuple(kernel for _, kernel, _ in STEM_OF_WAV2VEC2):
         return tuple(stride for _, _, stride in STEM_OF_WAV2VEC2)
     return ()
@@ -115,12 +126,12 @@ def _activation(name: Any) -> str | None:
     if name is None:
         return None
     if name not in _ACTIVATIONS:
-        raise ValueError(f"its activation {name!r} is none of {', '.join(_ACTIVATIONS)}")
+        raise ValueError(f"its activation is {name!r}; supported are {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
 def _strides(layers: Any) -> tuple[int, ...]:
-    """fairseq states its stem as Python text: "[(512,10,5)] + [(512,3,2)] * 4"."""
+    """Parse the strides of fairseq's stem, such as "[(512,10,5)] + [(512,3,2)] * 4"."""
     strides: list[int] = []
     for term, times in _STEM_TERM.findall(str(layers or "")):
         numbers = re.findall(r"\d+", term)

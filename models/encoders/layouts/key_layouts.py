@@ -1,4 +1,4 @@
-"""What each family of files calls the parts of the network."""
+"""Key names of each family of encoder files."""
 
 from __future__ import annotations
 
@@ -18,54 +18,55 @@ _OLD_NAMES = {
 
 @dataclass(frozen=True)
 class KeyLayout:
-    """Names of one family of files.
+    """Key names of one family of files.
 
-    title: in words. signature: a key that only this family has.
-    modules: our name of a part -> theirs, {i} a number. query, key and value are apart, and the
-    position convolution's weight is weight_g and weight_v; where theirs is one matrix it has ours.
-    beside: patterns of keys that belong to training or to a head and are left out.
+    title: its name for users. signature: a key that only this family has.
+    modules: (Cantor's name of a part, the file's name), {i} is a number. Query, key and value are
+    separate, and the position convolution's weight is weight_g and weight_v; a file with one matrix
+    maps to the fused name.
+    ignored: patterns of keys that belong to training or to a head.
     """
 
     title: str
     signature: str
     modules: tuple[tuple[str, str], ...]
-    beside: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
     pad: int = field(default=0, kw_only=True)
 
     @cached_property
     def _patterns(self) -> list[tuple[re.Pattern[str], str]]:
         return [
-            (re.compile(re.escape(theirs).replace(r"\{i\}", r"(\d+)") + _SUFFIX.pattern), ours)
-            for ours, theirs in self.modules
+            (re.compile(re.escape(key).replace(r"\{i\}", r"(\d+)") + _SUFFIX.pattern), name)
+            for name, key in self.modules
         ]
 
-    def ours(self, key: str) -> str | None:
-        """Our name of their key; None where there is none."""
-        for pattern, ours in self._patterns:
+    def name_of(self, key: str) -> str | None:
+        """Return Cantor's name of a file's key, None if the key is unknown."""
+        for pattern, template in self._patterns:
             if match := pattern.fullmatch(key):
                 *index, suffix = match.groups()
-                name = ours.format(i=index[0]) if index else ours
+                name = template.format(i=index[0]) if index else template
                 return f"{name}.{_OLD_NAMES.get(suffix, suffix)}" if suffix else name
         return None
 
-    def theirs(self, name: str) -> str:
-        """Their key of our name, for a person to read."""
-        for ours, theirs in self.modules:
-            pattern = re.escape(ours).replace(r"\{i\}", r"(\d+)") + _SUFFIX.pattern
+    def key_of(self, name: str) -> str:
+        """Return the file's key of Cantor's name, for error messages."""
+        for module, template in self.modules:
+            pattern = re.escape(module).replace(r"\{i\}", r"(\d+)") + _SUFFIX.pattern
             if match := re.fullmatch(pattern, name):
                 *index, suffix = match.groups()
-                key = theirs.format(i=index[0]) if index else theirs
+                key = template.format(i=index[0]) if index else template
                 return f"{key}.{suffix}" if suffix else key
         return name
 
-    def is_beside(self, key: str) -> bool:
-        return any(re.fullmatch(pattern, key) for pattern in self.beside)
+    def ignores(self, key: str) -> bool:
+        return any(re.fullmatch(pattern, key) for pattern in self.ignored)
 
 
 def _layers(stack: str, attention: str, parts: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The parts of one layer; `attention` and the names in `parts` are below `stack`.{i}."""
+    """Return the parts of one layer; `attention` and the names in `parts` are below `stack`.{i}."""
     qkv = [(f"attention.{n}", f"{attention}.{n}_proj") for n in ("q", "k", "v", "out")]
-    return [(f"layers.{{i}}.{ours}", f"{stack}.{{i}}.{theirs}") for ours, theirs in [*qkv, *parts]]
+    return [(f"layers.{{i}}.{name}", f"{stack}.{{i}}.{key}") for name, key in [*qkv, *parts]]
 
 
 FAIRSEQ = KeyLayout(
@@ -99,8 +100,10 @@ FAIRSEQ = KeyLayout(
 )
 
 
-def _of_transformers(title: str, signature: str, outer: str, stack: str, beside: str) -> KeyLayout:
-    """transformers' names and torchaudio's, which differ in where the parts stand."""
+def _transformers_layout(
+    title: str, signature: str, outer: str, stack: str, ignored: str
+) -> KeyLayout:
+    """Build the layout of transformers or torchaudio, which differ in the prefixes of parts."""
     return KeyLayout(
         title,
         signature,
@@ -127,20 +130,20 @@ def _of_transformers(title: str, signature: str, outer: str, stack: str, beside:
                 ),
             ),
         ),
-        (beside,),
+        (ignored,),
     )
 
 
-HUGGING_FACE = _of_transformers(
+HUGGING_FACE = _transformers_layout(
     "a Hugging Face HuBERT or WavLM",
     "feature_projection.projection.weight",
     "",
     "encoder.",
-    # the token for masked frames, and the heads of fine-tuned models
+    # the vector for masked frames, and the heads of fine-tuned models
     r"masked_spec_embed|layer_weights|(lm_head|classifier|projector|tdnn|objective)\..*"
     r"|feature_extractor\.(weight|bias)|adapter\..*",
 )
-DPHUBERT = _of_transformers(
+DPHUBERT = _transformers_layout(
     "a DPHuBERT or DPWavLM",
     "encoder.feature_projection.projection.weight",
     "encoder.",
@@ -169,6 +172,6 @@ HUBERT_SOFT = KeyLayout(
     (r"masked_spec_embed", r"label_embedding\.weight"),
     pad=40,
 )
-OURS = KeyLayout("an encoder that Cantor wrote", "stem_out_norm.weight", ())
+CANTOR = KeyLayout("an encoder in Cantor's format", "stem_out_norm.weight", ())
 
 LAYOUTS = (HUBERT_SOFT, FAIRSEQ, HUGGING_FACE, DPHUBERT)

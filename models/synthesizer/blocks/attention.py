@@ -1,4 +1,4 @@
-"""Attention over frames with what VITS stacks of it: encoder, causal transformer, decoder.
+"""Attention over frames, and VITS' stacks of it: encoder, causal transformer, decoder.
 
 Sources: Vaswani et al., "Attention Is All You Need" (2017); Shaw et al., "Self-Attention with
 Relative Position Representations" (2018); VITS; so-vits-svc (commit 730930d), Bert-VITS2 (61130ac),
@@ -23,11 +23,11 @@ from models.synthesizer.blocks.wavenet import gate
 from models.synthesizer.blocks.weight_norm import Conv1d
 from models.synthesizer.config import SPEAKER_LAYER
 
-_UNSEEN = -1e4  # the score of a masked key: a query that may see none averages over all
+_MASKED = -1e4  # score of a masked key; a query with all keys masked averages over all
 
 
 class LayerNorm(nn.Module):
-    """Normalises each frame over its channels, (B, H, F)."""
+    """Layer normalisation of each frame over its channels, (B, H, F)."""
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -41,15 +41,15 @@ class LayerNorm(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """Queries of x look at keys and values of a context.
+    """Multi-head attention of x to a context.
 
-    window: relative positions up to this far have keys and values of their own, the same for all
-        heads unless not heads_share. Further away, position does not count.
-    proximal_bias: scores fall with the logarithm of the distance.
-    proximal_init: begins with equal queries and keys, so that like looks at like.
+    window: relative positions up to this distance have their own key and value embeddings, shared
+        by the heads if heads_share. Beyond it, position has no effect.
+    proximal_bias: scores decrease with the logarithm of the distance.
+    proximal_init: initialise queries and keys equally, so that similar frames attend to each other.
     block_length: keys further away are masked.
 
-    The last three and the window are for attention of x to itself.
+    The last three and the window are for self-attention only.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class MultiHeadAttention(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
-        """(B, out_channels, Q) of x (B, H, Q) and context (B, H, K).
+        """Attend from x (B, H, Q) to context (B, H, K): (B, out_channels, Q).
 
-        mask: bool, broadcast to (B, N, Q, K); True where the query may see the key.
-        causal: no query sees a key after it. Not together with a mask.
+        mask: bool, broadcast to (B, N, Q, K); True where the query may attend to the key.
+        causal: no query attends to a later key. Not together with a mask.
         """
         q, k, v = (
             self._heads(conv(of))
@@ -107,7 +107,7 @@ class MultiHeadAttention(nn.Module):
     def weights(
         self, q: Tensor, k: Tensor, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
-        """What each query gives to each key, (B, N, Q, K); q and k are (B, N, frames, width)."""
+        """Return the attention weights (B, N, Q, K); q and k are (B, N, frames, width)."""
         q = q / math.sqrt(self.head_width)
         scores = q @ k.transpose(2, 3)
         if self.window is not None:
@@ -117,23 +117,23 @@ class MultiHeadAttention(nn.Module):
         if self.proximal_bias or self.block_length is not None or causal:
             self._weigh_distance(scores, causal)
         if mask is not None:
-            scores.masked_fill_(~mask, _UNSEEN)
+            scores.masked_fill_(~mask, _MASKED)
         return F.softmax(scores, dim=-1)
 
     def _weigh_distance(self, scores: Tensor, causal: bool) -> None:
-        """Lowers scores (B, N, Q, K) in place, by how many frames a key lies after its query."""
+        """Lower scores (B, N, Q, K) in place, depending on the distance of key and query."""
         queries, keys = (torch.arange(n, device=scores.device) for n in scores.shape[-2:])
         distance = keys - queries[:, None]
         if self.proximal_bias:
             scores -= torch.log1p(distance.abs().double())
         if self.block_length is not None:
-            scores.masked_fill_(distance.abs() > self.block_length, _UNSEEN)
+            scores.masked_fill_(distance.abs() > self.block_length, _MASKED)
         if causal:
-            scores.masked_fill_(distance > 0, _UNSEEN)
+            scores.masked_fill_(distance > 0, _MASKED)
 
     def _heads(self, x: Tensor) -> Tensor:
-        """(B, H, F) -> (B, N, F, width)"""
-        # After an unflatten, torch's ONNX exporter would take the number of frames for a constant.
+        """Split into heads, (B, H, F) -> (B, N, F, width)."""
+        # With unflatten, torch's ONNX exporter would make the number of frames a constant.
         return x.reshape(x.shape[0], self.n_heads, self.head_width, x.shape[2]).transpose(2, 3)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -151,15 +151,15 @@ class MultiHeadAttention(nn.Module):
     ) -> Tensor:
         if mask is not None:
             sees = mask.any(dim=-1, keepdim=True)
-            q, mask = q * sees, mask | ~sees  # a query of zeros gives the same to every key
+            q, mask = q * sees, mask | ~sees  # a query of zeros attends equally to every key
         dropout = self.drop.p if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
 
 
 def _band(length: int, window: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(keys, inside) of the 2 * window + 1 positions around each query, both (length, W).
+    """Return (keys, inside) for the 2 * window + 1 positions around each query, both (length, W).
 
-    inside: False for positions before the first frame or after the last; some key stands there.
+    inside: False for positions before the first or after the last frame, whose key is arbitrary.
     """
     queries = torch.arange(length, device=device)
     keys = queries[:, None] + torch.arange(-window, window + 1, device=device)
@@ -168,9 +168,10 @@ def _band(length: int, window: int, device: torch.device) -> tuple[Tensor, Tenso
 
 
 class FFN(nn.Module):
-    """Two convolutions over time with an activation between, (B, in, F) -> (B, out, F).
+    """Feed-forward network of two convolutions over time, (B, in, F) -> (B, out, F).
 
-    causal: sees no later frames. Otherwise as many as earlier ones, of an even kernel one more.
+    causal: reads no later frames. Otherwise as many later as earlier ones, or one more for an even
+    kernel.
     """
 
     def __init__(
@@ -188,14 +189,14 @@ class FFN(nn.Module):
         self.activation = activation
         left = kernel_size - 1 if causal else (kernel_size - 1) // 2
         padding = max(left, kernel_size - 1 - left)
-        self.surplus = padding - left  # outputs too many at the beginning
+        self.surplus = padding - left  # surplus outputs at the start
         self.conv_1 = nn.Conv1d(in_channels, filter_channels, kernel_size, padding=padding)
         self.conv_2 = nn.Conv1d(filter_channels, out_channels, kernel_size, padding=padding)
         self.drop = Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = self._within(self.conv_1(x * mask), mask)
-        # OpenAI's approximation of GELU, by a sigmoid.
+        # OpenAI's approximation of GELU with a sigmoid.
         x = torch.relu(x) if self.activation == "relu" else x * torch.sigmoid(1.702 * x)
         x = self.conv_2(self.drop(x) * mask)
         return self._within(x, mask) * mask
@@ -205,12 +206,12 @@ class FFN(nn.Module):
 
 
 class TransformerEncoder(nn.Module):
-    """Self-attention that sees relative positions, over all frames of a clip.
+    """Transformer encoder with relative positions over all frames of a clip.
 
-    gin_channels: of a speaker embedding that is added before the third layer (VITS2, Bert-VITS2);
-        0 is without one.
+    gin_channels: width of a speaker embedding added before the third layer (VITS2, Bert-VITS2);
+        0 means none.
 
-    Raises ValueError for a speaker embedding with fewer than three layers.
+    Raises: ValueError: when there is a speaker embedding and fewer than three layers.
     """
 
     def __init__(
@@ -228,8 +229,8 @@ class TransformerEncoder(nn.Module):
         super().__init__()
         if gin_channels and n_layers <= SPEAKER_LAYER:
             raise ValueError(
-                f"an encoder that hears of the speaker in layer {SPEAKER_LAYER + 1} "
-                f"needs as many, not {n_layers}"
+                f"an encoder with a speaker embedding needs {SPEAKER_LAYER + 1} layers or more, "
+                f"not {n_layers}"
             )
         if gin_channels:
             self.spk_emb_linear = nn.Linear(gin_channels, hidden_channels)
@@ -266,10 +267,10 @@ class TransformerEncoder(nn.Module):
 
 
 class FFT(nn.Module):
-    """Causal transformer: no frame sees a later one, nor, so, the padding after its clip.
+    """Causal transformer: no frame attends to a later one, so none to the padding after its clip.
 
-    gin_channels: of a speaker embedding whose gates every layer begins with, as a flow has them; 0
-        is without one.
+    gin_channels: width of a speaker embedding that gates the input of every layer, for flows; 0
+        means none.
     """
 
     def __init__(
@@ -326,7 +327,7 @@ class FFT(nn.Module):
 
 
 class TransformerDecoder(nn.Module):
-    """Causal transformer that also looks at all of an encoder's frames."""
+    """Causal transformer decoder with attention to all frames of an encoder."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""From latents to sound: HiFi-GAN, driven by a sine source or alone.
+"""Decoders of latents to audio: HiFi-GAN, with a sine source or without.
 
 Sources: Kong et al., "HiFi-GAN" (2020), whose generator this is; Wang et al., "Neural Source-Filter
 Waveform Models" (2019) for the source. The state dicts are those of so-vits-svc (commit 730930d)
@@ -23,20 +23,20 @@ from models.synthesizer.blocks.weight_norm import Conv1d, ConvTranspose1d, fold_
 from models.synthesizer.config import ModelConfig, SynthesizerConfig
 from models.synthesizer.tiles import decode_in_tiles, lay_out_for_tiles
 
-_SLOPE = 0.1  # of leaky ReLUs
-_LAST_SLOPE = 0.01  # of the last one
+_SLOPE = 0.1  # negative slope of leaky ReLUs
+_LAST_SLOPE = 0.01  # negative slope of the last one
 
 Activation = Callable[[int], nn.Module]
-"""Builds the activation of so many channels."""
+"""Builds an activation for a number of channels."""
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
 class SourceFilter(nn.Module):
-    """NSF-HiFiGAN, its activations leaky ReLUs or snakes (`config.decoder`), of no speaker.
+    """NSF-HiFiGAN without a speaker; activations are leaky ReLUs or snakes (`config.decoder`).
 
     The activations of the upsampling stages are called snakes in either case: leaky ReLUs have no
-    parameters, so the name appears in the state dict of snakes alone.
+    parameters, so the name appears in the state dict only with snakes.
     """
 
     def __init__(self, config: ModelConfig, source: SineSource) -> None:
@@ -54,7 +54,7 @@ class SourceFilter(nn.Module):
         self.snake_post = Snake(widths[-1]) if snake else nn.LeakyReLU(_LAST_SLOPE)
 
     def forward(self, z: Tensor, f0: Tensor, noise: Noise, phase: Tensor | None = None) -> Tensor:
-        """wav (B, 1, T) within (-1, 1).
+        """Decode to wav (B, 1, T) within (-1, 1).
 
         z: (B, C, F) latents, or mels. f0: (B, F) in Hz, 0 where unvoiced. phase: see SineSource.
         """
@@ -62,18 +62,18 @@ class SourceFilter(nn.Module):
 
     @torch.no_grad()
     def infer(self, z: Tensor, f0: Tensor, noise: Noise, phase: Tensor | None = None) -> Tensor:
-        """As `forward`, for singing: on a CPU in tiles, so that it takes less time and room."""
-        if not _tiles_pay(z):
+        """Compute `forward` for inference: on a CPU in tiles, which saves time and memory."""
+        if not _use_tiles(z):
             return self(z, f0, noise, phase)
         return self._in_tiles(self.conv_pre(z), self.m_source.infer(f0, noise, phase))
 
     def _in_tiles(self, x: Tensor, source: Tensor) -> Tensor:
-        """As `_filtered`, one example after the other."""
+        """Compute `_filtered` in tiles, one example after the other."""
         examples = zip(x.split(1), source.split(1), strict=True)
         return torch.cat([decode_in_tiles(self, *example) for example in examples])
 
     def _filtered(self, x: Tensor, source: Tensor) -> Tensor:
-        """wav (B, 1, T) of the first layer's output (B, C, F) and the source (B, 1, T)."""
+        """Decode the first layer's output (B, C, F) and the source (B, 1, T) to wav (B, 1, T)."""
         for i, up in enumerate(self.ups):
             x = up(self.snakes[i](x)) + self.noise_convs[i](source)
             x = _average(_stage(self.resblocks, i, len(self.ups)), x)
@@ -81,7 +81,7 @@ class SourceFilter(nn.Module):
 
 
 class Generator(SourceFilter):
-    """The decoder of so-vits-svc: NSF-HiFiGAN that knows the speaker."""
+    """The decoder of so-vits-svc: NSF-HiFiGAN with a speaker embedding."""
 
     def __init__(self, config: SynthesizerConfig) -> None:
         super().__init__(config, SineSource(config.source_rate, config.hop_length))
@@ -90,7 +90,7 @@ class Generator(SourceFilter):
     def forward(
         self, z: Tensor, f0: Tensor, g: Tensor, noise: Noise, phase: Tensor | None = None
     ) -> Tensor:
-        """wav (B, 1, T) within (-1, 1).
+        """Decode to wav (B, 1, T) within (-1, 1).
 
         z: (B, C, F) latents. f0: (B, F) in Hz, 0 where unvoiced. g: (B, G, 1) speaker, or
         (B, G, F) where it changes. phase: see SineSource.
@@ -102,15 +102,15 @@ class Generator(SourceFilter):
     def infer(
         self, z: Tensor, f0: Tensor, g: Tensor, noise: Noise, phase: Tensor | None = None
     ) -> Tensor:
-        """As `forward`, for singing: on a CPU in tiles, so that it takes less time and room."""
-        if not _tiles_pay(z):
+        """Compute `forward` for inference: on a CPU in tiles, which saves time and memory."""
+        if not _use_tiles(z):
             return self(z, f0, g, noise, phase)
         source = self.m_source.infer(f0, noise, phase)
         return self._in_tiles(self.conv_pre(z) + self.cond(g), source)
 
 
 class PlainGenerator(nn.Module):
-    """HiFi-GAN without a source, as Bert-VITS2 has it: its first and last layers are plain ones."""
+    """HiFi-GAN without a source, as in Bert-VITS2; its first and last layers are not normalised."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class PlainGenerator(nn.Module):
         self.cond = nn.Conv1d(config.gin_channels, widths[0], 1)
 
     def forward(self, z: Tensor, g: Tensor) -> Tensor:
-        """wav (B, 1, T) within (-1, 1) of z (B, C, F) and the speaker g (B, G, 1 or F)."""
+        """Decode z (B, C, F) with the speaker g (B, G, 1 or F) to wav (B, 1, T) within (-1, 1)."""
         x = self.conv_pre(z) + self.cond(g)
         for i, up in enumerate(self.ups):
             x = up(nn.functional.leaky_relu(x, _SLOPE))
@@ -131,7 +131,7 @@ class PlainGenerator(nn.Module):
 
 
 class ResBlock1(nn.Module):
-    """For each dilation a dilated and a plain convolution beside the way straight through."""
+    """Residual block: for each dilation a dilated and a plain convolution."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class ResBlock1(nn.Module):
 
 
 class ResBlock2(nn.Module):
-    """For each dilation one convolution beside the way straight through."""
+    """Residual block: one convolution for each dilation."""
 
     def __init__(
         self,
@@ -188,12 +188,12 @@ class ResBlock2(nn.Module):
         return [[layer] for layer in zip(self.activations, self.convs, strict=True)]
 
 
-def for_singing(network: Network) -> Network:
-    """A decoder, or a network with one, made ready to sing and no longer to learn, in place.
+def prepare_for_inference(network: Network) -> Network:
+    """Prepare a decoder, or a network with one, for inference only, in place.
 
     Weight norm is folded (the state dict then has `weight`, see `fold_weight_norm`), and weights of
-    decoders are stored in the order in which tiles read them. What it sings is the same but for
-    rounding; without it each piece has its weights prepared anew.
+    decoders are stored in the memory format of the tiles. The output is the same up to rounding;
+    without this, each piece prepares the weights again.
     """
     fold_weight_norm(network).requires_grad_(False).eval()
     for part in network.modules():
@@ -202,8 +202,8 @@ def for_singing(network: Network) -> Network:
     return network
 
 
-def _tiles_pay(x: Tensor) -> bool:
-    """Accelerators like large tensors, and a traced graph has no loop over a length that varies."""
+def _use_tiles(x: Tensor) -> bool:
+    """Use tiles on CPUs only, and not in a traced graph, which cannot loop over a length."""
     return x.device.type == "cpu" and not torch.jit.is_tracing()
 
 
@@ -216,13 +216,13 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _same(channels: int, kernel_size: int, dilation: int) -> Conv1d:
-    """As long as its input."""
+    """Build a convolution whose output is as long as its input."""
     padding = dilation * (kernel_size - 1) // 2
     return Conv1d(channels, channels, kernel_size, padding=padding, dilation=dilation)
 
 
 def _widths(config: ModelConfig) -> list[int]:
-    """Channels before the first upsampling, and after each."""
+    """Return the channels before the first upsampling and after each."""
     stages = range(len(config.upsample_rates) + 1)
     return [config.upsample_initial_channel // 2**i for i in stages]
 
@@ -239,7 +239,7 @@ def _upsamplers(config: ModelConfig) -> nn.ModuleList:
 
 
 def _source_convs(config: ModelConfig) -> nn.ModuleList:
-    """The source at the rate and width of each stage's output."""
+    """Build the convolutions of the source to the rate and width of each stage."""
     convs = nn.ModuleList()
     for i, width in enumerate(_widths(config)[1:]):
         stride = math.prod(config.upsample_rates[i + 1 :])
@@ -252,7 +252,7 @@ def _source_convs(config: ModelConfig) -> nn.ModuleList:
 
 
 def _resblocks(config: ModelConfig, activation: Activation) -> nn.ModuleList:
-    """Stage after stage, in each one for each kernel size."""
+    """Build the residual blocks, stage by stage, one for each kernel size."""
     block = ResBlock1 if config.resblock == "1" else ResBlock2
     shapes = list(zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True))
     return nn.ModuleList(

@@ -1,6 +1,6 @@
-"""The critics of training: one listens to the wav as it is, five to every p-th sample of it.
+"""Discriminators: one on the waveform, and five on the waveform folded by a period.
 
-Source: Kong et al., "HiFi-GAN" (2020), with one scale, as VITS has it. The state dict is that of
+Source: Kong et al., "HiFi-GAN" (2020), with one scale, as in VITS. The state dict is that of
 so-vits-svc (commit 730930d) and Bert-VITS2.
 
 B batch, C channels, T samples, N scores, p period.
@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from models.synthesizer.blocks import weight_norm
 
 PERIODS = (2, 3, 5, 7, 11)
-CHANNELS = 1024  # of the widest layers, in the papers and in every released checkpoint
-_SLOPE = 0.1  # of leaky ReLUs
+CHANNELS = 1024  # width of the widest layers in the papers and all released checkpoints
+_SLOPE = 0.1  # negative slope of leaky ReLUs
 _SCALE_LAYERS = (  # channels in and out, kernel, stride, groups
     (1, 16, 15, 1, 1),
     (16, 64, 41, 4, 4),
@@ -30,14 +30,14 @@ _SCALE_LAYERS = (  # channels in and out, kernel, stride, groups
 )
 _PERIOD_LAYERS = ((1, 32, 3), (32, 128, 3), (128, 512, 3), (512, 1024, 3), (1024, 1024, 1))
 
-Verdict = tuple[Tensor, list[Tensor]]
+Judgement = tuple[Tensor, list[Tensor]]
 """Scores (B, N), and the features of each layer, batch first."""
 
 
 class MultiPeriodDiscriminator(nn.Module):
-    """All six of them. spectral_norm: in place of weight normalisation.
+    """All six discriminators. spectral_norm: replaces weight normalisation.
 
-    channels: of the widest layers; all layers are narrower by the same factor.
+    channels: width of the widest layers; all layers are scaled by the same factor.
     """
 
     def __init__(self, spectral_norm: bool = False, channels: int = CHANNELS) -> None:
@@ -50,12 +50,14 @@ class MultiPeriodDiscriminator(nn.Module):
         )
 
     def forward(self, wav: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """Of each one its scores (B, N) of wav (B, 1, T), and the features of its layers."""
-        verdicts = [discriminator(wav) for discriminator in self.discriminators]
-        return [scores for scores, _ in verdicts], [features for _, features in verdicts]
+        """Return scores (B, N) of wav (B, 1, T) and layer features, for each discriminator."""
+        judgements = [discriminator(wav) for discriminator in self.discriminators]
+        return [scores for scores, _ in judgements], [features for _, features in judgements]
 
 
 class ScaleDiscriminator(nn.Module):
+    """Discriminator of the waveform."""
+
     def __init__(self, spectral_norm: bool = False, channels: int = CHANNELS) -> None:
         super().__init__()
         conv = _spectral(nn.Conv1d) if spectral_norm else weight_norm.Conv1d
@@ -73,13 +75,15 @@ class ScaleDiscriminator(nn.Module):
         )
         self.conv_post = conv(channels, 1, 3, padding=1)
 
-    def forward(self, wav: Tensor) -> Verdict:
-        """wav: (B, 1, T). Features are (B, C, shorter and shorter)."""
+    def forward(self, wav: Tensor) -> Judgement:
+        """Judge wav (B, 1, T). Features are (B, C, T'), T' decreasing from layer to layer."""
         features = _layers(self.convs, self.conv_post, wav)
         return features[-1].flatten(1), features
 
 
 class PeriodDiscriminator(nn.Module):
+    """Discriminator of the waveform folded into columns of every `period`-th sample."""
+
     def __init__(self, period: int, spectral_norm: bool = False, channels: int = CHANNELS) -> None:
         super().__init__()
         self.period = period
@@ -91,15 +95,14 @@ class PeriodDiscriminator(nn.Module):
         )
         self.conv_post = conv(channels, 1, (3, 1), padding=(1, 0))
 
-    def forward(self, wav: Tensor) -> Verdict:
-        """wav: (B, 1, T), its end mirrored to a multiple of the period.
+    def forward(self, wav: Tensor) -> Judgement:
+        """Judge wav (B, 1, T), its end reflected to a multiple of the period.
 
-        Features are (B, C, shorter and shorter, period).
+        Features are (B, C, T', period), T' decreasing from layer to layer.
         """
         wav = F.pad(wav, (0, -wav.shape[-1] % self.period), mode="reflect")
         columns = wav.unflatten(2, (-1, self.period)).permute(0, 3, 2, 1)  # (B, p, T / p, 1)
-        found = _layers(self.convs, self.conv_post, columns)
-        features = [x.permute(0, 3, 2, 1) for x in found]
+        features = [x.permute(0, 3, 2, 1) for x in _layers(self.convs, self.conv_post, columns)]
         return features[-1].flatten(1), features
 
 
@@ -112,9 +115,10 @@ def _layers(convs: nn.ModuleList, last: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 class _Columns:
-    """A Conv2d of width 1 as a product of matrices: (B, p, T, C), each column for itself.
+    """A Conv2d of width 1 as a matrix product: (B, p, T, C), each column separately.
 
-    On a CPU, the five of them so take 0.8 to 0.9 of the time of convolutions, there and back.
+    On a CPU the five discriminators take 0.8 to 0.9 of the time of convolutions, forward and
+    backward.
     """
 
     kernel_size: tuple[int, ...]
@@ -127,9 +131,9 @@ class _Columns:
 
 
 class _Windows(torch.autograd.Function):
-    """(B, p, T', C * size): each `stride` steps, `size` of them, of x (B, p, T, C).
+    """Windows (B, p, T', C * size) of `size` steps every `stride` steps of x (B, p, T, C).
 
-    The gradient is that of `unfold`, which takes longer to add it up.
+    The gradient equals that of `unfold`, which is slower.
     """
 
     @staticmethod

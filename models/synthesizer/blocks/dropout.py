@@ -1,28 +1,28 @@
-"""Dropout that costs little on a CPU, where torch draws a number for every element."""
+"""Faster dropout on CPUs, where torch draws one random number per element."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-_CHANCES = 1 << 16  # a draw of 64 bits serves four elements
+_LEVELS = 1 << 16  # one draw of 64 bits serves four elements
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout; on a CPU with other random numbers, in half of the time.
+    """nn.Dropout; on a CPU it uses other random numbers and takes half the time.
 
-    There p counts in steps of 2**-16, and the scale is that of the step.
+    On a CPU p is rounded to steps of 2**-16, and the scale follows the rounded p.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.draws(x):
             return super().forward(x)
-        dropped = min(round(self.p * _CHANCES), _CHANCES - 1)
+        dropped = min(round(self.p * _LEVELS), _LEVELS - 1)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        chances = bits.view(torch.int16)[: x.numel()].view(x.shape)
-        kept = chances >= dropped - _CHANCES // 2
-        return x * kept.to(x.dtype).mul_(_CHANCES / (_CHANCES - dropped))
+        levels = bits.view(torch.int16)[: x.numel()].view(x.shape)
+        kept = levels >= dropped - _LEVELS // 2
+        return x * kept.to(x.dtype).mul_(_LEVELS / (_LEVELS - dropped))
 
     def draws(self, x: Tensor) -> bool:
-        """Whether x would lose something here, and on a CPU."""
+        """Check whether this class draws the dropout of x itself: in training and on a CPU."""
         return self.training and 0 < self.p < 1 and x.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""What the synthesizer encodes: a spectrogram (posterior), content and pitch (prior), a melody.
+"""Encoders of the synthesizer: posterior (spectrogram), prior (content and pitch), f0 predictor.
 
 Sources: VITS; so-vits-svc (commit 730930d), whose state dicts these have.
 
@@ -20,7 +20,7 @@ _F0_BINS = 256
 
 
 class PosteriorEncoder(nn.Module):
-    """The latent z of a linear spectrogram, as a normal distribution for each frame."""
+    """Posterior encoder: a normal distribution of the latent z for each frame of a spectrogram."""
 
     def __init__(self, config: SynthesizerConfig) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class PosteriorEncoder(nn.Module):
     def forward(
         self, spec: Tensor, mask: Tensor, g: Tensor | None, noise: Noise
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(z, mean, log of the deviation), each (B, C, F), of spec (B, bins, F)."""
+        """Encode spec (B, bins, F) to z, mean and log standard deviation, each (B, C, F)."""
         x = self.enc(self.pre(spec) * mask, mask, g)
         mean, log_deviation = (self.proj(x) * mask).chunk(2, dim=1)
         z = (mean + noise.normal(mean) * torch.exp(log_deviation)) * mask
@@ -47,7 +47,7 @@ class PosteriorEncoder(nn.Module):
 
 
 class PriorEncoder(nn.Module):
-    """What content and pitch tell of the latent, as a normal distribution for each frame."""
+    """Prior encoder: a normal distribution of the latent for each frame of content and pitch."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class PriorEncoder(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor, coarse_f0: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, log of the deviation), each (B, C, F).
+        """Return mean and log standard deviation, each (B, C, F).
 
         x: (B, H, F) content. coarse_f0: (B, F) int64, bins of pitch.f0_to_coarse.
         """
@@ -74,7 +74,7 @@ class PriorEncoder(nn.Module):
 
 
 class F0Predictor(nn.Module):
-    """A melody for the content, as mel-like log f0 (`synthesizer.mel_f0`), frame after frame."""
+    """Predictor of a melody from content, as mel-like log f0 (`sovits.networks.mel_f0`)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -93,10 +93,10 @@ class F0Predictor(nn.Module):
         self.cond = nn.Conv1d(config.gin_channels, hidden, 1)
 
     def forward(self, x: Tensor, norm_lf0: Tensor, mask: Tensor, g: Tensor | None = None) -> Tensor:
-        """(B, 1, F) of content x (B, H, F), which learns nothing from it, and norm_lf0 (B, 1, F).
+        """Predict (B, 1, F) from content x (B, H, F), without gradients, and norm_lf0 (B, 1, F).
 
-        The first convolution sees a frame of padding: what stands there in x counts (and is part
-        of so-vits-svc's numbers: its voicing and volume).
+        The first convolution reads one frame of padding, so the padding of x affects the result, as
+        in so-vits-svc (voicing and volume are not masked there).
         """
         x = x.detach() + self.f0_prenet(norm_lf0)
         if g is not None:

@@ -1,4 +1,4 @@
-"""Invertible layers between a spectrogram's latent z and its prior: VITS' coupling flows.
+"""Coupling flows of VITS: invertible layers between the posterior's latent z and its prior.
 
 Sources: Dinh et al., "Density estimation using Real NVP" (2016); VITS; so-vits-svc (commit
 730930d), whose state dict this has.
@@ -21,10 +21,10 @@ _KERNEL_SIZE = 5  # of every flow's network
 
 
 class CouplingLayer(nn.Module):
-    """Half of the channels shift the others, and scale them unless mean_only.
+    """Affine coupling: half of the channels shift the other half, and scale it unless mean_only.
 
-    enc: network of (B, H, F), mask and speaker embedding that says by how much.
-    Begins as the identity.
+    enc: network of (B, H, F), mask and speaker embedding that computes shift and scale.
+    Initialised as the identity.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class CouplingLayer(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor, g: Tensor | None = None, reverse: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """(y, log |det dy/dx| (B,)) of x (B, C, F); with `reverse` the x of a y, alone."""
+        """Map x (B, C, F) to (y, log |det dy/dx| (B,)); with `reverse` map y to x only."""
         kept, moved = x.chunk(2, dim=1)
         shift = self.post(self.enc(self.pre(kept) * mask, mask, g)) * mask
         log_scale = None
@@ -60,21 +60,21 @@ class CouplingLayer(nn.Module):
 
 
 class Flip(nn.Module):
-    """Reverses the order of the channels, so that the next coupling moves the other half."""
+    """Reversal of the order of the channels, so that the next coupling moves the other half."""
 
     def forward(
         self, x: Tensor, mask: Tensor, g: Tensor | None = None, reverse: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """(y, log |det dy/dx| (B,)), which is 0; with `reverse` x alone."""
+        """Return (y, log |det dy/dx| (B,)), which is 0; with `reverse` x only."""
         y = x.flip(1)
         return y if reverse else (y, y.new_zeros(len(y)))
 
 
 class CouplingBlock(nn.Module):
-    """Coupling layers that shift, each followed by a flip.
+    """Mean-only coupling layers, each followed by a flip.
 
-    network: builds what is inside a layer.
-    share: one network inside all of them; the state dict has it as `wn` too.
+    network: builds the network of a layer.
+    share: all layers use one network; the state dict has it as `wn` too.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class CouplingBlock(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor, g: Tensor | None = None, reverse: bool = False
     ) -> Tensor:
-        """Latent to prior, (B, C, F) -> (B, C, F), or back. Volumes stay: log |det| is 0.
+        """Map latent to prior, (B, C, F) -> (B, C, F), or back; log |det| is 0.
 
         g: (B, G, 1 or F) speaker embedding.
         """
@@ -107,7 +107,7 @@ class CouplingBlock(nn.Module):
 
 
 class ResidualCouplingBlock(CouplingBlock):
-    """The flows of VITS, with gated convolutions inside."""
+    """The flows of VITS, with gated convolutions."""
 
     def __init__(self, config: ModelConfig) -> None:
         def network() -> WN:
@@ -124,7 +124,7 @@ class ResidualCouplingBlock(CouplingBlock):
 
 
 class TransformerCouplingBlock(CouplingBlock):
-    """so-vits-svc's flows with causal transformers inside."""
+    """so-vits-svc's flows with causal transformers."""
 
     def __init__(self, config: ModelConfig) -> None:
         def network() -> FFT:

@@ -1,8 +1,7 @@
-"""Where a network's random numbers come from: the caller says, not a global generator.
+"""Random numbers of a network, from a source that the caller passes in.
 
-Each example has a generator of its own, from a key. So what is drawn for a clip depends on neither
-its neighbours in the batch nor the number of processes, and a step that is done again draws the
-same.
+Each example has its own generator, seeded by a key. So the numbers of a clip depend neither on the
+other clips in the batch nor on the number of processes, and a repeated step draws the same numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_PLACED = 256  # frames whose numbers `PlacedNoise` draws together
+_BLOCK = 256  # frames that `PlacedNoise` draws together
 
 
 class Noise(Protocol):
@@ -23,14 +22,14 @@ class Noise(Protocol):
     def normal(self, like: Tensor) -> Tensor: ...
 
     def uniform(self, like: Tensor) -> Tensor:
-        """In [0, 1)."""
+        """Draw from [0, 1)."""
         ...
 
     def between(self, like: Tensor, low: float, high: float) -> Tensor: ...
 
 
 class KeyedNoise:
-    """Example i draws from a generator that `keys[i]` seeds, in the order of the calls."""
+    """Noise whose example i comes from a generator seeded by `keys[i]`, in the order of calls."""
 
     def __init__(self, keys: Sequence[int], device: torch.device | str = "cpu") -> None:
         self._generators = [torch.Generator(device).manual_seed(key) for key in keys]
@@ -46,17 +45,17 @@ class KeyedNoise:
 
     def _each(self, draw: Callable[..., Tensor], like: Tensor) -> Tensor:
         if len(like) != len(self._generators):
-            raise ValueError(f"{len(like)} examples, but keys for {len(self._generators)}")
+            raise ValueError(f"{len(like)} examples, but {len(self._generators)} keys")
         device = self._generators[0].device
-        drawn = [
+        numbers = [
             draw(like.shape[1:], generator=generator, device=device)
             for generator in self._generators
         ]
-        return torch.stack(drawn).to(like)
+        return torch.stack(numbers).to(like)
 
 
 class NoNoise:
-    """0, one constant for `uniform`, and the middle: what the references were made with."""
+    """Constants in place of noise: 0, `uniform`, and the middle; used to make the goldens."""
 
     def __init__(self, uniform: float = 0.0) -> None:
         self._uniform = uniform
@@ -72,11 +71,10 @@ class NoNoise:
 
 
 class PlacedNoise:
-    """One example whose numbers belong to places of a song: wherever two stretches of it overlap,
-    both draw the same.
+    """Noise of one example that is tied to positions in a song: overlapping stretches agree.
 
     seed: of the song. start, frames: the stretch, on the song's frame clock; `start` may be
-    negative. What is drawn is (1, C, frames) or (1, C, frames * hop_length).
+    negative. Shapes are (1, C, frames) or (1, C, frames * hop_length).
     """
 
     def __init__(
@@ -101,16 +99,18 @@ class PlacedNoise:
 
     def _drawn(self, draw: Callable[..., Tensor], like: Tensor) -> Tensor:
         batch, *channels, length = like.shape
-        each, rest = divmod(length, self._frames)  # numbers a frame
+        each, rest = divmod(length, self._frames)  # numbers per frame
         if batch != 1 or rest or each not in (1, self._hop_length):
-            raise ValueError(f"{tuple(like.shape)} are no numbers for {self._frames} frames of one")
-        first, last = self._start // _PLACED, (self._start + self._frames - 1) // _PLACED
+            raise ValueError(
+                f"the shape {tuple(like.shape)} does not fit one example of {self._frames} frames"
+            )
+        first, last = self._start // _BLOCK, (self._start + self._frames - 1) // _BLOCK
         blocks = []
         for block in range(first, last + 1):
             name = f"{self._seed} {draw.__name__} {channels} {each} {block}".encode()
             key = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
             generator = torch.Generator(self._device).manual_seed(key)
-            shape = (1, *channels, _PLACED * each)
+            shape = (1, *channels, _BLOCK * each)
             blocks.append(draw(shape, generator=generator, device=self._device))
-        skip = (self._start - first * _PLACED) * each
+        skip = (self._start - first * _BLOCK) * each
         return torch.cat(blocks, dim=-1)[..., skip : skip + length].to(like)

@@ -1,4 +1,4 @@
-"""Pitch as the synthesizer takes it: mel bins, transposition, log f0 around its mean.
+"""Pitch inputs of the synthesizer: mel bins, and log f0 around its mean.
 
 B batch, F frames. f0 is in Hz with 0 where unvoiced.
 """
@@ -12,21 +12,21 @@ from torch import Tensor
 
 
 def f0_to_coarse(
-    f0: Tensor, bins: int = 256, f0_min: float = 50.0, f0_max: float = 1100.0, peer: bool = False
+    f0: Tensor, bins: int = 256, f0_min: float = 50.0, f0_max: float = 1100.0, sovits: bool = False
 ) -> Tensor:
-    """Mel bins 1 to bins - 1 of f0 in Hz, any shape; int64, for an embedding of `bins` rows.
+    """Convert f0 in Hz, any shape, to int64 mel bins 1 to bins - 1, for `bins` embedding rows.
 
-    f0_min is the middle of bin 1 and f0_max that of the last one; what lies below or above counts
-    as f0_min or f0_max, and unvoiced frames as f0_min. mel = 1127 ln(1 + f0 / 700).
+    f0_min is the middle of bin 1 and f0_max that of the last one. Lower and higher values count as
+    f0_min and f0_max, unvoiced frames as f0_min. mel = 1127 ln(1 + f0 / 700).
 
-    peer: the numbers of so-vits-svc (commit 730930d), on whose embeddings its voices are trained.
-    They differ above f0_max alone: from half a bin above it (1103 Hz) on, f0 is in bin 0.
+    sovits: the bins of so-vits-svc (commit 730930d), which its voices are trained with. They differ
+    only above f0_max: from half a bin above it (1103 Hz) on, f0 is in bin 0.
 
-    Raises ValueError for a range that does not rise from above 0 Hz, and for fewer than 3 bins.
+    Raises: ValueError: when f0_min is not above 0 and below f0_max, or bins is below 3.
     """
     if bins < 3 or not 0 < f0_min < f0_max:
         raise ValueError(
-            f"mel bins need f0_min below f0_max, both above 0 Hz, and 3 bins or more, "
+            f"mel bins need 0 < f0_min < f0_max and 3 bins or more, "
             f"not {f0_min} to {f0_max} Hz in {bins} bins"
         )
     lowest, highest = (1127 * math.log(1 + hz / 700) for hz in (f0_min, f0_max))
@@ -34,27 +34,19 @@ def f0_to_coarse(
     mel = 1127 * torch.log(1 + f0 / 700)
     place = torch.round(mel * per_mel - (lowest * per_mel - 1))
     coarse = place.clamp(1, bins - 1).long()
-    return coarse.masked_fill(place > bins - 1, 0) if peer else coarse
-
-
-def transpose(f0: Tensor, semitones: float | Tensor) -> Tensor:
-    """f0 in Hz moved up by `semitones` (down where negative); unvoiced frames stay 0.
-
-    A tensor of semitones is broadcast against f0.
-    """
-    return f0 * 2 ** (semitones / 12)
+    return coarse.masked_fill(place > bins - 1, 0) if sovits else coarse
 
 
 def normalize_f0(
     log_f0: Tensor, mask: Tensor, voiced: Tensor, factor: Tensor | None = None
 ) -> Tensor:
-    """Log f0 (B, 1, F) less its mean over voiced frames, times `factor`; 0 where mask is 0.
+    """Subtract the mean over voiced frames from log f0 (B, 1, F) and multiply by `factor`.
 
-    mask: (B, 1, F), 1 in frames and 0 in padding. voiced: (B, F), 1 where voiced and 0 elsewhere,
-    padding included. Where nothing is voiced, nothing is taken off.
+    mask: (B, 1, F), 1 in frames and 0 in padding, where the result is 0. voiced: (B, F), 1 where
+    voiced and 0 elsewhere, padding included. Without a voiced frame nothing is subtracted.
 
-    factor: (B,), how much each contour is stretched around its mean; None is 1. so-vits-svc trains
-    its pitch predictor with factors drawn evenly from 0.8 to 1.2 and infers with 1.
+    factor: (B,), stretches each contour around its mean; None is 1. so-vits-svc trains its pitch
+    predictor with factors drawn uniformly from 0.8 to 1.2 and infers with 1.
 
     Source: so-vits-svc (commit 730930d).
     """

@@ -1,4 +1,4 @@
-"""Frames and samples of a clip: masks, random segments, units on the frame clock, volume.
+"""Masks, random segments, expansion of units to the frame clock, and volume.
 
 B batch, C channels, D unit width, F frames, T samples.
 """
@@ -18,40 +18,40 @@ Array = NDArray[np.float32]
 
 
 def sequence_mask(lengths: Tensor, max_length: int | None = None) -> Tensor:
-    """Bool (B, max_length): True before each length; max_length None: that of the longest."""
+    """Build a bool mask (B, max_length), True before each length; None: the longest length."""
     if max_length is None:
         max_length = int(lengths.max())
     return torch.arange(max_length, device=lengths.device) < lengths.unsqueeze(1)
 
 
 def random_starts(lengths: Tensor, size: int, noise: Noise) -> Tensor:
-    """(B,) int64: where a segment of `size` frames begins, evenly from 0 to lengths - size.
+    """Draw starts (B,) int64 of segments of `size` frames, uniformly from 0 to lengths - size.
 
-    lengths: (B,) int64. A clip that is shorter than `size` begins at 0.
+    lengths: (B,) int64. The segment of a clip shorter than `size` starts at 0.
     """
     last = (lengths - size).clamp(min=0)
-    chance = noise.uniform(torch.zeros_like(lengths, dtype=torch.float32))
-    return (chance * (last + 1)).long()
+    fraction = noise.uniform(torch.zeros_like(lengths, dtype=torch.float32))
+    return (fraction * (last + 1)).long()
 
 
 def slice_segments(x: Tensor, starts: Tensor, size: int) -> Tensor:
-    """(B, C, size) of x (B, C, F): of example i the frames from starts[i] (int64) on.
+    """Slice segments (B, C, size) of x (B, C, F), example i from starts[i] (int64) on.
 
-    Raises ValueError where x is shorter than a segment.
+    Raises: ValueError: when x is shorter than a segment.
     """
     if x.shape[-1] < size:
-        raise ValueError(f"a segment of {size} does not fit into {x.shape[-1]}")
+        raise ValueError(f"a segment of {size} frames does not fit into {x.shape[-1]} frames")
     index = starts.unsqueeze(1) + torch.arange(size, device=x.device)  # (B, size)
     return x.gather(2, index.unsqueeze(1).expand(-1, x.shape[1], -1))
 
 
 def expand_units(units: Array, frames: int, mode: Literal["nearest", "left"]) -> Array:
-    """Units (N, D) of their own clock on the frame clock: (frames, D).
+    """Expand units (N, D) to the frame clock: (frames, D).
 
-    The two rules of so-vits-svc. They differ at rounding, about one frame in a few clips, and where
-    there are more units than frames: there "left" takes the first ones, one a frame.
+    The two rules of so-vits-svc. They differ by rounding, about one frame in a few clips, and where
+    there are more units than frames: "left" then takes the first ones, one per frame.
 
-    Raises ValueError where there are no units to take from.
+    Raises: ValueError: when there are no units.
     """
     if len(units) == 0:
         raise ValueError("there are no units to expand")
@@ -65,7 +65,7 @@ def _nearest(source: int, target: int) -> NDArray[np.int64]:
 
 
 def _left(source: int, target: int) -> NDArray[np.int64]:
-    """One unit on wherever a frame reaches the end of its unit, but never two."""
+    """Advance by one unit where a frame reaches the end of its unit, but never by two."""
     ends = (np.arange(1, source) * target).astype(np.float32) / np.float32(source)
     frame = np.arange(target)
     reached = np.searchsorted(ends, frame.astype(np.float32), side="right")
@@ -73,11 +73,11 @@ def _left(source: int, target: int) -> NDArray[np.int64]:
 
 
 def volume_of(wav: Array, hop_length: int) -> Array:
-    """RMS (T // hop_length,) of the hop around the beginning of each frame; wav is (T,).
+    """Compute the RMS (T // hop_length,) of the hop around the start of each frame of wav (T,).
 
-    Before and after the clip its mirror image counts. Source: so-vits-svc (commit 730930d).
+    The clip is padded by reflection. Source: so-vits-svc (commit 730930d).
 
-    Raises ValueError for a clip shorter than a frame.
+    Raises: ValueError: when the clip is shorter than a frame.
     """
     frames = len(wav) // hop_length
     if frames == 0:

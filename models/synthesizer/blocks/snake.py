@@ -1,4 +1,4 @@
-"""The snake activation, computed at twice the rate so that what it bends does not alias.
+"""The snake activation, computed at twice the rate to avoid aliasing.
 
 Sources: Ziyin et al., "Neural Networks Fail to Learn Periodic Functions and How to Fix It" (2020);
 Lee et al., "BigVGAN" (2023).
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_TAPS = 12  # of the low-pass filters, up and down
-_REACH = _TAPS // 2 - 1  # samples of the lower rate beyond either end that the filters see
-_KAISER_BETA = 4.663800127934911  # for 51 dB, by Kaiser's formula: a transition of 0.6 of the band
+_TAPS = 12  # length of both low-pass filters
+_REACH = _TAPS // 2 - 1  # samples of the lower rate that the filters read beyond either end
+_KAISER_BETA = 4.663800127934911  # 51 dB by Kaiser's formula: a transition of 0.6 of the band
 
 
 class Snake(nn.Module):
-    """x + sin^2(a x) / b at twice the rate, with a and b of each channel; (B, C, T) to the same."""
+    """x + sin^2(a x) / b at twice the rate, (B, C, T) to (B, C, T), with a and b per channel."""
 
-    reach = _REACH  # samples before and after it that a sample of the output depends on
+    reach = _REACH  # input samples on each side that an output sample depends on
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -33,21 +33,22 @@ class Snake(nn.Module):
         return self._down(self.act(self._up(x)))
 
     def _up(self, x: Tensor) -> Tensor:
-        """(B, C, 2T)."""
-        around = 3 * _REACH  # what the padding adds to either end
+        """Upsample (B, C, T) to (B, C, 2T)."""
+        surplus = 3 * _REACH  # samples that the padding adds to either end
         x = F.pad(x, (_REACH, _REACH), mode="replicate")
         taps = 2 * self.upsample.filter.expand(self.channels, -1, -1)
-        return F.conv_transpose1d(x, taps, stride=2, groups=self.channels)[..., around:-around]
+        x = F.conv_transpose1d(x, taps, stride=2, groups=self.channels)
+        return x[..., surplus:-surplus]
 
     def _down(self, x: Tensor) -> Tensor:
-        """(B, C, T) of (B, C, 2T)."""
+        """Downsample (B, C, 2T) to (B, C, T)."""
         x = F.pad(x, (_REACH, _REACH + 1), mode="replicate")
         taps = self.downsample.lowpass.filter.expand(self.channels, -1, -1)
         return F.conv1d(x, taps, stride=2, groups=self.channels)
 
 
 class _Sine(nn.Module):
-    """alpha and beta are the logarithms of a and b."""
+    """Snake without resampling; alpha and beta are the logarithms of a and b."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -55,14 +56,14 @@ class _Sine(nn.Module):
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """With sin^2 y = (1 - cos 2y) / 2, which is quicker by a third, mostly in the gradients."""
+        """Compute with sin^2 y = (1 - cos 2y) / 2, a third faster, mostly in the gradients."""
         a, b = self.alpha.exp().unsqueeze(1), self.beta.exp().unsqueeze(1)  # (C, 1)
         half = 0.5 / (b + 1e-9)
         return torch.addcmul(x + half, torch.cos(x * (2 * a)), -half)
 
 
 class _Filter(nn.Module):
-    """Holds a low-pass filter at half of the band, under the name that checkpoints give it."""
+    """Container of a half-band low-pass filter, under the name that checkpoints use."""
 
     filter: Tensor  # (1, 1, taps)
 
@@ -78,7 +79,7 @@ class _Down(nn.Module):
 
 
 def _lowpass() -> Tensor:
-    """A sinc under a Kaiser window; its sum is 1."""
+    """Return a Kaiser-windowed sinc with the sum 1."""
     window = torch.kaiser_window(_TAPS, periodic=False, beta=_KAISER_BETA)
     time = torch.arange(_TAPS) - (_TAPS - 1) / 2
     taps = window * torch.sinc(time / 2)

@@ -1,7 +1,7 @@
-"""The sine source of a neural source-filter vocoder: harmonics of f0, mixed into one excitation.
+"""The sine source of a neural source-filter vocoder: harmonics of f0, mixed to one excitation.
 
 Source: Wang et al., "Neural Source-Filter Waveform Models for Statistical Parametric Speech
-Synthesis" (2019), as so-vits-svc has it (commit 730930d).
+Synthesis" (2019), as in so-vits-svc (commit 730930d).
 
 B batch, N harmonics, F frames, T samples.
 """
@@ -17,15 +17,15 @@ from models.synthesizer.blocks.noise import Noise
 
 HARMONICS = 9  # f0 and its overtones
 _AMPLITUDE = 0.1
-_VOICED_NOISE = 0.003  # standard deviation beside the sines
-_UNVOICED_NOISE = _AMPLITUDE / 3  # in their place
-_PIECE = 64  # frames that are worked out together where memory is to be spared
+_VOICED_NOISE = 0.003  # standard deviation of the noise added to the sines
+_UNVOICED_NOISE = _AMPLITUDE / 3  # standard deviation of the noise without sines
+_PIECE = 64  # frames computed together in inference, to save memory
 
 
 class SineSource(nn.Module):
-    """f0 of each frame to an excitation of `hop_length` samples for each.
+    """Generator of an excitation from f0, `hop_length` samples per frame.
 
-    sample_rate: how many samples are taken for a second.
+    sample_rate: assumed samples per second.
     """
 
     def __init__(self, sample_rate: int, hop_length: int) -> None:
@@ -34,23 +34,23 @@ class SineSource(nn.Module):
         self.l_linear = nn.Linear(HARMONICS, 1)
 
     def forward(self, f0: Tensor, noise: Noise, phase: Tensor | None = None) -> Tensor:
-        """(B, 1, T) within (-1, 1); f0 is (B, F) in Hz, 0 where unvoiced.
+        """Generate (B, 1, T) within (-1, 1); f0 is (B, F) in Hz, 0 where unvoiced.
 
-        phase: (B, N) of the harmonics before the first sample, in cycles. None: f0 itself begins at
-        0, its overtones wherever chance has them.
+        phase: (B, N) of the harmonics before the first sample, in cycles. None: f0 starts at 0, its
+        overtones at random phases.
         """
         mixed = self.l_linear.weight @ self.waves(f0, noise, phase)
         return torch.tanh(mixed + self.l_linear.bias)
 
     @torch.no_grad()
     def infer(self, f0: Tensor, noise: Noise, phase: Tensor | None = None) -> Tensor:
-        """What `forward` gives, piece by piece: phases in float64 take much room."""
+        """Compute `forward` piece by piece, because phases in float64 need much memory."""
         if phase is None:
             phase = first_phase(f0, noise)
-        drawn = noise.normal(f0.new_empty(*phase.shape, f0.shape[1] * self.hop_length))
+        normals = noise.normal(f0.new_empty(*phase.shape, f0.shape[1] * self.hop_length))
         pieces = []
         for part, normal in zip(
-            f0.split(_PIECE, dim=1), drawn.split(_PIECE * self.hop_length, dim=2), strict=True
+            f0.split(_PIECE, dim=1), normals.split(_PIECE * self.hop_length, dim=2), strict=True
         ):
             waves = sines(part, self.sample_rate, self.hop_length, phase)
             mixed = self.l_linear.weight @ self._with_noise(waves, part, normal)
@@ -60,14 +60,14 @@ class SineSource(nn.Module):
 
     @torch.no_grad()
     def waves(self, f0: Tensor, noise: Noise, phase: Tensor | None = None) -> Tensor:
-        """(B, N, T): sines with a little noise where voiced, noise alone elsewhere."""
+        """Generate (B, N, T): sines with a little noise where voiced, noise elsewhere."""
         if phase is None:
             phase = first_phase(f0, noise)
         waves = sines(f0, self.sample_rate, self.hop_length, phase)
         return self._with_noise(waves, f0, noise.normal(waves))
 
     def _with_noise(self, waves: Tensor, f0: Tensor, normal: Tensor) -> Tensor:
-        """waves (B, N, T) in place; normal: as many random numbers."""
+        """Scale waves (B, N, T) in place and add noise; normal: as many random numbers."""
         voiced = (f0 > 0).repeat_interleave(self.hop_length, dim=1).unsqueeze(1)  # (B, 1, T)
         amplitude = torch.where(voiced, _AMPLITUDE, 0.0).to(waves)
         deviation = torch.where(voiced, _VOICED_NOISE, _UNVOICED_NOISE).to(waves)
@@ -75,18 +75,18 @@ class SineSource(nn.Module):
 
 
 def first_phase(f0: Tensor, noise: Noise) -> Tensor:
-    """(B, N) in cycles: 0 of f0 (B, F) itself, of its overtones whatever chance has."""
-    chance = noise.uniform(f0.new_empty(len(f0), HARMONICS - 1))
-    return torch.cat([torch.zeros_like(chance[:, :1]), chance], dim=1)
+    """Draw initial phases (B, N) in cycles: 0 for f0 (B, F), random for its overtones."""
+    overtones = noise.uniform(f0.new_empty(len(f0), HARMONICS - 1))
+    return torch.cat([torch.zeros_like(overtones[:, :1]), overtones], dim=1)
 
 
 def sines(f0: Tensor, sample_rate: int, hop_length: int, initial: Tensor) -> Tensor:
-    """sin of the phase (B, N, T) of f0 (B, F) in Hz and its multiples, steady within a frame.
+    """Generate sines (B, N, T) at f0 (B, F) in Hz and its multiples, constant within a frame.
 
     initial: (B, N) phases before the first sample, in cycles.
 
-    A sample advances the phase by n * f0 / sample_rate, in f0's precision. Phases are summed up in
-    float64, over frames instead of samples: they are exact however long the clip is.
+    Each sample advances the phase by n * f0 / sample_rate, in f0's precision. Phases are summed in
+    float64 over frames instead of samples, so they are exact for any length of the clip.
     """
     step = _steps(f0, sample_rate, initial.shape[1])
     ends = step.cumsum(-1) * hop_length + initial.unsqueeze(-1)
@@ -98,7 +98,7 @@ def sines(f0: Tensor, sample_rate: int, hop_length: int, initial: Tensor) -> Ten
 
 
 def phase_after(f0: Tensor, sample_rate: int, hop_length: int, initial: Tensor) -> Tensor:
-    """Phases (B, N) float64 in cycles, 0 to 1, at the end of f0 (B, F), as `sines` has them there.
+    """Return the phases (B, N) of `sines` at the end of f0 (B, F): float64 cycles, 0 to 1.
 
     initial: (B, N) before its first sample.
     """
@@ -106,6 +106,6 @@ def phase_after(f0: Tensor, sample_rate: int, hop_length: int, initial: Tensor) 
 
 
 def _steps(f0: Tensor, sample_rate: int, harmonics: int) -> Tensor:
-    """What a sample of each frame advances the phases by: (B, N, F) float64 of cycles."""
+    """Return the phase advance per sample in each frame: (B, N, F) float64 cycles."""
     numbers = torch.arange(1, harmonics + 1, dtype=f0.dtype, device=f0.device)
     return (f0.unsqueeze(1) * numbers[:, None] / sample_rate % 1).double()

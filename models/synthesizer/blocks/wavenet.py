@@ -1,4 +1,4 @@
-"""WaveNet's gated convolutions without causality, as WaveGlow and VITS use them.
+"""Non-causal WaveNet: gated convolutions, as in WaveGlow and VITS.
 
 Source: Prenger et al., "WaveGlow: A Flow-based Generative Network for Speech Synthesis" (2018);
 VITS, whose state dict this has.
@@ -13,9 +13,9 @@ from models.synthesizer.blocks.weight_norm import Conv1d, SeparableConv1d
 
 
 def gate(x: Tensor, condition: Tensor | None = None) -> Tensor:
-    """tanh of the first half of the channels times sigmoid of the second: (B, 2H, F) -> (B, H, F).
+    """Multiply tanh of the first half of the channels by sigmoid of the second, to (B, H, F).
 
-    condition: is added first; broadcast to (B, 2H, F).
+    condition: added to x (B, 2H, F) first; broadcast to its shape.
     """
     if condition is not None:
         x = x + condition
@@ -24,10 +24,10 @@ def gate(x: Tensor, condition: Tensor | None = None) -> Tensor:
 
 
 class WN(nn.Module):
-    """Layers of gated convolutions; what they give is summed up, (B, H, F) -> (B, H, F).
+    """Layers of gated convolutions with summed skip outputs, (B, H, F) -> (B, H, F).
 
-    dilation_rate: layer i has a dilation of dilation_rate**i.
-    gin_channels: of a speaker embedding that every layer is conditioned by; 0 is without one.
+    dilation_rate: layer i has the dilation dilation_rate**i.
+    gin_channels: width of a speaker embedding that conditions every layer; 0 means none.
     depthwise: depthwise-separable convolutions along time.
     """
 
@@ -62,12 +62,12 @@ class WN(nn.Module):
                     padding=padding,
                 )
             )
-            # The last layer's output goes nowhere but into the sum.
+            # The last layer has only a skip output.
             parts = 2 if i < n_layers - 1 else 1
             self.res_skip_layers.append(Conv1d(hidden_channels, parts * hidden_channels, 1))
 
     def forward(self, x: Tensor, mask: Tensor, g: Tensor | None = None) -> Tensor:
-        """x: (B, H, F), 0 in padding. mask: (B, 1, F). g: (B, gin_channels, 1 or F)."""
+        """Apply to x (B, H, F), 0 in padding. mask: (B, 1, F). g: (B, gin_channels, 1 or F)."""
         conditions = [None] * len(self.in_layers)
         if g is not None:
             conditions = self.cond_layer(g).chunk(len(self.in_layers), dim=1)

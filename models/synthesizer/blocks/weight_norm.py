@@ -1,7 +1,7 @@
-"""Weight-normalised convolutions: a direction `weight_v` and a length `weight_g` for each output.
+"""Weight-normalised convolutions: a direction `weight_v` and a length `weight_g` per output.
 
-The names, and their order after the bias, are those of torch's first `weight_norm`, in which the
-published voices are stored.
+The names and their order after the bias are those of torch's old `weight_norm`, which published
+voices use.
 
 Source: Salimans and Kingma, "Weight Normalization" (2016).
 """
@@ -38,7 +38,7 @@ class Conv2d(nn.Conv2d):
 
 
 class ConvTranspose1d(nn.ConvTranspose1d):
-    """nn.ConvTranspose1d, weight-normalised over each input channel, as HiFi-GAN has it."""
+    """nn.ConvTranspose1d, weight-normalised over each input channel, as in HiFi-GAN."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -58,7 +58,7 @@ class ConvTranspose1d(nn.ConvTranspose1d):
 
 
 class SeparableConv1d(nn.Module):
-    """A convolution of each channel alone, then one across channels of width 1."""
+    """Depthwise-separable convolution: one per channel, then a pointwise one."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class SeparableConv1d(nn.Module):
 
 
 class SeparableConvTranspose1d(nn.Module):
-    """A transposed convolution of each channel alone, then one across channels of width 1."""
+    """Depthwise-separable transposed convolution: one per channel, then a pointwise one."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class SeparableConvTranspose1d(nn.Module):
 
 
 def weight_of(conv: nn.Module) -> Tensor:
-    """The weight that a convolution, weight-normalised or plain, has now."""
+    """Return the current weight of a convolution, weight-normalised or plain."""
     if hasattr(conv, "weight_v"):
         return torch._weight_norm(conv.weight_v, conv.weight_g, 0)
     return conv.weight
@@ -116,10 +116,10 @@ _PLAIN = {Conv1d: nn.Conv1d, Conv2d: nn.Conv2d, ConvTranspose1d: nn.ConvTranspos
 
 
 def fold_weight_norm(module: nn.Module) -> nn.Module:
-    """The module, with every convolution in it made a plain one of the same weight, in place.
+    """Convert every weight-normalised convolution in the module to a plain one, in place.
 
-    For inference, where the weight is then not worked out at each call. The state dict has `weight`
-    in place of `weight_g` and `weight_v`.
+    For inference: the weight is not recomputed at each call. The state dict then has `weight` in
+    place of `weight_g` and `weight_v`.
     """
     for part in module.modules():
         if type(part) in _PLAIN:

@@ -1,1 +1,1 @@
-"""The so-vits-svc voice family: networks, configuration and files, both ways."""
+"""The so-vits-svc voice family: networks, config.json, and reading and writing of its files."""

@@ -1,4 +1,4 @@
-"""config.json of so-vits-svc, both ways: other names for our settings, and its own defaults.
+"""Reading and writing of so-vits-svc's config.json: its names and defaults of the settings.
 
 Source: so-vits-svc (commit 730930d), models.py, configs_template/, preprocess_flist_config.py.
 """
@@ -17,7 +17,7 @@ from models.checkpoint import CheckpointError
 from models.synthesizer.config import MelConfig, SynthesizerConfig
 from models.synthesizer.json_fields import typed
 
-# so-vits-svc's name of an encoder -> ours, and the width of its units.
+# so-vits-svc's name of an encoder -> Cantor's name and the width of its units.
 ENCODERS = {
     "vec768l12": ("contentvec768l12", 768),
     "vec256l9": ("contentvec256l9", 256),
@@ -33,7 +33,7 @@ ENCODERS = {
     "whisper-ppg": ("whisper-ppg", 1024),
     "whisper-ppg-large": ("whisper-ppg-large", 1280),
 }
-# What a config.json means that does not state its encoder. Version 4.0 had one, of 256 numbers.
+# Encoder of a config.json that does not state one, by width. Version 4.0 had only vec256l9.
 _UNSTATED_ENCODERS = {768: "vec768l12", 256: "vec256l9"}
 
 # Settings in `model` -> fields of SynthesizerConfig; those of the flow are in `_flow`.
@@ -62,7 +62,7 @@ _MODEL = {
     "use_automatic_f0_prediction": "predict_f0",
     "sampling_rate": "source_rate",
 }
-# What so-vits-svc takes for settings of `model` that came after version 4.0.
+# so-vits-svc's defaults of the settings in `model` that are newer than version 4.0.
 _MODEL_DEFAULTS: dict[str, Any] = {
     "n_layers_trans_flow": 3,
     "n_flow_layer": 4,
@@ -73,11 +73,11 @@ _MODEL_DEFAULTS: dict[str, Any] = {
     "flow_share_parameter": False,
     "use_automatic_f0_prediction": True,
     "use_transformer_flow": False,
-    "sampling_rate": 44100,  # of the sine source alone; not in any template
+    "sampling_rate": 44100,  # of the sine source only; in no template
 }
 _FRAMES = ("sampling_rate", "filter_length", "hop_length", "win_length", "n_mel_channels")
 LEARNING_RATE = 1e-4
-# What its trainer must find in `train`, with the template's values.
+# Settings in `train` that its trainer requires, with the template's values.
 _TRAIN = {
     "log_interval": 200,
     "eval_interval": 800,
@@ -102,15 +102,14 @@ _TRAIN = {
     "vol_aug": False,
 }
 _SEGMENT_FRAMES = 20
-_RESIDUAL_FLOWS = 4  # always
+_RESIDUAL_FLOWS = 4  # fixed in so-vits-svc
 
 
 @dataclass(frozen=True, kw_only=True)
 class SovitsConfig:
-    """What a config.json says.
+    """Content of a config.json.
 
-    speakers: name -> row of the embedding. encoder: our name of whose units it sings from; None:
-    not stated.
+    speakers: name -> row of the embedding. encoder: Cantor's name of the encoder; None: not stated.
     """
 
     network: SynthesizerConfig
@@ -121,14 +120,18 @@ class SovitsConfig:
 
 
 def read_config(path: str | os.PathLike[str]) -> SovitsConfig:
-    """Raises CheckpointError that names what is missing, unknown or contradictory."""
+    """Read a config.json.
+
+    Raises: CheckpointError: when a setting is missing, unknown or contradictory (the message names
+    it).
+    """
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
     except (ValueError, RecursionError, IsADirectoryError) as error:
-        raise CheckpointError(f"{path} is no JSON file: {error}") from error
+        raise CheckpointError(f"{path} is not a JSON file: {error}") from error
     try:
         return _config_of(content)
     except ValueError as error:
@@ -136,9 +139,9 @@ def read_config(path: str | os.PathLike[str]) -> SovitsConfig:
 
 
 def config_json(config: SovitsConfig) -> dict[str, Any]:
-    """The content of a config.json, with the template's settings of training.
+    """Return the content of a config.json, with the template's training settings.
 
-    Raises ValueError for an encoder that so-vits-svc does not have.
+    Raises: ValueError: when so-vits-svc does not have the encoder or a setting.
     """
     network, mel = config.network, config.mel
     if mel.n_fft != network.n_fft:
@@ -149,7 +152,7 @@ def config_json(config: SovitsConfig) -> dict[str, Any]:
     if model["sampling_rate"] == _MODEL_DEFAULTS["sampling_rate"]:
         del model["sampling_rate"]
     model |= _flow_json(network)
-    model |= {"n_layers_q": 3, "speaker_embedding": False}  # which nothing there reads
+    model |= {"n_layers_q": 3, "speaker_embedding": False}  # so-vits-svc ignores these
     if config.encoder is not None:
         model["speech_encoder"] = _their_encoder(config.encoder)
     return {
@@ -173,7 +176,7 @@ def config_json(config: SovitsConfig) -> dict[str, Any]:
 
 
 def bare_config(network: SynthesizerConfig) -> SovitsConfig:
-    """Of a network alone: speakers by number, and no encoder."""
+    """Return the configuration of a bare network: numbered speakers and no encoder."""
     return SovitsConfig(
         network=network,
         mel=MelConfig(n_fft=network.n_fft, win_length=network.n_fft),
@@ -188,14 +191,14 @@ def _their_encoder(ours: str) -> str:
         if name == ours:
             return theirs
     raise ValueError(
-        f"so-vits-svc has no encoder that gives the units of {ours}; it has those of "
+        f"so-vits-svc does not have the encoder {ours}; it has "
         f"{', '.join(name for name, _ in ENCODERS.values())}"
     )
 
 
 def _config_of(content: Any) -> SovitsConfig:
     if not isinstance(content, dict):
-        raise ValueError("it is no object with the sections train, data, model and spk")
+        raise ValueError("it must be an object with the sections train, data, model and spk")
     model, data, speakers = (_section(content, name) for name in ("model", "data", "spk"))
     _require(model, "model", [name for name in _MODEL if name not in _MODEL_DEFAULTS])
     _require(data, "data", [*_FRAMES, "mel_fmin", "mel_fmax"])
@@ -221,7 +224,7 @@ def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     section = content.get(name)
     if not isinstance(section, dict):
         raise ValueError(
-            f"the section {name!r} {'is missing' if section is None else 'is no object'}; "
+            f"the section {name!r} {'is missing' if section is None else 'is not an object'}; "
             "a config.json of so-vits-svc has train, data, model and spk"
         )
     return section
@@ -240,7 +243,7 @@ def _network_config(model: Mapping[str, Any], data: Mapping[str, Any]) -> Synthe
         for theirs, ours in _MODEL.items()
     }
     values |= _flow(model)
-    used = 2 if values["resblock"] == "2" else 3  # of each list, however long it is
+    used = 2 if values["resblock"] == "2" else 3  # entries used of each list
     dilations = values["resblock_dilation_sizes"]
     values["resblock_dilation_sizes"] = tuple(each[:used] for each in dilations)
     values["sample_rate"] = typed(int, data["sampling_rate"], "data.sampling_rate")
@@ -250,7 +253,10 @@ def _network_config(model: Mapping[str, Any], data: Mapping[str, Any]) -> Synthe
 
 
 def _flow(model: Mapping[str, Any]) -> dict[str, Any]:
-    """n_flow_layer counts the layers of residual flows, but transformers' flows themselves."""
+    """Read the settings of the flows.
+
+    n_flow_layer counts the layers of each residual flow, but the flows with transformers.
+    """
     transformer = typed(bool, model["use_transformer_flow"], "model.use_transformer_flow")
     count = typed(int, model["n_flow_layer"], "model.n_flow_layer")
     layers = typed(int, model["n_layers_trans_flow"], "model.n_layers_trans_flow")
@@ -274,11 +280,14 @@ def _flow_json(network: SynthesizerConfig) -> dict[str, Any]:
 
 
 def _require_positive(section: Mapping[str, Any], name: str, keys: Sequence[str]) -> None:
-    """Raises ValueError for whole numbers below 1, in lists too, and for empty lists."""
+    """Check that whole numbers, also in lists, are positive.
+
+    Raises: ValueError: when a number is below 1 or a list is empty.
+    """
     for key in keys:
         numbers = _flat(section[key])
         if not numbers:
-            raise ValueError(f"{name}.{key} has no numbers")
+            raise ValueError(f"{name}.{key} is empty")
         if any(type(number) is int and number < 1 for number in numbers):
             raise ValueError(f"{name}.{key} is {section[key]}; it must be 1 or more")
 
@@ -319,7 +328,7 @@ def _speakers(section: Mapping[str, Any], n_speakers: int) -> dict[str, int]:
 
 
 def names_by_row(speakers: Mapping[str, int]) -> tuple[str, ...]:
-    """Names by row, up to the last that has one."""
+    """Return the names in order of their rows, up to the last named row."""
     by_row = {row: name for name, row in speakers.items()}
     last = max(by_row, default=-1)
     return tuple(by_row.get(row, f"unnamed speaker {row}") for row in range(last + 1))
@@ -331,13 +340,11 @@ def _encoder(model: Mapping[str, Any], units_dim: int) -> str | None:
         return None
     typed(str, stated, "model.speech_encoder")
     if stated not in ENCODERS:
-        raise ValueError(
-            f"model.speech_encoder is {stated!r}, which is unknown; there are {', '.join(ENCODERS)}"
-        )
+        raise ValueError(f"model.speech_encoder is {stated!r}; choose from {', '.join(ENCODERS)}")
     ours, width = ENCODERS[stated]
     if width != units_dim:
         raise ValueError(
-            f"model.speech_encoder is {stated}, whose units have {width} numbers, but "
+            f"model.speech_encoder is {stated}, whose units have the width {width}, but "
             f"model.ssl_dim is {units_dim}"
         )
     return ours

@@ -1,8 +1,8 @@
-"""Voices of so-vits-svc, both ways: `G_*.pth`, `D_*.pth` and the config.json beside them.
+"""Reading and writing of so-vits-svc voices: `G_*.pth`, `D_*.pth` and config.json.
 
-The networks are the same and so are the names of their tensors; only the settings are called
-otherwise. Read are the files of a training, those that compress_model.py made of them (half
-precision, without the posterior encoder), bare state dicts, and safetensors of the same names.
+The networks and the names of their tensors are the same; only the settings have other names.
+Readable are training checkpoints, files of compress_model.py (half precision, without the posterior
+encoder), bare state dicts, and safetensors with the same names.
 
 Source: so-vits-svc (commit 730930d), utils.py, models.py, compress_model.py, configs_template/.
 """
@@ -35,21 +35,21 @@ from models.synthesizer.sovits.config import (
     read_config,
 )
 from models.synthesizer.sovits.networks import Synthesizer
-from models.synthesizer.tensor_layout import TensorLayout, fitted, layout_of
+from models.synthesizer.tensor_layout import TensorLayout, layout_of, matching_tensors
 from models.synthesizer.voice import (
     POSTERIOR,
     Voice,
     VoiceEncoder,
+    atomic_file,
     load_network,
     network_of,
-    replacing,
     synthesizer_layout,
 )
 
-_FILTER_ERROR = 1e-3  # more than half precision makes
+_FILTER_ERROR = 1e-3  # more than the rounding error of half precision
 
-# A key that only such files have (at its start), and what they are.
-STRANGERS = (
+# Prefixes of keys that identify other files, and the kind of those files.
+OTHER_KINDS = (
     ("enc_p.emb_phone.", "a voice of RVC, another network"),
     ("enc_p.emb_pitch.", "a voice of RVC, another network"),
     ("enc_p.tone_emb.", "a Bert-VITS2 model, which speaks text"),
@@ -75,10 +75,10 @@ _DISCRIMINATOR = ("a discriminator (D_*.pth)", ("discriminators.",))
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Where a G_*.pth or D_*.pth left off.
+    """State of a training in a G_*.pth or D_*.pth.
 
-    optimizer: the state of an AdamW over all parameters in their order, for `load_state_dict`;
-    None where the file has none.
+    optimizer: state of an AdamW over all parameters in order, for `load_state_dict`; None where the
+    file has none.
     """
 
     epoch: int
@@ -87,10 +87,10 @@ class Training:
 
 
 def from_sovits(g_path: str | os.PathLike[str], config_path: str | os.PathLike[str]) -> Synthesizer:
-    """The voice's network, in eval mode, on the CPU in float32.
+    """Load the voice's network, in eval mode, on the CPU in float32.
 
-    Raises CheckpointError for settings and tensors that are missing, unknown, or not made for each
-    other, and for files of other networks.
+    Raises: CheckpointError: when settings or tensors are missing, unknown or do not match, or the
+    file has another network.
     """
     config = read_config(config_path).network
     return network_of(config, _synthesizer_tensors(Path(g_path), config))
@@ -102,18 +102,18 @@ def read_voice(
     *,
     any_speakers: bool = False,
 ) -> Voice:
-    """The voice, as ours are; its step is the number in the name of the file.
+    """Read a so-vits-svc voice as a Cantor voice; its step is the number in the file name.
 
-    any_speakers: the number of speakers is the file's, whatever the configuration says. So read
-    are base models, which come with none: a configuration of the same networks serves.
+    any_speakers: take the number of speakers from the file, not the configuration. For base models,
+    which come without one: a configuration of the same networks will do.
 
-    Raises CheckpointError as `from_sovits`, and where the encoder is not known.
+    Raises: CheckpointError: when the files do not match or the encoder is not known.
     """
     path, config = Path(g_path), read_config(config_path)
     if config.encoder is None:
         raise CheckpointError(
-            f"{config_path} lacks model.speech_encoder, and none is known to give units of "
-            f"{config.network.units_dim} numbers; there are {', '.join(ENCODERS)}"
+            f"{config_path} lacks model.speech_encoder, and no encoder is known for units of width "
+            f"{config.network.units_dim}; choose from {', '.join(ENCODERS)}"
         )
     network, speakers = config.network, config.speakers
     if any_speakers:
@@ -134,11 +134,14 @@ def read_voice(
 def read_discriminator(
     d_path: str | os.PathLike[str], spectral_norm: bool = False
 ) -> MultiPeriodDiscriminator:
-    """The discriminators of D_*.pth. Raises CheckpointError as `from_sovits`."""
+    """Load the discriminators of D_*.pth.
+
+    Raises: CheckpointError: when tensors are missing, unknown or do not match.
+    """
     path = Path(d_path)
     layout = _discriminator_layout(spectral_norm)
     content = _tensors(path, _DISCRIMINATOR, _SYNTHESIZER)
-    tensors = fitted(path, "so-vits-svc's discriminators", content, layout)
+    tensors = matching_tensors(path, "so-vits-svc's discriminators", content, layout)
     with torch.device("meta"):
         network = MultiPeriodDiscriminator(spectral_norm)
     network.load_state_dict(tensors, assign=True)
@@ -146,16 +149,16 @@ def read_discriminator(
 
 
 def read_training(path: str | os.PathLike[str], network: nn.Module) -> Training:
-    """What a G_*.pth or D_*.pth says of its training, `network` being the one in it.
+    """Read the training state of a G_*.pth or D_*.pth, which contains `network`.
 
-    Raises CheckpointError for an optimizer's state that is not of the network's parameters.
+    Raises: CheckpointError: when the optimizer's state does not match the network's parameters.
     """
     path = Path(path)
     content = load_foreign(path)
     content = content if isinstance(content, dict) else {}
     epoch, rate = content.get("iteration", 0), content.get("learning_rate", 1e-4)
     if type(epoch) is not int or not isinstance(rate, float | int):
-        raise CheckpointError(f"{path} has an iteration or a learning_rate that is no number")
+        raise CheckpointError(f"{path} has an iteration or a learning_rate that is not a number")
     state = content.get("optimizer")
     if not isinstance(state, dict) or not state.get("state"):
         return Training(epoch=epoch, learning_rate=float(rate), optimizer=None)
@@ -175,22 +178,23 @@ def to_sovits(
     training: Training | None = None,
     discriminator_training: Training | None = None,
 ) -> None:
-    """Write `path`, so named as G_1000.pth, and a config.json beside it: so-vits-svc loads them
-    to the same bits, and keeps its settings of training from its own template.
+    """Write `path`, named like G_1000.pth, and config.json in the same folder, for so-vits-svc.
 
-    config: None: one of the network alone, with speakers by number and no encoder.
-    discriminator: is written too, as D_1000.pth. training: with the optimizer, which so-vits-svc
-    goes on from; without, it begins at epoch 1 with a new one.
+    so-vits-svc loads exactly these weights; its training settings come from its own template.
 
-    Raises ValueError where the network or a state is not what so-vits-svc has, and for a name
-    without a number in it where discriminators are written.
+    config: None: that of the bare network, with numbered speakers and no encoder.
+    discriminator: written too, as D_1000.pth. training: with an optimizer, so-vits-svc resumes from
+    it; without one, it starts at epoch 1 with a new one.
+
+    Raises: ValueError: when so-vits-svc does not have the network or a state, or discriminators are
+    to be written and the file name does not start with G_.
     """
     path = Path(path)
     config = config or bare_config(network.config)
     if config.network != network.config:
-        raise ValueError("config is not of this network: their settings differ")
+        raise ValueError("config does not match the network: their settings differ")
     if discriminator is not None and not path.name.startswith("G_"):
-        raise ValueError(f"{path} must be named like G_1000.pth: D_1000.pth lies beside it")
+        raise ValueError(f"{path} must be named like G_1000.pth, so that D_1000.pth matches it")
     described = config_json(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, network, synthesizer_layout(network.config, _has_posterior(network)), training)
@@ -198,18 +202,18 @@ def to_sovits(
         beside = path.with_name("D_" + path.name.removeprefix("G_"))
         layout = _discriminator_layout(network.config.spectral_norm)
         _write(beside, discriminator, layout, discriminator_training)
-    with replacing(path.parent / "config.json") as temporary:
+    with atomic_file(path.parent / "config.json") as temporary:
         text = json.dumps(described, indent=2, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def write_voice(voice: Voice, path: str | os.PathLike[str]) -> None:
-    """Write a voice of ours as `to_sovits` does.
+    """Write a Cantor voice in so-vits-svc's format (`to_sovits`).
 
-    Raises ValueError where so-vits-svc does not have its encoder.
+    Raises: ValueError: when so-vits-svc does not have its encoder, or it uses a codebook.
     """
     if voice.encoder.codebook_sha256 is not None:
-        raise ValueError("so-vits-svc has no codebooks of units, and this voice sings from one")
+        raise ValueError("so-vits-svc has no unit codebooks, but this voice uses one")
     config = SovitsConfig(
         network=voice.config,
         mel=voice.mel,
@@ -223,32 +227,35 @@ def write_voice(voice: Voice, path: str | os.PathLike[str]) -> None:
 def _tensors(
     path: Path, wanted: tuple[str, tuple[str, ...]], other: tuple[str, tuple[str, ...]]
 ) -> dict[str, Tensor]:
-    """Names and tensors in a file that is of the `wanted` kind, or at least of no known other."""
+    """Return the tensors in a file, unless it is of another known kind than `wanted`."""
     metadata: dict[str, str] = {}
     content = load_foreign(path, metadata)
     what, starts = wanted
     if OWN_HEADER in metadata:
-        raise CheckpointError(f"{path} is of our own format, not {what} of so-vits-svc")
-    content = unwrapped(path, content)
+        raise CheckpointError(f"{path} has Cantor's own format; it is not {what} of so-vits-svc")
+    content = state_dict_in(path, content)
     names = [str(name) for name in content]
     if all(name.startswith("module.") for name in names):  # of DistributedDataParallel
         content = {str(name).removeprefix("module."): value for name, value in content.items()}
         names = list(content)
     seems_right = any(name.startswith(starts) for name in names)
-    for start, stranger in (*((start, other[0]) for start in other[1]), *STRANGERS):
+    for start, kind in (*((start, other[0]) for start in other[1]), *OTHER_KINDS):
         if seems_right and not start.startswith(starts):
             continue
         if any(name.startswith(start) for name in names):
-            raise CheckpointError(f"{path} is {stranger}, not {what} of so-vits-svc")
+            raise CheckpointError(f"{path} is {kind}, not {what} of so-vits-svc")
     return content
 
 
-def unwrapped(path: Path, content: Any) -> dict[str, Any]:
-    """The state dict in a file: under "model", or what other programs call it, or bare."""
+def state_dict_in(path: Path, content: Any) -> dict[str, Any]:
+    """Return the state dict in a file: under "model" or another program's key, or bare.
+
+    Raises: CheckpointError: when the content is not a network's weights.
+    """
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a network's weights")
+        raise CheckpointError(f"{path} has a {type(content).__name__}, not a network's weights")
     if any(isinstance(v, dict) and "cluster_centers_" in v for v in content.values()):
-        raise CheckpointError(f"{path} holds centres of clusters (k-means), not a network")
+        raise CheckpointError(f"{path} has cluster centres (k-means), not a network")
     for name in ("model", "weight", "generator", "model_g", "state_dict"):
         if isinstance(content.get(name), dict):
             return content[name]
@@ -259,23 +266,23 @@ def _synthesizer_tensors(path: Path, config: SynthesizerConfig) -> dict[str, Ten
     content = _tensors(path, _SYNTHESIZER, _DISCRIMINATOR)
     posterior = any(str(name).startswith(POSTERIOR) for name in content)
     layout = synthesizer_layout(config, posterior)
-    tensors = fitted(path, "the network that config.json describes", content, layout)
+    tensors = matching_tensors(path, "the network that config.json describes", content, layout)
     return tensors | _filters(path, content, layout)
 
 
 def _filters(path: Path, content: Mapping[str, Any], layout: TensorLayout) -> dict[str, Tensor]:
-    """The filters of anti-aliasing that are to be put in place of the file's.
+    """Return exact anti-aliasing filters that replace the file's rounded ones.
 
-    They are no weights: so-vits-svc computes them whatever its files say. So those that were
-    rounded to half precision are made anew.
+    They are not weights: so-vits-svc computes them and ignores its files. So filters that were
+    rounded to half precision are computed again.
     """
     names = [name for name in layout.buffers if name.endswith(".filter")]
     if not names:
         return {}
     own = Snake(1).upsample.filter
-    strange = [name for name in names if (content[name] - own).abs().max() > _FILTER_ERROR]
-    if strange:
-        raise CheckpointError(f"{path} has another filter than so-vits-svc in {strange[0]}")
+    other = [name for name in names if (content[name] - own).abs().max() > _FILTER_ERROR]
+    if other:
+        raise CheckpointError(f"{path} has another filter than so-vits-svc in {other[0]}")
     return {name: own.clone() for name in names if content[name].dtype != torch.float32}
 
 
@@ -293,12 +300,12 @@ def _has_posterior(network: nn.Module) -> bool:
 
 
 def _write(path: Path, network: nn.Module, layout: TensorLayout, training: Training | None) -> None:
-    tensors = fitted(path, "so-vits-svc", network.state_dict(), layout)
+    tensors = matching_tensors(path, "so-vits-svc", network.state_dict(), layout)
     training = training or Training(epoch=0, learning_rate=LEARNING_RATE, optimizer=None)
     optimizer = training.optimizer
     if optimizer is not None:
         _require_optimizer(optimizer, network)
-        # Its schedule goes on from an epoch after the first only with this.
+        # so-vits-svc's schedule needs this to resume after the first epoch.
         (group,) = optimizer["param_groups"]
         group = {"initial_lr": training.learning_rate, **group}
         optimizer = {**optimizer, "param_groups": [group]}
@@ -308,18 +315,22 @@ def _write(path: Path, network: nn.Module, layout: TensorLayout, training: Train
         "optimizer": optimizer,
         "learning_rate": training.learning_rate,
     }
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
 
 
 def _require_optimizer(state: Mapping[str, Any], network: nn.Module) -> None:
-    """Raises ValueError where `state` is not that of one AdamW over all parameters, in order."""
+    """Check that `state` is that of one AdamW over all parameters, in order.
+
+    Raises: ValueError: when it is not (the message names the difference).
+    """
     parameters = list(network.parameters())
     groups = state.get("param_groups")
     if not isinstance(groups, list) or len(groups) != 1 or not isinstance(groups[0], dict):
-        raise ValueError("the optimizer's state has not one group of parameters")
+        raise ValueError("the optimizer's state does not have exactly one parameter group")
     if groups[0].get("params") != list(range(len(parameters))):
-        raise ValueError(f"the optimizer's state is not of {len(parameters)} parameters in order")
+        count = len(parameters)
+        raise ValueError(f"the optimizer's state does not have {count} parameters in order")
     for index, moments in state.get("state", {}).items():
         for name in ("exp_avg", "exp_avg_sq"):
             moment = moments.get(name) if isinstance(moments, dict) else None

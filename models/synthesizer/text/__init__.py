@@ -1,1 +1,1 @@
-"""The text-conditioned synthesizer: phonemes in the place of content units."""
+"""The text-conditioned synthesizer: phonemes in place of content units."""

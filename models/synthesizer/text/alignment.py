@@ -1,4 +1,4 @@
-"""Which symbol is sung when: the monotonic path through symbols and frames.
+"""Monotonic alignment search: the path through symbols and frames.
 
 Source: Kim et al., "Glow-TTS: A Generative Flow for Text-to-Speech via Monotonic Alignment Search"
 (2020), algorithm 1.
@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-_NEVER = np.float32(-1e9)  # the score of a way that leaves the path
+_NEVER = np.float32(-1e9)  # score of an impossible step
 
 
 def log_likelihood(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """(B, F, N): log density of each frame of z (B, C, F) under each symbol's normal distribution.
+    """Compute (B, F, N): log density of each frame of z (B, C, F) under each symbol's distribution.
 
-    mean, log_std: (B, C, N). In float32 at least, even under autocast.
+    mean, log_std: (B, C, N). At least float32, even under autocast.
     """
     wide = torch.promote_types(z.dtype, torch.float32)
     with torch.autocast(z.device.type, enabled=False):
@@ -36,22 +36,22 @@ def log_likelihood(z: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 def monotonic_path(score: Tensor, symbols: Tensor, frames: Tensor) -> Tensor:
-    """(B, F, N) of 0 and 1 in score's dtype: the path of the highest total score.
+    """Find the path with the highest total score: (B, F, N) of 0 and 1 in score's dtype.
 
-    A path begins at the first symbol, ends at the last, and from a frame to the next stays or goes
-    on by one symbol. Of equal ways it takes the one that stays.
+    A path starts at the first symbol, ends at the last, and stays or advances by one symbol from
+    frame to frame. On a tie it stays.
 
-    score: (B, F, N), any device; the search is on the CPU, in float32. symbols, frames: (B,) how
-    many of N and F are real.
+    score: (B, F, N), any device; the search runs on the CPU, in float32. symbols, frames: (B,)
+    numbers of symbols and frames without padding.
 
-    Raises ValueError where there are fewer frames than symbols, or no symbols, or either is more
-    than the score has.
+    Raises: ValueError: when there are fewer frames than symbols, no symbols, or more of either than
+    in `score`.
     """
     _check(score, symbols.tolist(), frames.tolist())
     values = score.detach().to("cpu", torch.float32).contiguous().numpy()
     counts = (count.to("cpu", torch.int64).numpy() for count in (symbols, frames))
-    found = torch.from_numpy(_search(values, *counts)).to(score.device)
-    return (found.unsqueeze(-1) == torch.arange(score.shape[2], device=score.device)).to(score)
+    path = torch.from_numpy(_search(values, *counts)).to(score.device)
+    return (path.unsqueeze(-1) == torch.arange(score.shape[2], device=score.device)).to(score)
 
 
 def _check(score: Tensor, symbols: list[int], frames: list[int]) -> None:
@@ -59,13 +59,12 @@ def _check(score: Tensor, symbols: list[int], frames: list[int]) -> None:
     for n, f in zip(symbols, frames, strict=True):
         if n > f:
             raise ValueError(
-                f"{n} symbols do not fit into {f} frames: each takes one at least; leave such a "
-                "clip out"
+                f"{n} symbols do not fit into {f} frames: each needs at least one; drop this clip"
             )
         if not 1 <= n <= most_symbols or f > most_frames:
             raise ValueError(
-                f"{n} symbols and {f} frames, but scores for 1 to {most_symbols} symbols and "
-                f"{most_frames} frames"
+                f"there are {n} symbols and {f} frames, but scores for 1 to {most_symbols} symbols "
+                f"and {most_frames} frames"
             )
 
 
@@ -73,33 +72,32 @@ def _check(score: Tensor, symbols: list[int], frames: list[int]) -> None:
 def _search(
     score: NDArray[np.float32], symbols: NDArray[np.int64], frames: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """(B, F): the symbol of each frame, -1 in padding."""
+    """Return the symbol of each frame (B, F), -1 in padding."""
     path = np.full(score.shape[:2], -1, np.int64)
     for example in range(len(score)):
         n, f = symbols[example], frames[example]
-        best = np.full(n, _NEVER, np.float32)  # of the ways that end here, at the frame before
-        came = np.zeros((f, n), np.bool_)  # from the symbol before
+        best = np.full(n, _NEVER, np.float32)  # best score of a path to each symbol so far
+        advanced = np.zeros((f, n), np.bool_)  # the best path comes from the previous symbol
         for y in range(f):
-            for x in range(min(n, y + 1) - 1, -1, -1):  # downwards: best[x - 1] is still the old
+            for x in range(min(n, y + 1) - 1, -1, -1):  # best[x - 1] is not yet updated
                 stay = best[x]
                 if x > 0:
-                    come = best[x - 1]
-                    came[y, x] = stay < come or x == y
+                    advance = best[x - 1]
+                    advanced[y, x] = stay < advance or x == y
                 else:
-                    come = np.float32(0) if y == 0 else _NEVER
-                best[x] = score[example, y, x] + max(stay, come)
+                    advance = np.float32(0) if y == 0 else _NEVER
+                best[x] = score[example, y, x] + max(stay, advance)
         x = n - 1
         for y in range(f - 1, -1, -1):
             path[example, y] = x
-            x -= came[y, x]
+            x -= advanced[y, x]
     return path
 
 
 def path_of_durations(durations: Tensor, frames: int) -> Tensor:
-    """(B, F, N) of 0 and 1: symbol after symbol, each for its whole number of frames.
+    """Build the path (B, F, N) of 0 and 1 in which each symbol lasts its number of frames.
 
-    durations: (B, N), whole numbers in any dtype, whose dtype the path has. What goes beyond
-    `frames` is cut.
+    durations: (B, N), whole numbers; the path has their dtype. Frames beyond `frames` are dropped.
     """
     ends = torch.cumsum(durations.long(), dim=1)  # exact in any dtype
     time = torch.arange(frames, device=durations.device).unsqueeze(-1)  # (F, 1)

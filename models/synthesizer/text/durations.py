@@ -1,4 +1,4 @@
-"""How long each symbol lasts: predicted plainly, drawn from a flow, and judged by a discriminator.
+"""Durations of symbols: a predictor, a stochastic predictor (flow), and a discriminator.
 
 Sources: Kim et al., "Conditional Variational Autoencoder with Adversarial Learning for End-to-End
 Text-to-Speech" (2021), appendix B; Kong et al., "VITS2" (2023), section 2.1. The state dicts are
@@ -7,7 +7,7 @@ those of Bert-VITS2 (commit 61130ac).
 B batch, H hidden channels, G speaker channels, N symbols, K bins of a spline. Masks are (B, 1, N),
 1 in symbols and 0 in padding.
 
-A flow's forward gives (y, log |det dy/dx| (B,)), and with `reverse=True` x alone.
+A flow's forward returns (y, log |det dy/dx| (B,)), and with `reverse=True` x only.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class DDSConv(nn.Module):
         self.norms_2 = nn.ModuleList(LayerNorm(channels) for _ in dilations)
 
     def forward(self, x: Tensor, mask: Tensor, g: Tensor | None = None) -> Tensor:
-        """(B, H, N); g, of the same shape, is added to x."""
+        """Apply to x (B, H, N); g, of the same shape, is added to x."""
         if g is not None:
             x = x + g
         layers = zip(self.convs_sep, self.norms_1, self.convs_1x1, self.norms_2, strict=True)
@@ -65,7 +65,7 @@ class DDSConv(nn.Module):
 
 
 class ConvReluNorm(nn.Module):
-    """Convolutions, each with ReLU after its norm, and a residual around them all."""
+    """Convolutions, each followed by norm and ReLU, with one residual around them all."""
 
     def __init__(
         self,
@@ -77,17 +77,17 @@ class ConvReluNorm(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        given = [in_channels, *[hidden_channels] * (n_layers - 1)]
+        widths = [in_channels, *[hidden_channels] * (n_layers - 1)]
         self.conv_layers = nn.ModuleList(
             nn.Conv1d(channels, hidden_channels, kernel_size, padding=kernel_size // 2)
-            for channels in given
+            for channels in widths
         )
-        self.norm_layers = nn.ModuleList(LayerNorm(hidden_channels) for _ in given)
+        self.norm_layers = nn.ModuleList(LayerNorm(hidden_channels) for _ in widths)
         self.drop = nn.Dropout(dropout)
         self.proj = _zeroed(nn.Conv1d(hidden_channels, out_channels, 1))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """(B, in_channels, N) -> (B, out_channels, N); the two are equal in number, or one is 1."""
+        """Map (B, in_channels, N) to (B, out_channels, N); the two are equal, or one is 1."""
         y = x
         for conv, norm in zip(self.conv_layers, self.norm_layers, strict=True):
             y = self.drop(F.relu(norm(conv(y * mask))))
@@ -95,7 +95,7 @@ class ConvReluNorm(nn.Module):
 
 
 class Log(nn.Module):
-    """The logarithm as a flow; what is below 1e-5 counts as that."""
+    """The logarithm as a flow; values below 1e-5 count as 1e-5."""
 
     def forward(
         self, x: Tensor, mask: Tensor, g: Tensor | None = None, reverse: bool = False
@@ -107,7 +107,7 @@ class Log(nn.Module):
 
 
 class ElementwiseAffine(nn.Module):
-    """A shift and a positive scale for each channel."""
+    """A flow with a shift and a positive scale for each channel."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class ElementwiseAffine(nn.Module):
 
 
 class ConvFlow(nn.Module):
-    """A spline for one half of the channels, shaped by convolutions over the other half."""
+    """A coupling flow: a spline for half of the channels, shaped by the other half."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class ConvFlow(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor, g: Tensor | None = None, reverse: bool = False
     ) -> tuple[Tensor, Tensor] | Tensor:
-        """g: (B, filter_channels, N), added where the convolutions begin."""
+        """Map x (B, C, N). g: (B, filter_channels, N), added to the convolutions' input."""
         kept, moved = x.chunk(2, dim=1)
         shape = self.proj(self.convs(self.pre(kept), mask, g)) * mask
         shape = shape.unflatten(1, (moved.shape[1], -1)).transpose(2, 3)  # (B, half, N, 3 K - 1)
@@ -163,10 +163,11 @@ class ConvFlow(nn.Module):
 
 
 class StochasticDurationPredictor(nn.Module):
-    """A distribution of durations, as a flow over (log duration, a number of no meaning).
+    """A distribution of durations, as a flow over (log duration, auxiliary variable).
 
-    It learns by variational dequantisation and data augmentation: the posterior flow fills what a
-    whole number of frames leaves open. No gradient goes to the hidden states or to the speaker.
+    It is trained with variational dequantisation and data augmentation: the posterior flow models
+    the fraction that a whole number of frames leaves open. No gradient flows to the hidden states
+    or to the speaker.
     """
 
     def __init__(
@@ -188,16 +189,16 @@ class StochasticDurationPredictor(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor, durations: Tensor, g: Tensor | None, noise: Noise
     ) -> Tensor:
-        """(B,) upper bound of the negative log likelihood of durations (B, 1, N), in frames."""
+        """Bound the negative log likelihood (B,) of durations (B, 1, N) in frames from above."""
         x = self._condition(x, mask, g)
-        given = self.post_proj(self.post_convs(self.post_pre(durations), mask)) * mask
-        drawn = noise.normal(durations.expand(-1, 2, -1))
-        z_q, log_det = _run(self.post_flows, drawn, mask, x + given)
+        condition = self.post_proj(self.post_convs(self.post_pre(durations), mask)) * mask
+        e_q = noise.normal(durations.expand(-1, 2, -1))
+        z_q, log_det = _run(self.post_flows, e_q, mask, x + condition)
         logit, augmented = z_q.chunk(2, dim=1)
         log_det = log_det + ((F.logsigmoid(logit) + F.logsigmoid(-logit)) * mask).sum((1, 2))
-        log_q = _log_normal(drawn, mask) - log_det
+        log_q = _log_normal(e_q, mask) - log_det
 
-        rest = (durations - torch.sigmoid(logit) * mask) * mask  # above the fraction of a frame
+        rest = (durations - torch.sigmoid(logit) * mask) * mask  # durations without the fraction
         log_rest, log_det_log = self.log_flow(rest, mask)
         z, log_det = _run(self.flows, torch.cat([log_rest, augmented], dim=1), mask, x)
         return log_q - _log_normal(z, mask) - log_det - log_det_log
@@ -210,10 +211,10 @@ class StochasticDurationPredictor(nn.Module):
         noise: Noise,
         noise_scale: float = 1.0,
     ) -> Tensor:
-        """(B, 1, N) log durations in frames."""
+        """Draw log durations (B, 1, N) in frames."""
         x = self._condition(x, mask, g)
         z = noise.normal(x[:, :1].expand(-1, 2, -1)) * noise_scale
-        affine, _, *others = self.flows  # the first spline moves what is dropped here alone
+        affine, _, *others = self.flows  # the first spline changes only the half that is dropped
         for flow in (*reversed(others), affine):
             z = flow(z, mask, g=x, reverse=True)
         return z[:, :1]
@@ -226,7 +227,7 @@ class StochasticDurationPredictor(nn.Module):
 
 
 class DurationPredictor(nn.Module):
-    """The expected log duration. No gradient goes to the hidden states or to the speaker."""
+    """Predictor of the log duration. No gradient flows to the hidden states or to the speaker."""
 
     def __init__(
         self,
@@ -248,7 +249,7 @@ class DurationPredictor(nn.Module):
             self.cond = nn.Conv1d(gin_channels, in_channels, 1)
 
     def forward(self, x: Tensor, mask: Tensor, g: Tensor | None = None) -> Tensor:
-        """(B, H, N) -> (B, 1, N) log durations in frames."""
+        """Predict log durations (B, 1, N) in frames from x (B, H, N)."""
         x = x.detach()
         if g is not None:
             x = x + self.cond(g.detach())
@@ -258,7 +259,7 @@ class DurationPredictor(nn.Module):
 
 
 class DurationDiscriminator(nn.Module):
-    """Tells found log durations from predicted ones. No gradient goes to the hidden states."""
+    """Discriminator of aligned and predicted log durations, without gradients to hidden states."""
 
     def __init__(
         self,
@@ -270,8 +271,8 @@ class DurationDiscriminator(nn.Module):
     ) -> None:
         super().__init__()
 
-        def conv(given: int) -> nn.Conv1d:
-            return nn.Conv1d(given, filter_channels, kernel_size, padding=kernel_size // 2)
+        def conv(channels: int) -> nn.Conv1d:
+            return nn.Conv1d(channels, filter_channels, kernel_size, padding=kernel_size // 2)
 
         self.drop = nn.Dropout(dropout)
         self.conv_1 = conv(in_channels)
@@ -290,7 +291,7 @@ class DurationDiscriminator(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor, durations: Iterable[Tensor], g: Tensor | None = None
     ) -> list[Tensor]:
-        """(B, N, 1), 0 to 1, for each (B, 1, N) of log durations of the same symbols."""
+        """Return scores (B, N, 1), 0 to 1, for each tensor (B, 1, N) of log durations."""
         x = x.detach()
         if g is not None:
             x = x + self.cond(g.detach())
@@ -308,16 +309,16 @@ class DurationDiscriminator(nn.Module):
 def duration_loss(
     nll: Tensor,
     predicted: Tensor,
-    found: Tensor,
+    aligned: Tensor,
     mask: Tensor,
     total_symbols: float | None = None,
 ) -> Tensor:
-    """Of both predictors, per symbol: negative log likelihood, and squares of log durations.
+    """Loss of both predictors per symbol: negative log likelihood, and squared error.
 
-    nll: (B,) of StochasticDurationPredictor. predicted, found: (B, 1, N) log durations, 0 in
-    padding. total_symbols: of the global batch, without padding; None: those of `mask`.
+    nll: (B,) from StochasticDurationPredictor. predicted, aligned: (B, 1, N) log durations, 0 in
+    padding. total_symbols: of the global batch, without padding; None: of `mask`.
     """
-    total = nll.sum() + (predicted - found).square().sum()
+    total = nll.sum() + (predicted - aligned).square().sum()
     return total / (mask.sum() if total_symbols is None else total_symbols)
 
 
@@ -329,7 +330,7 @@ def _flows(channels: int, kernel_size: int) -> nn.ModuleList:
 
 
 def _run(flows: Iterable[nn.Module], x: Tensor, mask: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """(y, log |det dy/dx| (B,)) of all flows, one after the other."""
+    """Apply all flows in order; return (y, log |det dy/dx| (B,))."""
     total = x.new_zeros(len(x))
     for flow in flows:
         x, log_det = flow(x, mask, g=g)
@@ -338,12 +339,12 @@ def _run(flows: Iterable[nn.Module], x: Tensor, mask: Tensor, g: Tensor) -> tupl
 
 
 def _log_normal(z: Tensor, mask: Tensor) -> Tensor:
-    """(B,) log density of z under the standard normal distribution."""
+    """Return the log density (B,) of z under the standard normal distribution."""
     return (-0.5 * (_LOG_TWO_PI + z.square()) * mask).sum((1, 2))
 
 
 def _zeroed(conv: nn.Conv1d) -> nn.Conv1d:
-    """So that training begins where the layer adds nothing."""
+    """Initialise a convolution to zero, so that the layer initially adds nothing."""
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
     return conv

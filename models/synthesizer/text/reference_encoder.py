@@ -1,4 +1,4 @@
-"""A voice from a recording of it: in the place of a table of speakers.
+"""Speaker embedding from a reference spectrogram, in place of a table of speakers.
 
 Source: Skerry-Ryan et al., "Towards End-to-End Prosody Transfer for Expressive Speech Synthesis
 with Tacotron" (2018), section 3.2; as in Bert-VITS2 (commit 61130ac).
@@ -20,15 +20,15 @@ _STATE = 128
 class ReferenceEncoder(nn.Module):
     """Strided convolutions over time and frequency, then the last state of a GRU.
 
-    Frames after a clip's end count like any others, as in the peer.
+    Frames after the end of a clip are not masked, as in Bert-VITS2.
     """
 
     def __init__(self, spec_channels: int, gin_channels: int) -> None:
         super().__init__()
         channels = (1, *_FILTERS)
         self.convs = nn.ModuleList(
-            Conv2d(given, made, kernel_size=3, stride=2, padding=1)
-            for given, made in pairwise(channels)
+            Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1)
+            for c_in, c_out in pairwise(channels)
         )
         bands = spec_channels
         for _ in self.convs:
@@ -37,7 +37,7 @@ class ReferenceEncoder(nn.Module):
         self.proj = nn.Linear(_STATE, gin_channels)
 
     def forward(self, spec: Tensor) -> Tensor:
-        """(B, K, F) linear spectrogram -> (B, G)."""
+        """Encode a linear spectrogram (B, K, F) to (B, G)."""
         x = spec.transpose(1, 2).unsqueeze(1)  # (B, 1, F, K)
         for conv in self.convs:
             x = F.relu(conv(x))

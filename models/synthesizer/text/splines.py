@@ -1,4 +1,4 @@
-"""Monotonic splines of rational quadratic pieces: a bijection that a network shapes.
+"""Monotonic rational-quadratic splines: bijections with parameters from a network.
 
 Source: Durkan et al., "Neural Spline Flows" (2019), section 3.1. K is the number of bins.
 """
@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_MIN_SHARE = 1e-3  # of the interval, that each bin has at least, in width and in height
+_MIN_SHARE = 1e-3  # smallest width and height of a bin, as a share of the interval
 _MIN_SLOPE = 1e-3
-_SLOPE_OF_ONE = math.log(math.expm1(1 - _MIN_SLOPE))  # what becomes the slope 1
+_SLOPE_OF_ONE = math.log(math.expm1(1 - _MIN_SLOPE))  # unnormalised value of the slope 1
 
 
 def tailed_spline(
@@ -25,10 +25,10 @@ def tailed_spline(
     bound: float,
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """A spline from -bound to bound, the identity beyond; (y, log |dy/dx|), both shaped as x.
+    """Apply a spline from -bound to bound, the identity beyond: (y, log |dy/dx|), shaped like x.
 
-    widths, heights: (*x.shape, K), slopes: (*x.shape, K - 1) at the inner knots; unnormalised. All
-    is computed in float32 at least.
+    widths, heights: (*x.shape, K), slopes: (*x.shape, K - 1) at the inner knots; unnormalised.
+    Computed in at least float32.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     x, widths, heights, slopes = (t.to(wide) for t in (x, widths, heights, slopes))
@@ -50,7 +50,7 @@ def rational_quadratic_spline(
     high: float = 1.0,
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(y, log |dy/dx|) of the spline that maps [low, high] onto itself; x must lie in there.
+    """Apply the spline that maps [low, high] onto itself to x in that range: (y, log |dy/dx|).
 
     widths, heights: (*x.shape, K), slopes: (*x.shape, K + 1) at the knots; unnormalised.
     """
@@ -59,14 +59,14 @@ def rational_quadratic_spline(
     slopes = _MIN_SLOPE + F.softplus(slopes)
 
     inner = (knots_y if inverse else knots_x)[..., 1:-1].contiguous()
-    of_bin = torch.searchsorted(inner, x.unsqueeze(-1), right=True)
+    bin_index = torch.searchsorted(inner, x.unsqueeze(-1), right=True)
 
-    def here(values: Tensor) -> Tensor:
-        return values.gather(-1, of_bin).squeeze(-1)
+    def in_bin(values: Tensor) -> Tensor:
+        return values.gather(-1, bin_index).squeeze(-1)
 
-    left, width = here(knots_x), here(widths)
-    bottom, height = here(knots_y), here(heights)
-    slope, next_slope = here(slopes), here(slopes[..., 1:])
+    left, width = in_bin(knots_x), in_bin(widths)
+    bottom, height = in_bin(knots_y), in_bin(heights)
+    slope, next_slope = in_bin(slopes), in_bin(slopes[..., 1:])
     mean_slope = height / width
     bend = slope + next_slope - 2 * mean_slope
 
@@ -86,7 +86,7 @@ def rational_quadratic_spline(
 
 
 def _knots(sizes: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Knots (..., K + 1) from low to high and the distances (..., K) between them."""
+    """Return knots (..., K + 1) from low to high and the distances (..., K) between them."""
     bins = sizes.shape[-1]
     shares = _MIN_SHARE + (1 - _MIN_SHARE * bins) * F.softmax(sizes, dim=-1)
     inner = (high - low) * torch.cumsum(shares, dim=-1)[..., :-1] + low
@@ -96,7 +96,7 @@ def _knots(sizes: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
 
 
 def _solve(rise: Tensor, height: Tensor, mean_slope: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
-    """Where in its bin, 0 to 1, the spline has risen by `rise`: equations 6 to 8 of the paper."""
+    """Solve for the position in a bin, 0 to 1, where the spline rose by `rise` (paper, eq. 6-8)."""
     a = rise * bend + height * (mean_slope - slope)
     b = height * slope - rise * bend
     c = -mean_slope * rise

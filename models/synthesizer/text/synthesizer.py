@@ -1,4 +1,4 @@
-"""The text-conditioned synthesizer: VITS on phonemes, with durations of its own and plain HiFi-GAN.
+"""The text-conditioned synthesizer: VITS on phonemes, with durations and a plain HiFi-GAN.
 
 Sources: Kim et al., "Conditional Variational Autoencoder with Adversarial Learning for End-to-End
 Text-to-Speech" (2021); Kong et al., "VITS2" (2023); Bert-VITS2 (commit 61130ac), whose state dict
@@ -33,38 +33,35 @@ _DURATION_DROPOUT = 0.5
 
 @dataclass(frozen=True)
 class TextOutputs:
-    """What the losses compare: z of the spectrogram, its prior, durations, the sound of a segment.
+    """Training outputs that the losses use: posterior z, prior, durations, audio of a segment."""
 
-    Durations are of the found path, in log frames.
-    """
-
-    wav: Tensor  # (B, 1, segment) of the segment
-    starts: Tensor  # (B,) int64, frames
-    path: Tensor  # (B, F, N) 1 where a symbol is sung
+    wav: Tensor  # (B, 1, segment)
+    starts: Tensor  # (B,) int64, first frames of the segments
+    path: Tensor  # (B, F, N) 1 for the symbol of each frame
     text_mask: Tensor  # (B, 1, N)
     mask: Tensor  # (B, 1, F)
-    z_p: Tensor  # (B, C, F) the posterior's z, flown to the prior
-    m_p: Tensor  # the prior, each symbol's for its frames
+    z_p: Tensor  # (B, C, F) the posterior's z after the flow
+    m_p: Tensor  # (B, C, F) the prior, repeated for each symbol's frames
     logs_p: Tensor
     m_q: Tensor
     logs_q: Tensor
     hidden: Tensor  # (B, H, N) of the text
-    log_durations: Tensor  # (B, 1, N) of the path
-    log_durations_hat: Tensor  # what the predictor makes of them
-    duration_nll: Tensor  # (B,) what they cost the stochastic predictor
+    log_durations: Tensor  # (B, 1, N) of the path, in log frames
+    log_durations_hat: Tensor  # their prediction
+    duration_nll: Tensor  # (B,) their negative log likelihood by the stochastic predictor
 
 
 @dataclass(frozen=True)
 class TextSynthesis:
-    """What was made of texts."""
+    """Result of inference."""
 
-    wav: Tensor  # (B, T), meaningless after each one's frames
+    wav: Tensor  # (B, T), undefined after each example's frames
     frames: Tensor  # (B,) int64
-    path: Tensor  # (B, F, N) 1 where a symbol is sung
+    path: Tensor  # (B, F, N) 1 for the symbol of each frame
 
 
 class TextSynthesizer(nn.Module):
-    """Phonemes and a speaker to singing or speech."""
+    """Network from phonemes and a speaker to singing or speech."""
 
     def __init__(self, config: TextSynthesizerConfig) -> None:
         super().__init__()
@@ -91,17 +88,17 @@ class TextSynthesizer(nn.Module):
         segment_frames: int,
         alignment_noise: float = 0.0,
     ) -> TextOutputs:
-        """One pass of training.
+        """Run one training pass.
 
         spec: (B, K, F) linear spectrogram, 0 in padding. frames: (B,) int64, its lengths.
-        speaker: (B,) int64; None where the voice is heard from the spectrogram.
-        segment_frames: how much of each clip is decoded, from a random start on.
-        alignment_noise: added to the scores that the alignment is found by, in their deviations.
-            VITS2 begins with 0.01 and takes 2e-6 off at each step.
+        speaker: (B,) int64; None where the speaker comes from the spectrogram.
+        segment_frames: frames decoded of each clip, from a random start.
+        alignment_noise: noise on the alignment scores, in units of their standard deviation.
+            VITS2 starts with 0.01 and subtracts 2e-6 at each step.
 
-        Raises ValueError for a text of more symbols than its clip has frames.
+        Raises: ValueError: when a text has more symbols than its clip has frames.
         """
-        g = self._voice(speaker, spec)
+        g = self._speaker(speaker, spec)
         text_mask = _mask(text.lengths, text.symbols.shape[1], spec)
         mask = _mask(frames, spec.shape[2], spec)
         hidden, m_p, logs_p = self.enc_p(text, text_mask, g)
@@ -147,18 +144,18 @@ class TextSynthesizer(nn.Module):
         length_scale: float = 1.0,
         max_frames: int | None = None,
     ) -> TextSynthesis:
-        """Sings the texts.
+        """Synthesize texts.
 
-        speaker: (B,) int64. reference: (B, K, F) linear spectrogram of the voice, for a network
-        that hears it from there.
-        sdp_ratio: how much the stochastic durations count, 0 to 1, against the expected ones.
-        length_scale: 2 is twice as slow. max_frames: where the sound is cut.
+        speaker: (B,) int64. reference: (B, K, F) linear spectrogram of the speaker, for a network
+        without a table of speakers.
+        sdp_ratio: share, 0 to 1, of the stochastic durations against the predicted ones.
+        length_scale: 2 is half the speed. max_frames: longest output.
         """
-        g = self._voice(speaker, reference)
+        g = self._speaker(speaker, reference)
         text_mask = _mask(text.lengths, text.symbols.shape[1], text.bert)
         hidden, m_p, logs_p = self.enc_p(text, text_mask, g)
-        drawn = self.sdp.sample(hidden, text_mask, g, noise, duration_noise_scale)
-        log_durations = sdp_ratio * drawn + (1 - sdp_ratio) * self.dp(hidden, text_mask, g)
+        sampled = self.sdp.sample(hidden, text_mask, g, noise, duration_noise_scale)
+        log_durations = sdp_ratio * sampled + (1 - sdp_ratio) * self.dp(hidden, text_mask, g)
         durations = torch.ceil(torch.exp(log_durations) * text_mask * length_scale).squeeze(1)
         frames = durations.long().sum(1).clamp(min=1)
         longest = int(frames.max())
@@ -169,16 +166,14 @@ class TextSynthesizer(nn.Module):
         z = self.flow(z_p, mask, g, reverse=True)
         return TextSynthesis(self.dec((z * mask)[..., :max_frames], g).squeeze(1), frames, path)
 
-    def _voice(self, speaker: Tensor | None, spec: Tensor | None) -> Tensor:
-        """(B, G, 1)"""
+    def _speaker(self, speaker: Tensor | None, spec: Tensor | None) -> Tensor:
+        """Embed the speaker: (B, G, 1)."""
         if not self.config.n_speakers:
             if spec is None:
-                raise ValueError("this voice is heard from a spectrogram, and none was given")
+                raise ValueError("this network needs a reference spectrogram of the speaker")
             return self.ref_enc(spec).unsqueeze(-1)
         if speaker is None:
-            raise ValueError(
-                f"this network has {self.config.n_speakers} speakers, and none was named"
-            )
+            raise ValueError(f"this network has {self.config.n_speakers} speakers; name one")
         return self.emb_g(speaker).unsqueeze(-1)
 
 
@@ -201,17 +196,17 @@ def _flow(config: TextSynthesizerConfig) -> CouplingBlock:
 
 
 def _mask(lengths: Tensor, longest: int, like: Tensor) -> Tensor:
-    """(B, 1, longest) in the dtype of `like`."""
+    """Build a mask (B, 1, longest) in the dtype of `like`."""
     return sequence_mask(lengths, longest).unsqueeze(1).to(like.dtype)
 
 
-def _spread(of_symbols: Tensor, path: Tensor) -> Tensor:
-    """(B, C, N) -> (B, C, F): each symbol's for all of its frames."""
-    return of_symbols @ path.transpose(1, 2).to(of_symbols.dtype)
+def _spread(values: Tensor, path: Tensor) -> Tensor:
+    """Repeat the values of each symbol for its frames, (B, C, N) -> (B, C, F)."""
+    return values @ path.transpose(1, 2).to(values.dtype)
 
 
 def _deviation(score: Tensor, cells: Tensor) -> Tensor:
-    """(B, 1, 1) standard deviation of each example's scores (B, F, N) where `cells` is 1."""
+    """Return the standard deviation (B, 1, 1) of scores (B, F, N) where `cells` is 1."""
     count = cells.sum((1, 2), keepdim=True)
     mean = (score * cells).sum((1, 2), keepdim=True) / count
     return (((score - mean).square() * cells).sum((1, 2), keepdim=True) / count).sqrt()

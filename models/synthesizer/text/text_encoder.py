@@ -1,4 +1,4 @@
-"""Phonemes, with what language models know of their words, to the prior of each.
+"""Encoder of phonemes and language-model features to the prior of each phoneme.
 
 Source: Bert-VITS2 (commit 61130ac), after Kim et al., "Conditional Variational Autoencoder with
 Adversarial Learning for End-to-End Text-to-Speech" (2021).
@@ -19,7 +19,7 @@ from models.synthesizer.text.config import TextSynthesizerConfig
 
 @dataclass(frozen=True)
 class Text:
-    """Symbols of several texts, with zeros after each."""
+    """Symbols of several texts, padded with zeros."""
 
     symbols: Tensor  # (B, N) int64
     tones: Tensor  # (B, N) int64
@@ -30,7 +30,7 @@ class Text:
 
 
 class TextEncoder(nn.Module):
-    """A sum of embeddings through a transformer that hears of the speaker."""
+    """A sum of embeddings and a transformer conditioned on the speaker."""
 
     def __init__(self, config: TextSynthesizerConfig) -> None:
         super().__init__()
@@ -52,15 +52,15 @@ class TextEncoder(nn.Module):
         self.proj = nn.Conv1d(hidden, 2 * config.inter_channels, 1)
 
     def forward(self, text: Text, mask: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(hidden states (B, H, N), mean (B, C, N), log deviation (B, C, N)).
+        """Return hidden states (B, H, N), mean and log standard deviation, both (B, C, N).
 
         mask: (B, 1, N), 1 in symbols and 0 in padding. g: (B, G, 1).
         """
         embedded = (
             self.emb(text.symbols) + self.tone_emb(text.tones) + self.language_emb(text.languages)
         )
-        known = self.bert_proj(text.bert) + self.ja_bert_proj(text.ja_bert)
-        x = (embedded.transpose(1, 2) + known) * math.sqrt(embedded.shape[2])
+        context = self.bert_proj(text.bert) + self.ja_bert_proj(text.ja_bert)
+        x = (embedded.transpose(1, 2) + context) * math.sqrt(embedded.shape[2])
         x = self.encoder(x * mask, mask, g)
         mean, log_std = (self.proj(x) * mask).chunk(2, dim=1)
         return x, mean, log_std

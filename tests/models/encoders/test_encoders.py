@@ -198,7 +198,9 @@ def test_the_check_asks_for_what_loading_needs(tmp_path: Path) -> None:
 
 
 def test_an_option_that_an_encoder_lacks_is_named() -> None:
-    with pytest.raises(ValueError, match=r"encoder\.int8 is set, but mfcc has no such option"):
+    with pytest.raises(
+        ValueError, match=r"encoder\.int8 is set, but mfcc does not have this option"
+    ):
         load_encoder("mfcc", int8=True)
 
 
@@ -217,7 +219,7 @@ def test_a_dtype_that_is_none_is_named(name: str) -> None:
         ("contentvec256l9", "tiny_whisper.pt", "whisper-ppg"),
         ("whisper-ppg", "tiny_hubert_base.pt", "contentvec"),
         ("contentvec768l12", "vec-tiny-layer-3.onnx", "onnx"),
-        ("contentvec768l12-onnx", "tiny_hubert_base.pt", "no ONNX graph"),
+        ("contentvec768l12-onnx", "tiny_hubert_base.pt", "not an ONNX graph"),
     ],
 )
 def test_a_wrong_name_for_a_file_is_answered_with_the_right(

@@ -199,7 +199,7 @@ def test_the_gradient_goes_straight_through_the_choice() -> None:
 
 
 def test_a_width_that_groups_cannot_share_is_refused() -> None:
-    with pytest.raises(ValueError, match="3 groups of codevectors cannot share a width of 256"):
+    with pytest.raises(ValueError, match="the width 256 is not a multiple of the 3 groups"):
         GumbelVectorQuantizer(12, groups=3)
 
 

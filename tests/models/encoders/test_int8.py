@@ -116,7 +116,7 @@ def test_silence_is_finite() -> None:
 
 
 def test_it_is_refused_on_a_gpu_and_in_another_dtype() -> None:
-    with pytest.raises(ValueError, match="works on a CPU alone, not on cuda"):
+    with pytest.raises(ValueError, match="works only on a CPU, not on cuda"):
         require_int8(torch.device("cuda"), torch.float32)
     with pytest.raises(ValueError, match="not with bfloat16"):
         SslEncoder("any", network(VARIANTS["base"]), dtype="bfloat16", int8=True)

@@ -7,7 +7,7 @@ import torch
 from sklearn.cluster import KMeans as WholeKMeans
 from torch import Tensor
 
-from models.encoders.kmeans import KMeans, spread_out
+from models.encoders.kmeans import KMeans, kmeans_plus_plus
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -16,7 +16,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def fit(frames: Tensor, clusters: int, epochs: int = 3, batch: int = 1024) -> KMeans:
     generator = seeded()
-    kmeans = KMeans(spread_out(frames[::4], clusters, generator))
+    kmeans = KMeans(kmeans_plus_plus(frames[::4], clusters, generator))
     for _ in range(epochs):
         kmeans.start_pass()
         for rows in torch.split(torch.randperm(len(frames), generator=generator), batch):
@@ -48,12 +48,12 @@ def test_well_separated_clusters_are_found() -> None:
     assert kmeans.inertia / len(frames) == pytest.approx(16, rel=0.02)  # the noise alone
 
 
-def test_spread_out_starts_in_every_cluster() -> None:
+def test_kmeans_plus_plus_starts_in_every_cluster() -> None:
     centres = 100 * torch.randn(30, 8, generator=seeded(6))
     frames = centres.repeat_interleave(50, 0) + torch.randn(1500, 8, generator=seeded(7))
-    first = spread_out(frames, 30, seeded(8))
+    first = kmeans_plus_plus(frames, 30, seeded(8))
     assert torch.cdist(first, centres).argmin(1).unique().numel() == 30
-    assert torch.equal(first, spread_out(frames, 30, seeded(8)))
+    assert torch.equal(first, kmeans_plus_plus(frames, 30, seeded(8)))
 
 
 def test_a_pass_of_lloyd_is_that_of_scikit_learn() -> None:
@@ -89,8 +89,8 @@ def test_dead_centres_are_put_where_frames_are_far_from_any() -> None:
 
 def test_frames_that_are_all_alike_are_no_trouble() -> None:
     frames = torch.ones(100, 3)
-    kmeans = KMeans(spread_out(frames, 4, seeded()))
+    kmeans = KMeans(kmeans_plus_plus(frames, 4, seeded()))
     kmeans.minibatch(frames)
     assert kmeans.inertia == 0.0
     with pytest.raises(ValueError, match="too few for 101"):
-        spread_out(frames, 101, seeded())
+        kmeans_plus_plus(frames, 101, seeded())

@@ -26,10 +26,10 @@ from models.encoders import Encoder, load_encoder
 from models.encoders.encoder_names import NAMES
 from models.encoders.layouts import (
     EncoderFile,
-    checkpoint_of,
+    parse_encoder_file,
     read_encoder,
     read_encoder_file,
-    save_checkpoint,
+    save_encoder_file,
 )
 from models.encoders.ssl import SslEncoder
 from models.encoders.wav2vec2 import RelativeBias, Wav2Vec2, Wav2Vec2Config, relative_buckets
@@ -238,7 +238,7 @@ def test_a_pruned_wavlm_without_attention_in_layer_0_has_no_position_bias() -> N
         for key, tensor in content["state_dict"].items()
         if not key.startswith("encoder.transformer.layers.0.attention.")
     }
-    config, tensors = checkpoint_of(Path("a.pth"), content).take()
+    config, tensors = parse_encoder_file(Path("a.pth"), content).take()
     assert config.relative_bias is None and config.layers[0].heads == 0
     assert not any("bias_gate" in name for name in tensors)
 
@@ -263,7 +263,7 @@ def test_published_sizes(manifest: str, outputs: dict[str, str], wav: Tensor) ->
     """No configuration beside them: everything comes from the shapes."""
     arrays = fill().from_manifest(GOLDEN / f"manifest_{manifest}.json")
     tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
-    checkpoint = checkpoint_of(Path(manifest), {"model": tensors})
+    checkpoint = parse_encoder_file(Path(manifest), {"model": tensors})
     files = list(GOLDEN.glob(f"{manifest}_full*.npz"))
     golden = np.load(files[0])
     for name, key in outputs.items():
@@ -394,7 +394,7 @@ def test_a_glu_feed_forward_keeps_its_gate() -> None:
         for end in ("weight", "bias"):
             one = content["model"].pop(f"{key}.{end}")
             content["model"][f"{key}.linear.{end}"] = torch.cat([one, one])
-    net = network(checkpoint_of(Path("a.pt"), content).take())
+    net = network(parse_encoder_file(Path("a.pt"), content).take())
     block = net.layers[0].feed_forward
     x = torch.randn(1, 2, 48)
     inner = torch.nn.functional.linear(x, block.fc1.weight[:96], block.fc1.bias[:96])
@@ -414,7 +414,7 @@ def soft(wrap: Callable[[dict[str, Tensor]], dict[str, Any]]) -> EncoderFile:
             tensors[key] = torch.from_numpy(
                 np.array(fill().fill(key, [small.get(n, n) for n in shape]))
             )
-    return checkpoint_of(Path("hubert-soft.pt"), wrap(tensors))
+    return parse_encoder_file(Path("hubert-soft.pt"), wrap(tensors))
 
 
 def test_hubert_soft_in_its_old_and_its_new_file() -> None:
@@ -438,7 +438,7 @@ def misfit(change: Callable[[dict[str, Any]], object]) -> str:
     content = base()
     change(content)
     with pytest.raises(CheckpointError) as caught:
-        checkpoint_of(Path("file.pt"), content)
+        parse_encoder_file(Path("file.pt"), content)
     assert "file.pt" in str(caught.value) and "fairseq HuBERT" in str(caught.value)
     return str(caught.value)
 
@@ -489,7 +489,7 @@ def misfit_config(key: str, value: Any) -> str:
     content = base()
     content["cfg"]["model"][key] = value
     with pytest.raises(CheckpointError) as caught:
-        checkpoint_of(Path("file.pt"), content)
+        parse_encoder_file(Path("file.pt"), content)
     return str(caught.value)
 
 
@@ -500,7 +500,7 @@ def test_shapes_decide_where_the_configuration_lies(wav: Tensor, tmp_path: Path)
     for i in range(7):
         del content["model"][f"feature_extractor.conv_layers.{i}.0.bias"]
     golden = np.load(GOLDEN / "tiny_hubert_large_noconvbias_out.npz")
-    checkpoint = checkpoint_of(Path("a.pt"), content)
+    checkpoint = parse_encoder_file(Path("a.pt"), content)
     for layer in (1, 2, 3):
         part = checkpoint.take(layer, normalize_wav=False)
         assert_golden(part, wav, golden[f"layer{layer}"])
@@ -547,7 +547,7 @@ def test_a_wrong_name_says_which_is_right(file: str, name: str, right: str) -> N
 def test_models_of_other_trades_are_named(keys: list[str], what: str) -> None:
     content = {"model": {key: torch.zeros(1) for key in keys}, "iteration": 1}
     with pytest.raises(CheckpointError, match=what):
-        checkpoint_of(Path("G_0.pth"), content)
+        parse_encoder_file(Path("G_0.pth"), content)
 
 
 def test_a_folder_of_another_model_is_named(tmp_path: Path) -> None:
@@ -583,7 +583,7 @@ def test_a_projection_is_asked_for_in_words_where_there_is_none(tmp_path: Path) 
 )
 def test_our_format_is_the_same_network(file: str, tmp_path: Path) -> None:
     source = read_encoder_file(GOLDEN / file)
-    save_checkpoint(source, tmp_path / "a.safetensors")
+    save_encoder_file(source, tmp_path / "a.safetensors")
     ours = read_encoder_file(tmp_path / "a.safetensors")
     assert (ours.config, ours.family) == (source.config, source.family)
     for layers in (2, None):
@@ -594,7 +594,7 @@ def test_our_format_is_the_same_network(file: str, tmp_path: Path) -> None:
 
 def test_our_format_in_half_precision_loads_as_float32(tmp_path: Path) -> None:
     source = read_encoder_file(GOLDEN / "tiny_wavlm.pt")
-    save_checkpoint(source, tmp_path / "a.safetensors", torch.float16)
+    save_encoder_file(source, tmp_path / "a.safetensors", torch.float16)
     stored, _ = read_safetensors(tmp_path / "a.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.float16}
     _, tensors = read_encoder_file(tmp_path / "a.safetensors").take()
@@ -617,7 +617,7 @@ def test_a_damaged_header_of_ours_is_an_error_in_words(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
     path = tmp_path / "a.safetensors"
-    save_checkpoint(read_encoder_file(GOLDEN / "tiny_wavlm.pt"), path)
+    save_encoder_file(read_encoder_file(GOLDEN / "tiny_wavlm.pt"), path)
     tensors, metadata = read_safetensors(path)
     header = json.loads(metadata["cantor"]) | changes
     save_safetensors(path, tensors, {"cantor": json.dumps(header)})
@@ -632,10 +632,10 @@ def test_layers_beyond_the_wanted_one_are_not_read(file: str, tmp_path: Path) ->
     if file == "a.pt":
         shutil.copy(source, tmp_path / file)
     else:
-        save_checkpoint(read_encoder_file(source), tmp_path / file)
+        save_encoder_file(read_encoder_file(source), tmp_path / file)
     config, tensors = read_encoder_file(tmp_path / file).take(1)
     assert len(config.layers) == 1 and not any(name.startswith("layers.1") for name in tensors)
-    save_checkpoint(read_encoder_file(GOLDEN / "tiny_wavlm.pt"), tmp_path / file)
+    save_encoder_file(read_encoder_file(GOLDEN / "tiny_wavlm.pt"), tmp_path / file)
     _, expected = read_encoder_file(source).take(1)
     assert all(torch.equal(t, expected[name]) for name, t in tensors.items())
     tensors["projection.bias"].zero_()

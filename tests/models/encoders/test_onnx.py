@@ -201,7 +201,7 @@ def test_another_names_file_is_told(tmp_path: Path, graph: Path, soft: Path) -> 
         load_onnx("contentvec256l9-onnx", str(soft))
     with pytest.raises(CheckpointError, match="its name is contentvec256l9-onnx or"):
         load_onnx("hubertsoft-onnx", str(graph))
-    with pytest.raises(CheckpointError, match="7 frames of width 2; no encoder here does that"):
+    with pytest.raises(CheckpointError, match="7 frames of width 2; no encoder has that"):
         load_onnx("hubertsoft-onnx", small(tmp_path / "turned.onnx", 7, transposed=False))
 
 
@@ -211,10 +211,13 @@ FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ([("wav", FLOAT, [1, "samples"])], r"takes tensor\(float\) \[1, 'samples'\]; an encoder"),
-        ([("wav", FLOAT, [1, 80, "frames"])], r"takes tensor\(float\) \[1, 80, 'frames'\]"),
-        ([("wav", HALF, [1, 1, "samples"])], r"takes tensor\(float16\)"),
-        ([("wav", FLOAT, [1, 1, 16000])], "takes clips of 16000 samples alone"),
+        (
+            [("wav", FLOAT, [1, "samples"])],
+            r"has the input tensor\(float\) \[1, 'samples'\]; an encoder",
+        ),
+        ([("wav", FLOAT, [1, 80, "frames"])], r"has the input tensor\(float\) \[1, 80, 'frames'\]"),
+        ([("wav", HALF, [1, 1, "samples"])], r"has the input tensor\(float16\)"),
+        ([("wav", FLOAT, [1, 1, 16000])], "accepts only clips of 16000 samples"),
         (
             [("c", FLOAT, [1, 1, "f"]), ("f0", FLOAT, [1, "f"]), ("sid", FLOAT, [1])],
             r"takes 3 inputs \(c, f0, sid\): it is a whole voice model",
@@ -244,7 +247,7 @@ def test_a_graph_with_another_input(
 
 
 def test_a_graph_with_another_output(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="gives float16"):
+    with pytest.raises(CheckpointError, match="returns float16"):
         load_onnx("contentvec256l9-onnx", small(tmp_path / "half.onnx", half=True))
     with pytest.raises(CheckpointError, match="cannot run on a waveform"):
         load_onnx("contentvec256l9-onnx", small(tmp_path / "long.onnx", reach=2000))

@@ -176,7 +176,7 @@ def check_config(config: Wav2Vec2Config, published: dict[str, list]) -> None:
 
 def test_a_file_without_gates_is_refused(golden: Path) -> None:
     for name in ("tiny_dphubert.pth", "tiny_hubert_base.pt"):
-        with pytest.raises(CheckpointError, match=f"{name} is no DPHuBERT with gates"):
+        with pytest.raises(CheckpointError, match=f"{name} is not a DPHuBERT with gates"):
             read_gated(golden / "encoders" / name)
 
 

@@ -106,9 +106,9 @@ def test_no_noise_leaves_the_module_alone() -> None:
         (nn.Conv2d(6, 4, 1), 0.1, "blocks of 4 do not divide the 6 inputs"),
         (nn.Conv2d(4, 4, 3), 0.1, "blocks of 4 do not divide the 9 values of the kernel"),
         (nn.Conv1d(4, 4, 3), 0.1, "blocks of 4 do not divide the 3 values of the kernel"),
-        (nn.LayerNorm(8), 0.1, "not for LayerNorm"),
-        (nn.Linear(8, 8), 1.0, "below 1, not 1.0"),
-        (nn.Linear(8, 8), -0.1, "below 1, not -0.1"),
+        (nn.LayerNorm(8), 0.1, "not LayerNorm"),
+        (nn.Linear(8, 8), 1.0, "is 1.0; it must be in 0 to below 1"),
+        (nn.Linear(8, 8), -0.1, "is -0.1; it must be in 0 to below 1"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(module: nn.Module, p: float, message: str) -> None:

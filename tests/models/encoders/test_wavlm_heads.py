@@ -286,7 +286,7 @@ def test_every_layout_of_a_folder(golden: Path, tmp_path: Path, layout: str) -> 
         (lambda t: t.update({"wavlm.odd.bias": torch.zeros(3)}), "odd.bias"),
         (lambda t: t.update({"classifier.bias": torch.zeros(3)}), "classifier.bias"),
         (lambda t: t.update({"layer_weights": torch.zeros(4)}), "layer_weights"),
-        (lambda t: t.update({"tdnn.0.kernel.weight": torch.zeros(4)}), "impossible shape"),
+        (lambda t: t.update({"tdnn.0.kernel.weight": torch.zeros(4)}), "invalid shape"),
         (lambda t: t.update({"tdnn.5.kernel.weight": torch.zeros(4, 4)}), "6 time-delay layers"),
         (lambda t: t.update({"odd.bias": torch.zeros(3)}), "odd.bias"),
         (lambda t: [t.pop(k) for k in list(t) if not k.startswith("wavlm.")], "no head"),

@@ -244,17 +244,17 @@ CONV = "unet.encoder.layers.1.conv.0.conv.0.weight"
     [
         (lambda state: state.pop(CONV), f"lacks {CONV}"),
         (lambda state: state.pop("cnn.bias"), "lacks cnn.bias"),
-        (lambda state: state.pop("fc.0.gru.weight_hh_l0"), "no RMVPE.*weight_hh_l0"),
-        (lambda state: state.update(extra=torch.zeros(1)), "has besides extra"),
-        (lambda state: state.update(epoch=3), "has besides epoch"),
+        (lambda state: state.pop("fc.0.gru.weight_hh_l0"), "not an RMVPE.*weight_hh_l0"),
+        (lambda state: state.update(extra=torch.zeros(1)), "has unknown keys: extra"),
+        (lambda state: state.update(epoch=3), "has unknown keys: epoch"),
         (
             lambda state: state.update({CONV: state[CONV].transpose(0, 1).contiguous()}),
-            r"conv\.0\.weight \(has \(2, 4, 3, 3\), wanted is \(4, 2, 3, 3\)\)",
+            r"conv\.0\.weight \(is \(2, 4, 3, 3\), must be \(4, 2, 3, 3\)\)",
         ),
         (lambda state: state.update({"fc.1.weight": torch.zeros(128, 12)}), r"fc\.1\.weight"),
         (lambda state: state.pop("unet.tf.layers.2.conv.0.weight"), "lacks unet.tf"),
         (lambda state: [state.pop(key) for key in list(state) if "layers.3" in key], "more"),
-        (lambda state: state.clear(), "no RMVPE"),
+        (lambda state: state.clear(), "not an RMVPE"),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -295,7 +295,9 @@ def test_weights_that_are_no_real_numbers_are_refused(dtype: torch.dtype, tmp_pa
     path = tmp_path / "rmvpe.pt"
     torch.save(tiny_rmvpe_weights() | {"cnn.weight": torch.ones(3, 2, 3, 3).to(dtype)}, path)
     for read in (check_rmvpe, load_rmvpe):
-        with pytest.raises(CheckpointError, match=r"no real numbers in cnn\.weight \(torch\."):
+        with pytest.raises(
+            CheckpointError, match=r"no floating-point tensor for cnn\.weight \(torch\."
+        ):
             read(path)
 
 
@@ -305,14 +307,14 @@ def test_a_network_without_one_of_its_parts_is_refused(lacking: str, tmp_path: P
     path = tmp_path / "rmvpe.pt"
     torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
     for read in (check_rmvpe, load_rmvpe):
-        with pytest.raises(CheckpointError, match="holds no RMVPE"):
+        with pytest.raises(CheckpointError, match="is not an RMVPE"):
             read(path)
 
 
 def test_a_key_that_is_no_text_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rmvpe.pt"
     torch.save(tiny_rmvpe_weights() | {5: torch.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match="has besides 5"):
+    with pytest.raises(CheckpointError, match="has unknown keys: 5"):
         check_rmvpe(path)
 
 
@@ -386,10 +388,10 @@ def test_other_graphs_are_refused(plain: PlainRmvpe, tmp_path: Path, golden: Pat
     logits = export(_Other(360), tmp_path / "logits.onnx", dynamic_axes=axes)
     encoder = golden / "encoders" / "vec-tiny-layer-3.onnx"
     for path, says in (
-        (fixed, "64 frames alone"),
-        (narrow, r"gives float32 \[1, 64, 100\]"),
-        (logits, "beyond 0 to 1"),
-        (encoder, r"takes tensor\(float\) \[1, 1, "),
+        (fixed, "only clips of 64 frames"),
+        (narrow, r"returns float32 \[1, 64, 100\]"),
+        (logits, "outside 0 to 1"),
+        (encoder, r"has the input tensor\(float\) \[1, 1, "),
     ):
         for read in (check_rmvpe, load_rmvpe):
             with pytest.raises(CheckpointError, match=says):

@@ -85,7 +85,7 @@ def test_automatic_is_the_key_that_it_finds(enhancer: Enhancer) -> None:
 @pytest.mark.parametrize("key", [-25, 25, float("nan"), float("inf")])
 def test_a_key_out_of_range_is_refused(key: float, enhancer: Enhancer) -> None:
     wav, f0 = tone()
-    with pytest.raises(ValueError, match=r"key is .*; it must lie in -24 to 24 semitones"):
+    with pytest.raises(ValueError, match=r"key is .*; it must be in -24 to 24 semitones"):
         enhancer.enhance(wav, 44100, f0, 64, key)
 
 

@@ -148,11 +148,11 @@ def test_refuses_what_the_voice_cannot(exported: Export) -> None:
     config = exported("vol").voice.config
     inputs = (torch.zeros(1, config.units_dim, 9), torch.full((1, 9), 220.0), torch.ones(1, 9))
     speaker = torch.tensor([1])
-    with pytest.raises(ValueError, match="takes the volume"):
+    with pytest.raises(ValueError, match="needs the volume"):
         exported("vol").network.infer(*inputs, speaker, noise=NoNoise())
-    with pytest.raises(ValueError, match="without a pitch predictor"):
+    with pytest.raises(ValueError, match="has no pitch predictor"):
         exported("noautof0").network.infer(*inputs, speaker, noise=NoNoise(), predict_f0=True)
-    with pytest.raises(ValueError, match="weights for 4 speakers, and this voice has 5"):
+    with pytest.raises(ValueError, match="weights for 4 speakers, but this voice has 5"):
         exported("base").network.infer(*inputs, torch.ones(1, 4), noise=NoNoise())
 
 
@@ -174,11 +174,15 @@ def test_files_of_two_voices_are_refused(folder: Path, exported: Export) -> None
     path.write_text(json.dumps(content | {"licence": "all rights reserved"}))
     assert OnnxSynthesizer(folder).voice.licence == "all rights reserved"
     path.write_text(json.dumps(content | {"step": 9}))
-    with pytest.raises(CheckpointError, match=r"voice\.onnx and voice\.json of .* not of one"):
+    with pytest.raises(
+        CheckpointError, match=r"voice\.onnx and voice\.json in .* do not belong together"
+    ):
         OnnxSynthesizer(folder)
     path.write_text(json.dumps(content))
     shutil.copy(exported("share").folder / MELODY, folder)
-    with pytest.raises(CheckpointError, match=r"melody\.onnx and voice\.json of .* not of one"):
+    with pytest.raises(
+        CheckpointError, match=r"melody\.onnx and voice\.json in .* do not belong together"
+    ):
         OnnxSynthesizer(folder)
 
 
@@ -188,7 +192,10 @@ def test_what_is_no_exported_voice_is_refused(folder: Path, golden: Path) -> Non
         (b"", "is empty"),
         (b"<html>", "no ONNX graph that onnxruntime can run"),
         (whole[: len(whole) // 2], "no ONNX graph that onnxruntime can run"),
-        ((golden / "encoders" / "vec-tiny-layer-3.onnx").read_bytes(), "holds no voice of ours"),
+        (
+            (golden / "encoders" / "vec-tiny-layer-3.onnx").read_bytes(),
+            "does not have the weights of a Cantor voice",
+        ),
     ):
         (folder / GRAPH).write_bytes(content)
         with pytest.raises(CheckpointError, match=words):
@@ -198,7 +205,7 @@ def test_what_is_no_exported_voice_is_refused(folder: Path, golden: Path) -> Non
     with pytest.raises(CheckpointError, match=r"melody\.onnx does not exist"):
         OnnxSynthesizer(folder)
     (folder / GRAPH).unlink()
-    with pytest.raises(CheckpointError, match=r"holds no voice: it has no voice\.onnx"):
+    with pytest.raises(CheckpointError, match=r"is not a voice: it has no voice\.onnx"):
         OnnxSynthesizer(folder)
 
 
@@ -207,7 +214,7 @@ def test_without_onnx_the_error_says_what_to_install(
 ) -> None:
     voice = exported("base").voice
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ValueError, match=r"needs onnx: install cantor\[onnx\]"):
+    with pytest.raises(ValueError, match=r"needs onnx: pip install 'cantor\[onnx\]'"):
         export_voice(tmp_path, voice)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ValueError, match="a voice as ONNX needs onnxruntime: install"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.synthesizer import tiles
-from models.synthesizer.blocks.decoder import Generator, for_singing
+from models.synthesizer.blocks.decoder import Generator, prepare_for_inference
 from models.synthesizer.blocks.noise import KeyedNoise, NoNoise
 from models.synthesizer.blocks.source import HARMONICS, SineSource
 from models.synthesizer.sovits.networks import Synthesizer
@@ -73,7 +73,7 @@ def test_in_float32(
     for _ in range(2):
         tiled = decoder.infer(z, f0, g, KeyedNoise([1, 2]))
         torch.testing.assert_close(tiled, whole, rtol=0, atol=ROUNDING[variant])
-        for_singing(decoder)
+        prepare_for_inference(decoder)
 
 
 @pytest.mark.usefixtures("short_tiles")
@@ -99,7 +99,7 @@ def test_prepared_for_singing(reference: Reference, filled: Filled) -> None:
     units, f0, voiced = (torch.from_numpy(arrays[f"in/{name}"]) for name in ("c", "f0", "uv"))
     speaker = torch.from_numpy(arrays["in/spk"])[:, 0]
     before, _ = network.infer(units, f0, voiced, speaker, noise=NoNoise())
-    assert for_singing(network) is network
+    assert prepare_for_inference(network) is network
     after, _ = network.infer(units, f0, voiced, speaker, noise=NoNoise())
     torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
     assert not any(name.endswith("weight_v") for name in network.state_dict())

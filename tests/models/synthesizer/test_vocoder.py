@@ -103,27 +103,27 @@ REFUSED_FILES: dict[str, tuple[dict[str, Any], str]] = {
     "missing": ({"generator": tiny_state(**{"ups.1.bias": None})}, r"lacks 1 of 90 .* ups.1.bias$"),
     "misshapen": (
         {"generator": tiny_state(**{"ups.1.bias": torch.zeros(3)})},
-        r"another shape in ups.1.bias \(has \(3,\), wanted is \(8,\)\)",
+        r"other shapes: ups.1.bias \(is \(3,\), must be \(8,\)\)",
     ),
-    "surplus": ({"generator": tiny_state(extra=torch.zeros(1))}, "do not belong to it: extra$"),
+    "surplus": ({"generator": tiny_state(extra=torch.zeros(1))}, "1 unknown tensors: extra$"),
     "not finite": (
         {"generator": tiny_state(**{"ups.1.bias": torch.full((8,), torch.nan)})},
-        "infinite or none ups.1.bias",
+        "has NaN or infinity in ups.1.bias",
     ),
-    "voice": ({"model": {"enc_p.proj.weight": torch.zeros(1)}}, "is a voice, which sings from"),
+    "voice": ({"model": {"enc_p.proj.weight": torch.zeros(1)}}, "is a voice, which takes"),
     "rvc": ({"weight": {"enc_p.emb_phone.weight": torch.zeros(1)}}, "is a voice of RVC"),
     "discriminator": ({"model": {"discriminators.0.x": torch.zeros(1)}}, "is a discriminator"),
     "vocoder's discriminators": ({"mpd": {}, "msd": {}}, "is a vocoder's discriminators"),
     "in training": (
         {"state_dict": {"generator.conv_pre.bias": torch.zeros(1)}},
-        "is a vocoder in training; its generator alone is needed",
+        "is a vocoder's training checkpoint; only its generator is needed",
     ),
     "hifigan": (
         {"generator": tiny_state(**{"m_source.l_linear.weight": None})},
         "is a vocoder without a sine source",
     ),
     "encoder": ({"model": {"encoder.layers.0.x": torch.zeros(1)}}, "is an encoder of units"),
-    "k-means": ({"ann": {"cluster_centers_": torch.zeros(2, 2)}}, "centres of clusters"),
+    "k-means": ({"ann": {"cluster_centers_": torch.zeros(2, 2)}}, "cluster centres"),
 }
 
 
@@ -140,14 +140,14 @@ def test_refused_files(tmp_path: Path, kind: str) -> None:
     "changed, message",
     [
         ({"hop_size": 128}, "hop_size is 128, but the product of upsample_rates is 64"),
-        ({"hop_size": "64"}, "hop_size is '64', which is no whole number"),
-        ({"upsample_rates": [8, 9]}, "upsample_kernel_sizes has 16 where .* has 9"),
+        ({"hop_size": "64"}, "hop_size is '64'; it must be a whole number"),
+        ({"upsample_rates": [8, 9]}, "upsample_kernel_sizes has 16 for the rate 9"),
         ({"resblock_dilation_sizes": [[1, 3, 0], [1, 3, 5]]}, "resblock_dilation_sizes is 0"),
-        ({"resblock": "3"}, "resblock is '3'; there are 1, 2"),
+        ({"resblock": "3"}, "resblock is '3'; choose from 1, 2"),
         ({"win_size": 512}, "win_length is 512"),
         ({"sampling_rate": 0}, "sampling_rate is 0"),
-        ({"mini_nsf": True}, "mini_nsf is true, which is another network"),
-        ({"upsample_initial_channel": 64}, "does not fit the vocoder that config.json describes"),
+        ({"mini_nsf": True}, "mini_nsf is true, which is not supported"),
+        ({"upsample_initial_channel": 64}, "does not match the vocoder that config.json describes"),
     ],
 )
 def test_refused_settings(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
@@ -162,7 +162,7 @@ def test_refused_without_its_settings(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config.json: resblock, .*hop_size are missing"):
         load_vocoder(path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"needs its config\.json beside it"):
+    with pytest.raises(CheckpointError, match=r"needs its config\.json in the same folder"):
         load_vocoder(path)
     with pytest.raises(CheckpointError, match="is a folder"):
         load_vocoder(tmp_path)

@@ -62,5 +62,5 @@ def test_frames_of_short_wavs(samples: int) -> None:
 def test_refused() -> None:
     with pytest.raises(ValueError, match="no samples"):
         vocoder_mel(torch.zeros(1, 0), SMALL, 16000, 64)
-    with pytest.raises(ValueError, match=r"256 samples cannot be 320 apart \(speed 5\)"):
+    with pytest.raises(ValueError, match=r"256 samples cannot have a hop of 320 \(speed 5\)"):
         vocoder_mel(torch.zeros(1, 640), SMALL, 16000, 64, speed=5)

@@ -372,7 +372,7 @@ def test_the_melody_that_the_voice_guesses_is_what_is_asked(
     assert conversion.pieces == 5
     np.testing.assert_allclose(conversion.target_f0, 2 * conversion.f0, rtol=1e-4)
     write_small_voice(tmp_path / "plain", predict_f0=False)
-    with pytest.raises(UserError, match="built without a pitch predictor"):
+    with pytest.raises(UserError, match="has no pitch predictor"):
         read_request(tmp_path / "plain", ["voice.speaker=ann", "pitch.predict=true"])
 
 

@@ -170,7 +170,7 @@ def test_centres_of_so_vits_svc_that_do_not_fit_are_refused(tmp_path: Path) -> N
     words = write_kmeans(tmp_path / "words.pt", ann="centres")
     assert "words.pt has no centres of speaker 'ann'" in refused(codebook=words)
     torch.save({"model": {"emb_g.weight": torch.zeros(2, 3)}}, tmp_path / "G_0.pth")
-    assert "neither a codebook, which `codebook` makes" in refused(codebook=tmp_path / "G_0.pth")
+    assert "neither a codebook of `cantor codebook`" in refused(codebook=tmp_path / "G_0.pth")
 
 
 def test_codebooks_of_other_voices_are_refused(tmp_path: Path) -> None:

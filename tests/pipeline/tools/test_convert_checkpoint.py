@@ -105,7 +105,7 @@ def test_what_a_file_is(encoders: Path, file: str, expected: dict[str, str]) -> 
 def test_a_graph_that_is_no_encoder_is_not_described_as_one(tmp_path: Path) -> None:
     broken = tmp_path / "half.onnx"
     broken.write_bytes(b"\x08\x09 and then nothing that is a graph")
-    with pytest.raises(UserError, match="no ONNX graph"):
+    with pytest.raises(UserError, match="not an ONNX graph"):
         describe_checkpoint(broken)
 
 

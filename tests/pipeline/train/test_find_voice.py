@@ -166,7 +166,7 @@ def test_a_model_without_its_config_or_with_a_broken_one(sovits_folder: Path) ->
     config = sovits_folder / "config.json"
     content = config.read_text()
     config.write_text("{")
-    assert "config.json is no JSON file" in refusal(sovits_folder)
+    assert "config.json is not a JSON file" in refusal(sovits_folder)
     config.write_text(json.dumps({**json.loads(content), "model": {"ssl_dim": 768}}))
     assert "config.json" in refusal(sovits_folder)
     config.unlink()
@@ -197,7 +197,7 @@ def test_half_of_a_voice_of_ours(cantor_voice: Path, tmp_path: Path) -> None:
     assert DESCRIPTION in refusal(tmp_path)
     shutil.copy(cantor_voice / DESCRIPTION, tmp_path / DESCRIPTION)
     (tmp_path / WEIGHTS).write_bytes(b"junk")
-    assert "no whole safetensors file" in refusal(tmp_path)
+    assert "not a complete safetensors file" in refusal(tmp_path)
     (tmp_path / WEIGHTS).unlink()
     assert refusal(tmp_path / DESCRIPTION).endswith(f"it has no {WEIGHTS}")
 

@@ -404,7 +404,7 @@ def test_a_run_begins_with_the_weights_of_another(data: Path, whole: Path, tmp_p
         with pytest.raises(UserError, match=message):
             continued(data, tmp_path / "new", start, *words)
     wide = write_small_dataset(tmp_path / "wide", dim=9)
-    with pytest.raises(UserError, match="width of the units is 9, and the voice has 8"):
+    with pytest.raises(UserError, match="width of the units is 9, but the voice has 8"):
         continued(wide, tmp_path / "new", whole)
     assert list(tmp_path.glob("new/checkpoints/*")) == []
 

@@ -316,7 +316,7 @@ def test_voiced_runs() -> None:
     ],
 )
 def test_settings_out_of_range_are_named(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"f0\.{name} must lie"):
+    with pytest.raises(ValueError, match=rf"f0\.{name} must be"):
         F0Config(**{name: value})  # type: ignore[arg-type]
 
 

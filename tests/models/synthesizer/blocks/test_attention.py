@@ -238,7 +238,7 @@ def test_learns_in_bfloat16() -> None:
 
 
 def test_an_encoder_too_shallow_for_its_speaker_says_so() -> None:
-    with pytest.raises(ValueError, match="needs as many, not 2"):
+    with pytest.raises(ValueError, match="needs 3 layers or more, not 2"):
         TransformerEncoder(8, 12, 2, 2, gin_channels=6)
 
 

@@ -77,7 +77,7 @@ def test_what_is_drawn_is_of_the_dtype_that_is_asked_for() -> None:
     "shape", [(2, 3, 10), (1, 3, 9), (1, 3, 11), (1, 3, 20), (1, 9, 10 * HOP + 1), (1, 9, HOP)]
 )
 def test_shapes_that_are_not_of_the_stretch_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="are no numbers for 10 frames"):
+    with pytest.raises(ValueError, match="does not fit one example of 10 frames"):
         PlacedNoise(1, 0, 10, HOP).normal(torch.empty(shape))
 
 

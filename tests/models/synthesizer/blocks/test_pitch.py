@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from models.synthesizer.blocks.pitch import f0_to_coarse, normalize_f0, transpose
+from models.synthesizer.blocks.pitch import f0_to_coarse, normalize_f0
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_the_peers_bins(
     given: str, expected: str, dtype: torch.dtype, reference: dict[str, NDArray[np.generic]]
 ) -> None:
     f0 = torch.from_numpy(reference[given]).to(dtype)
-    bins = f0_to_coarse(f0, peer=True)
+    bins = f0_to_coarse(f0, sovits=True)
     assert bins.dtype == torch.int64
     np.testing.assert_array_equal(bins.numpy(), reference[expected])
 
@@ -60,7 +60,7 @@ def test_the_articles_bins(
 def test_what_lies_outside_the_range() -> None:
     f0 = torch.tensor([[0.0, 20.0, 50.0], [1100.0, 1104.0, 20000.0]])
     assert f0_to_coarse(f0).tolist() == [[1, 1, 1], [255, 255, 255]]
-    assert f0_to_coarse(f0, peer=True).tolist() == [[1, 1, 1], [255, 0, 0]]
+    assert f0_to_coarse(f0, sovits=True).tolist() == [[1, 1, 1], [255, 0, 0]]
 
 
 def test_every_bin_is_met_in_order() -> None:
@@ -80,22 +80,6 @@ def test_other_bins_and_range() -> None:
 def test_a_range_without_bins_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="mel bins need"):
         f0_to_coarse(torch.ones(1), **wrong)  # type: ignore[arg-type]
-
-
-# transpose
-
-
-def test_transpose() -> None:
-    f0 = torch.tensor([0.0, 220.0, 440.0])
-    assert transpose(f0, 12).tolist() == [0, 440, 880]
-    torch.testing.assert_close(transpose(f0, -7), f0 * 2 ** (-7 / 12))
-    torch.testing.assert_close(transpose(transpose(f0, 3.5), -3.5), f0)
-
-
-def test_transpose_each_item_by_its_own() -> None:
-    f0 = torch.tensor([[100.0, 0.0], [100.0, 200.0]])
-    out = transpose(f0, torch.tensor([[0.0], [24.0]]))
-    assert out.tolist() == [[100, 0], [400, 800]]
 
 
 # normalize_f0

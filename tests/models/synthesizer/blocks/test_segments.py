@@ -90,7 +90,7 @@ def test_gradient_of_a_segment_is_where_it_was_taken() -> None:
 
 
 def test_a_segment_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="segment of 20 does not fit into 19"):
+    with pytest.raises(ValueError, match="segment of 20 frames does not fit into 19"):
         slice_segments(torch.zeros(1, 2, 19), torch.zeros(1, dtype=torch.int64), 20)
 
 

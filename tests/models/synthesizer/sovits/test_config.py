@@ -157,30 +157,30 @@ def change(section: str, **values: Any) -> Callable[[Content], None]:
     ("spoil", "words"),
     [
         (lambda c: c.pop("model"), "the section 'model' is missing"),
-        (lambda c: c.update(spk=["nyaru"]), "the section 'spk' is no object"),
+        (lambda c: c.update(spk=["nyaru"]), "the section 'spk' is not an object"),
         (lambda c: c["model"].pop("n_heads"), "model.n_heads is missing"),
         (lambda c: [c["data"].pop(k) for k in ("hop_length", "mel_fmax")],
          "data.hop_length, data.mel_fmax are missing"),
         (change("model", vocoder_name="hifigan"),
-         "model.vocoder_name is 'hifigan'; there are nsf-hifigan, nsf-snake-hifigan"),
+         "model.vocoder_name is 'hifigan'; choose from nsf-hifigan, nsf-snake-hifigan"),
         (change("model", speech_encoder="vec768l13"), "model.speech_encoder is 'vec768l13'"),
         (change("model", speech_encoder=["vec768l12"]), "model.speech_encoder is"),
         (change("model", speech_encoder="vec256l9"),
-         "vec256l9, whose units have 256 numbers, but model.ssl_dim is 768"),
+         "vec256l9, whose units have the width 256, but model.ssl_dim is 768"),
         (change("data", hop_length=441), "data.hop_length is 441, but the product .* is 512"),
         (change("data", unit_interpolate_mode="area"), "data.unit_interpolate_mode is 'area'"),
         (change("data", filter_length=0), "data.filter_length is 0; it must be 1 or more"),
         (change("data", win_length=4096), "mel.win_length is 4096"),
         (change("model", n_heads=5), "hidden_channels is 192; it must be a multiple"),
-        (change("model", n_layers="6"), "model.n_layers is '6', which is no whole number"),
-        (change("model", n_layers=True), "model.n_layers is True, which is no whole number"),
+        (change("model", n_layers="6"), "model.n_layers is '6'; it must be a whole number"),
+        (change("model", n_layers=True), "model.n_layers is True; it must be a whole number"),
         (change("model", n_speakers=0), "model.n_speakers is 0; it must be 1 or more"),
-        (change("model", resblock=1), "model.resblock is 1; there are 1, 2"),
+        (change("model", resblock=1), "model.resblock is 1; choose from 1, 2"),
         (change("model", upsample_rates=[8, 8, 2, 2, 0]), r"upsample_rates is \[8, 8, 2, 2, 0\]"),
-        (change("model", upsample_rates=[]), "model.upsample_rates has no numbers"),
+        (change("model", upsample_rates=[]), "model.upsample_rates is empty"),
         (change("model", resblock_dilation_sizes=[[1, "3"]]),
-         r"resblock_dilation_sizes\[0\]\[1\] is '3', which is no whole number"),
-        (change("model", vol_embedding=1), "model.vol_embedding is 1, which is no true or false"),
+         r"resblock_dilation_sizes\[0\]\[1\] is '3'; it must be a whole number"),
+        (change("model", vol_embedding=1), "model.vol_embedding is 1; it must be a boolean"),
         (change("spk", extra=200), "spk.extra is 200; .* below model.n_speakers, 200"),
         (change("spk", twin=0), "spk.twin and spk.nyaru are both 0"),
     ],
@@ -211,6 +211,6 @@ def test_what_so_vits_svc_does_not_have_is_not_written() -> None:
     config = SovitsConfig(
         network=network, mel=MelConfig(), speakers={}, encoder="log-mel", expand="left"
     )
-    with pytest.raises(ValueError, match="no encoder that gives the units of log-mel"):
+    with pytest.raises(ValueError, match="does not have the encoder log-mel"):
         config_json(config)
     assert "speech_encoder" not in config_json(bare_config(network))["model"]

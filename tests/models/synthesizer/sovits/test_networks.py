@@ -164,7 +164,7 @@ def test_a_mix_of_one_speaker_is_the_speaker(reference: Reference, filled: Fille
     for weights in (mix, mix[:, None].expand(1, batch.f0.shape[1], 5)):
         mixed, _ = network.infer(*inputs, weights, noise=NoNoise())
         close(mixed, alone.numpy(), 1e-5)
-    with pytest.raises(ValueError, match="weights for 4 speakers, and this voice has 5"):
+    with pytest.raises(ValueError, match="weights for 4 speakers, but this voice has 5"):
         network.infer(*inputs, mix[:, :4], noise=NoNoise())
 
 
@@ -172,7 +172,7 @@ def test_refuses_what_the_voice_cannot(reference: Reference) -> None:
     arrays = reference("svc_tiny_noautof0")
     batch = batch_of(arrays)
     inputs = (batch.units, batch.f0, batch.voiced, batch.speaker)
-    with pytest.raises(ValueError, match="without a pitch predictor"):
+    with pytest.raises(ValueError, match="has no pitch predictor"):
         Synthesizer(config_of(arrays)).infer(*inputs, noise=NoNoise(), predict_f0=True)
-    with pytest.raises(ValueError, match="takes the volume"):
+    with pytest.raises(ValueError, match="needs the volume"):
         Synthesizer(config_of(reference("svc_tiny_vol"))).infer(*inputs, noise=NoNoise())

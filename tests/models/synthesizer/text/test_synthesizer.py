@@ -113,7 +113,7 @@ every_variant = pytest.mark.parametrize("case", TINY, indirect=True)
 @every_variant
 def test_the_peers_modules(case: Case) -> None:
     network, g = case.network, case.tensor("g")
-    case.equal(network._voice(case.speaker, case.spec), "g")
+    case.equal(network._speaker(case.speaker, case.spec), "g")
     text_mask, mask = case.tensor("enc_p/mask"), case.tensor("enc_q/mask")
     for found, name in zip(network.enc_p(case.text, text_mask, g), ("x", "m", "logs"), strict=True):
         case.equal(found, f"enc_p/{name}", MODULES * case.steep)
@@ -380,11 +380,11 @@ def test_a_short_inference_is_the_beginning_of_a_long_one(case: Case) -> None:
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"n_layers": 2}, "model.n_layers is 2; the speaker comes in before layer 3"),
+        ({"n_layers": 2}, "model.n_layers is 2; the speaker embedding is added before layer 3"),
         ({"n_flow_layers": 1}, "model.n_flow_layers is 1; the speaker"),
         ({"gin_channels": 0}, "model.gin_channels is 0"),
         ({"n_speakers": 1}, "model.n_speakers is 1; it must be 2 or more, or 0"),
-        ({"share_flow": True}, "model.share_flow is no option"),
+        ({"share_flow": True}, "model.share_flow is not supported"),
         ({"decoder": "nsf-hifigan"}, "model.decoder is nsf-hifigan"),
         ({"hidden_channels": 15}, "multiple of model.n_heads"),
     ],
@@ -399,8 +399,8 @@ def test_a_residual_flow_may_have_few_layers() -> None:
 
 
 def test_asks_for_the_voice(reference: Reference, filled: Filled, case: Case) -> None:
-    with pytest.raises(ValueError, match="has 5 speakers, and none was named"):
+    with pytest.raises(ValueError, match="has 5 speakers; name one"):
         case.network.infer(case.text, noise=NoNoise())
     heard = Case("refenc", reference, filled)
-    with pytest.raises(ValueError, match="heard from a spectrogram, and none was given"):
+    with pytest.raises(ValueError, match="needs a reference spectrogram"):
         heard.network.infer(heard.text, noise=NoNoise())
