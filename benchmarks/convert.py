@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What singing costs: our infer() beside so-vits-svc's arrangement of it, and a whole conversion.
+"""Cost of conversion: infer() against so-vits-svc's arrangement of it, and a whole conversion.
 
     python benchmarks/convert.py [--frames 200 790] [--batch 1 2] [--repeats 5] [--quick]
 
 so-vits-svc's template for 768-dimensional units, float32, without the f0 predictor. Both sides have
-the same weights, the same units and the same random numbers, and processes of their own, of one
-thread; they take turns, and the best of the repeats counts: other work on the machine can only add
-to CPU seconds. Then what `convert` takes of memory for songs of some lengths, by a small voice.
-With a GPU, infer() on it follows. docs/convert-speed.md says how to read it.
+the same weights, the same units and the same random numbers, and run in their own processes of one
+thread. They take turns, and the best of the repeats counts: other work on the machine can only add
+CPU seconds. Then the memory of `convert` for songs of several lengths with a small voice. With a
+GPU, infer() on it follows. docs/convert-speed.md explains the tables.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from models.synthesizer.blocks.pitch import f0_to_coarse
 from models.synthesizer.config import SynthesizerConfig
 
 _SCALE = 0.35  # of the noise
-_PEER = {(200, 2): 3.7, (790, 2): 24.1}  # seconds on another machine, (frames, batch)
+_SOVITS = {(200, 2): 3.7, (790, 2): 24.1}  # seconds on another machine, (frames, batch)
 
 Sing = Callable[[Batch, Noise], Tensor]
 """wav (B, T)."""
@@ -81,7 +81,7 @@ def plain_voice(config: SynthesizerConfig) -> Sing:
 
 
 def _undone(flow: Coupling, x: Tensor, mask: Tensor, g: Tensor) -> Tensor:
-    """What `flow` makes x of."""
+    """Invert `flow` on x."""
     kept, moved = torch.chunk(x, 2, dim=1)
     shift = flow.post(flow.enc(flow.pre(kept) * mask, mask, g)) * mask
     return torch.cat([kept, (moved - shift) * mask], dim=1)
@@ -95,14 +95,14 @@ SIDES = {"ours": our_voice, "plain": plain_voice}
 
 @dataclass(frozen=True)
 class Cost:
-    """CPU seconds of an infer(), and the peak RSS of its process meanwhile."""
+    """CPU seconds of an infer(), and the peak RSS of its process during it."""
 
     seconds: float
     peak_mb: float
 
 
 class Bench:
-    """One side, built and warm. Lives in a process of its own."""
+    """One side, built and warm, in its own process."""
 
     def __init__(self, side: str, config: SynthesizerConfig, frames: int, batch: int) -> None:
         torch.set_num_threads(1)
@@ -120,7 +120,7 @@ class Bench:
 def compare(
     config: SynthesizerConfig, frames: int, batch: int, repeats: int, allocator: dict[str, str]
 ) -> dict[str, Cost]:
-    """Of each side the best, in turns."""
+    """Measure both sides in turn; return the best of each."""
     from benchmarks.extract import THREADS  # not at the top: every process would import Ray
 
     costs: dict[str, list[Cost]] = {side: [] for side in SIDES}
@@ -153,7 +153,7 @@ def _measure() -> Cost:
 
 
 def on_gpu(frames: int, batch: int, repeats: int = 10) -> dict[str, float]:
-    """Seconds of ours and plain, the best of `repeats`, and peak memory of each in GB."""
+    """Measure seconds of both sides, the best of `repeats`, and the peak memory of each in GB."""
     found = {}
     clip = clips(TEMPLATE, frames, batch).to("cuda")
     for side, build in SIDES.items():
@@ -176,7 +176,7 @@ def on_gpu(frames: int, batch: int, repeats: int = 10) -> dict[str, float]:
 
 
 def conversion(minutes: float) -> Cost:
-    """CPU seconds and peak of a process that converts a song by a small voice of 16 kHz."""
+    """Measure CPU seconds and peak memory of converting a song with a small voice of 16 kHz."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -209,7 +209,7 @@ def _convert(folder: Path, minutes: float) -> Cost:
 
 
 def table(costs: dict[tuple[int, int], dict[str, Cost]], config: SynthesizerConfig) -> str:
-    """Rows by (frames, batch). RTF: CPU seconds of ours for each second of sound."""
+    """Return rows by (frames, batch). RTF: CPU seconds of Cantor per second of audio."""
     lines = [
         "| frames x batch | ours | plain | ratio | RTF | peak MB, ours | plain | so-vits-svc |",
         "|---|---|---|---|---|---|---|---|",
@@ -220,7 +220,7 @@ def table(costs: dict[tuple[int, int], dict[str, Cost]], config: SynthesizerConf
         lines.append(
             f"| {frames} x {batch} | {ours.seconds:.2f} | {plain.seconds:.2f} | "
             f"**{ours.seconds / plain.seconds:.2f}** | {ours.seconds / sound:.3f} | "
-            f"{ours.peak_mb:.0f} | {plain.peak_mb:.0f} | {_PEER.get((frames, batch), '-')} |"
+            f"{ours.peak_mb:.0f} | {plain.peak_mb:.0f} | {_SOVITS.get((frames, batch), '-')} |"
         )
     return "\n".join(lines)
 

@@ -1,18 +1,17 @@
 #!/usr/bin/env python3
-"""What units cost: our encoders beside transformers and onnxruntime, same weights, same clips.
+"""Cost of units: encoders against transformers and onnxruntime, same weights, same clips.
 
     python benchmarks/encode.py [--encoders contentvec768l12 ...] [--audio FOLDER] [--quick]
 
-Every candidate runs in processes of its own, in both arrangements of two cores: one process with
-two threads, two processes with one thread each (and half of the clips). A process loads, warms up
-and waits; what is timed is the clips alone. Real-time factors are wall seconds for each second of
-audio, CPU is user + system time of all processes, memory the peak RSS of the largest process while
-it encodes, and until then. All run with the allocator settings of our workers. Each figure is the
-best of the repeats: other work on the machine can only add to it.
+Every candidate runs in its own processes, in both arrangements of two cores: one process with two
+threads, two processes with one thread each (and half of the clips). A process loads, warms up and
+waits; only the clips are timed. Real-time factors are wall seconds per second of audio, CPU is user
++ system time of all processes, memory the peak RSS of the largest process while it encodes, and
+before. All run with the allocator settings of Cantor's workers. Each figure is the best of the
+repeats: other work on the machine can only add to it.
 
-Weights are drawn (tests/golden/encoders/fill.py), since none are published here; they cost what
-trained ones cost. With a GPU, a table of hours of audio for each hour follows.
-docs/benchmarks.md says how to read it.
+Weights are random (tests/golden/encoders/fill.py), which does not affect cost. With a GPU, a table
+of hours of audio per hour follows. docs/benchmarks.md explains the tables.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ Run = Callable[[list[Tensor]], list[Tensor]]
 
 @dataclass(frozen=True)
 class Network:
-    """An encoder of ours and the class of transformers that is the same network."""
+    """A Cantor encoder and the transformers class of the same network."""
 
     model: str
     config: str
@@ -102,10 +101,10 @@ def _transformers() -> ModuleType:
 
 
 def write_network(name: str, folder: Path, drawn: str = "fill", tiny: bool = False) -> Path:
-    """A Hugging Face folder that both sides load.
+    """Write a Hugging Face folder that both sides load.
 
-    drawn: "fill" (by the goldens' rule) or "usual" (as transformers draws them before training).
-    tiny: two narrow layers, to try the program out.
+    drawn: "fill" (by the goldens' rule) or "usual" (as transformers initialises them).
+    tiny: two narrow layers, to try the program.
     """
     transformers = _transformers()
     network = NETWORKS[name]
@@ -123,7 +122,7 @@ def write_network(name: str, folder: Path, drawn: str = "fill", tiny: bool = Fal
 
 
 def export_onnx(name: str, folder: Path, graph: Path) -> str:
-    """The network of transformers as a graph for onnxruntime; why not, where that fails."""
+    """Export the transformers network as a graph for onnxruntime; return the error if it fails."""
     model = _transformers_model(name, folder)
     example, axes = torch.zeros(1, SAMPLE_RATE), {0: "batch", 1: "time"}
     if name.startswith("whisper"):
@@ -145,7 +144,7 @@ def export_onnx(name: str, folder: Path, graph: Path) -> str:
 
 
 def quantize_onnx(graph: Path, out: Path) -> None:
-    """onnxruntime's own dynamic int8: per channel, all matrix products with constant weights."""
+    """Quantise with onnxruntime's dynamic int8: per channel, all products with constant weights."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     logging.disable(logging.WARNING)  # it recommends a step that changes nothing here
@@ -176,7 +175,7 @@ class _LastState(nn.Module):
 
 @dataclass(frozen=True)
 class Candidate:
-    """Who encodes. batch: clips in one call of the network (all of ours decide for themselves)."""
+    """One way to encode. batch: clips per call of the network (Cantor's encoders decide)."""
 
     title: str
     encoder: str
@@ -208,7 +207,7 @@ class Candidate:
 
 
 def _features(name: str) -> Callable[[Tensor], Tensor]:
-    """(B, T) -> what the network takes."""
+    """Convert (B, T) to the network's input."""
     if not name.startswith("whisper"):
         return lambda wavs: wavs
     extractor = _transformers().WhisperFeatureExtractor()
@@ -236,7 +235,7 @@ def _onnx_session(path: str, threads: int) -> Callable[[Tensor], Tensor]:
 
 @dataclass
 class Figure:
-    """Of one candidate in one arrangement, for each second of audio."""
+    """Figures of one candidate in one arrangement, per second of audio."""
 
     wall_s: float
     cpu_s: float
@@ -259,7 +258,7 @@ def _work(pipe: Connection, candidate: Candidate, threads: int, clips: list[np.n
 
 
 def _peak_rss_mb() -> float:
-    """Of this process alone; ru_maxrss begins with that of the process it was started from."""
+    """Return the peak RSS of this process; ru_maxrss would include its parent's at the start."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
@@ -269,7 +268,7 @@ def _peak_rss_mb() -> float:
 def measure(
     candidate: Candidate, clips: Sequence[np.ndarray], processes: int, threads: int, repeats: int
 ) -> tuple[Figure, list[np.ndarray]]:
-    """Best of the repeats, each over all clips; and the units of the first clip or batch."""
+    """Return the best of the repeats over all clips, and the units of the first clip or batch."""
     from benchmarks.extract import THREADS  # not at the top: every worker would import Ray
     from pipeline.cluster.ray_connection import KEEP_FREED_MEMORY
 
@@ -308,7 +307,7 @@ def measure(
 
 @dataclass(frozen=True)
 class Difference:
-    """Of units from the exact ones. varying: of what changes over a clip, its mean taken off."""
+    """Differences of units from the exact ones. varying: after subtracting a clip's mean."""
 
     largest: float
     relative: float
@@ -334,10 +333,10 @@ class Difference:
 
 
 def read_clips(folder: Path, seconds: float, clip_s: float) -> list[np.ndarray]:
-    """Clips of `clip_s` at 16 kHz, as many as make `seconds`, from all files in turn.
+    """Read clips of `clip_s` at 16 kHz, `seconds` in total, from all files in turn.
 
-    Files are taken up again from their start when there is not enough; what cannot be read or is
-    shorter than a clip is left out.
+    Files are repeated from their start if there is not enough audio; files that cannot be read or
+    are shorter than a clip are skipped.
     """
     length = round(clip_s * SAMPLE_RATE)
     songs = []
@@ -364,7 +363,7 @@ def read_clips(folder: Path, seconds: float, clip_s: float) -> list[np.ndarray]:
 def compare(
     name: str, clips: Sequence[np.ndarray], folder: Path, repeats: int, tiny: bool = False
 ) -> tuple[list[list[str]], list[str]]:
-    """Rows of the table of one encoder, and notes."""
+    """Measure one encoder; return the rows of its table, and notes."""
     weights = write_network(name, folder / name, tiny=tiny)
     graph, graph8 = folder / f"{name}.onnx", folder / f"{name}-int8.onnx"
     notes = []
@@ -419,7 +418,7 @@ HEAD += ["MB to load", "largest off", "relative"]
 
 
 def int8_errors(clips: Sequence[np.ndarray], folder: Path, tiny: bool = False) -> list[list[str]]:
-    """Rows: our int8 units against our exact ones, for both ways to draw weights."""
+    """Return rows of int8 units against exact ones, for both ways to draw weights."""
     name, rows = "contentvec768l12", []
     wavs = [torch.from_numpy(clip) for clip in clips]
     for drawn, words in (("fill", "by the goldens' rule"), ("usual", "as before training")):
@@ -438,9 +437,9 @@ def int8_errors(clips: Sequence[np.ndarray], folder: Path, tiny: bool = False) -
 
 @torch.inference_mode()
 def on_gpu(name: str, clips: Sequence[np.ndarray], path: str, hours: float) -> list[list[str]]:
-    """Rows: hours of audio for each hour, in batches and clip by clip, for every dtype.
+    """Return rows of hours of audio per hour, in batches and clip by clip, for every dtype.
 
-    Lengths are mixed, 2 to 15 s, as slicing gives them.
+    Lengths are mixed, 2 to 15 s, as after slicing.
     """
     whole = torch.from_numpy(np.concatenate(list(clips)))
     rng = np.random.default_rng(0)
@@ -489,7 +488,7 @@ def _timed(work: Callable[[], Any]) -> float:
 
 @contextmanager
 def _gpu_load() -> Iterator[list[float]]:
-    """Per cent of the time that some kernel ran, as nvidia-smi tells it, filled in at the end."""
+    """Measure the percentage of time that a kernel ran (nvidia-smi), filled in at the end."""
     busy: list[float] = []
     query = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "100"]
     try:
@@ -535,7 +534,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_all(
     clips: Sequence[np.ndarray], folder: Path, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Prints every table as it is done, and gives them all."""
+    """Print every table when it is done, and return them all."""
     from benchmarks.extract import cpu_model, table
 
     loads = [os.getloadavg()[0]]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def environment(settings: dict[str, str]) -> Iterator[None]:
-    """These set in here, and as they were after it."""
+    """Set environment variables inside the block and restore them after it."""
     before = dict(os.environ)
     os.environ |= settings
     try:

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""What extraction costs, and what of it is ours: library calls, stages and the whole run.
+"""Cost of extraction: bare library calls, the stages, and the whole run on Ray.
 
     python benchmarks/extract.py --minutes 10 30 60 [--source make_corpus|demo|FOLDER] [--out DIR]
 
-On one input, in one run, each in processes of their own:
-(a) bare: the library calls that a user would write by hand, one process, one thread; once as
-    that user would run them, once with the allocator settings of our workers;
-(b) stages: our code as a worker runs it, one process and its decode child, without Ray;
-(c) the whole run: `run_pipeline.py extract` on Ray, every process of its tree counted, less a run
-    on a few seconds of audio (start-up).
-The ratio of (c) to (a) is what running on Ray, exactly once, costs. CPU seconds are user + system
-time and the figure to compare; wall seconds say little on a machine that does other work too.
-docs/benchmarks.md says how to read the tables.
+On one input, in one run, each in its own processes:
+(a) bare: the library calls that a user would write by hand, one process, one thread; once with
+    the user's allocator settings, once with those of Cantor's workers;
+(b) stages: Cantor's code as a worker runs it, one process and its decode child, without Ray;
+(c) the whole run: `run_pipeline.py extract` on Ray, all processes of its tree, less a run on a
+    few seconds of audio (start-up).
+The ratio of (c) to (a) is the cost of running on Ray, exactly once. Compare CPU seconds (user +
+system time); wall seconds mean little on a machine that does other work too.
+docs/benchmarks.md explains the tables.
 """
 
 from __future__ import annotations
@@ -52,23 +52,23 @@ from stages.chain import StageClock
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
-# Bare calls that extraction makes too, though no library that a user would reach for has them.
+# Bare calls that extraction makes too, although no common library has them.
 OURS_ALONE = ("true peak (ours)", "quality columns (ours)")
 
-# so-vits-svc 730930d and the libraries in it, CPU s per minute of audio, one thread, measured on
-# another day: Intel Xeon (Cascade Lake) at 2.5 GHz, 2 vCPU. By the stage of ours that does the
-# same work; what its encoder and spectrogram take has no counterpart in a run with mfcc.
-PEER_CPU = "Intel Xeon (Cascade Lake, model 85 stepping 7) at 2.5 GHz, 2 vCPU"
-PEER = {
+# so-vits-svc 730930d and its libraries, CPU s per minute of audio, one thread, measured on another
+# day: Intel Xeon (Cascade Lake) at 2.5 GHz, 2 vCPU. Keys are the stages that do the same work; its
+# encoder and spectrogram have no counterpart in a run with mfcc.
+SOVITS_CPU = "Intel Xeon (Cascade Lake, model 85 stepping 7) at 2.5 GHz, 2 vCPU"
+SOVITS = {
     "decode": (0.10, "resample.py, with trimming and writing"),
     "slice": (0.020, "slicer2.py"),
     "f0 dio": (2.4, "f0_predictor dio"),
     "f0 praat": (0.56, "f0_predictor pm"),
     "f0 harvest": (24.3, "f0_predictor harvest"),
 }
-PEER_TREE_MB = 2839.0  # its feature step, one process and its parent; the encoder is most of it
+SOVITS_TREE_MB = 2839.0  # its feature step, one process and its parent; the encoder is most of it
 
-# Every measured process works with one thread.
+# Every measured process has one thread.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 POLL_S = 0.2
@@ -77,7 +77,7 @@ FULL_POLL_S = 2.0  # PSS makes the kernel walk every page
 
 @dataclass
 class Cost:
-    """Seconds; `calls` of them."""
+    """CPU and wall seconds of `calls` calls."""
 
     cpu_s: float = 0.0
     wall_s: float = 0.0
@@ -86,7 +86,7 @@ class Cost:
 
 @dataclass
 class Measured:
-    """Costs by name of what one process did, in the order in which it first did it."""
+    """Costs of the parts of one process by name, in the order of their first call."""
 
     audio_s: float  # of the songs that could be read
     costs: dict[str, Cost]
@@ -100,7 +100,7 @@ class Measured:
 
 @dataclass
 class Tree:
-    """What a process and all its descendants used."""
+    """Resources used by a process and all its descendants."""
 
     wall_s: float = 0.0
     cpu_s: dict[str, float] = field(default_factory=dict)  # by role
@@ -118,7 +118,7 @@ class Tree:
 
 @dataclass
 class Figures:
-    """All that is known of one corpus."""
+    """All measurements on one corpus."""
 
     minutes: float
     bare: Measured  # with the allocator settings of workers, as all else here
@@ -134,7 +134,7 @@ class Figures:
         return self.run.total_cpu_s - self.start_up.total_cpu_s
 
     def overhead(self, bare: Measured) -> dict[str, float]:
-        """CPU of the whole run less start-up, over that of bare calls, less one."""
+        """Return the CPU of the whole run less start-up, over that of bare calls, less one."""
         alone = sum(bare.costs[name].cpu_s for name in OURS_ALONE)
         return {
             "counted on both sides": self.net_cpu_s / bare.cpu_s() - 1,
@@ -147,7 +147,7 @@ class Figures:
 
 
 def make_corpus(source: str, minutes: float, out: Path) -> Path:
-    """A corpus of that many minutes under `out`, made once; a FOLDER is taken as it is."""
+    """Make a corpus of that many minutes under `out`, once; a FOLDER is used as it is."""
     if source not in ("make_corpus", "demo"):
         return Path(source)
     folder = out / f"corpus-{source}-{minutes:g}"
@@ -161,7 +161,7 @@ def make_corpus(source: str, minutes: float, out: Path) -> Path:
 
 
 def make_tiny_corpus(folder: Path, songs: int) -> Path:
-    """Songs of 1.5 s, for what a run costs before it works."""
+    """Make songs of 1.5 s, to measure start-up."""
     rng = np.random.default_rng(0)
     time_s = np.arange(66150) / 44100
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ def make_tiny_corpus(folder: Path, songs: int) -> Path:
 
 
 class Costs:
-    """Adds up what blocks cost this process, and `other` where a block works elsewhere too."""
+    """Sum of the costs of code blocks in this process, and in `other` where a block uses it."""
 
     def __init__(self) -> None:
         self.costs: dict[str, Cost] = defaultdict(Cost)
@@ -194,9 +194,10 @@ class Costs:
 
 
 def measure_bare(corpus: Path, config: ExtractConfig, out: Path) -> Measured:
-    """The library calls for every song of `corpus`, files written to `out`. Not quite our output:
+    """Run the library calls for every song of `corpus`, with files written to `out`.
 
-    the decoder trusts the file, f0 stays on the estimator's clock, tables are one for a song.
+    The output differs from extraction: the decoder trusts the file, f0 stays on the estimator's
+    clock, and there is one table per song.
     """
     import torch
 
@@ -248,7 +249,7 @@ def _bare_song(config: ExtractConfig, out: Path) -> Callable[[Path, Costs], tupl
             wav = soxr.resample(wav, source_rate, rate, quality="VHQ")
         with costs.of("librosa.feature.rms"):
             librosa.feature.rms(y=wav, frame_length=4 * hop, hop_length=hop, pad_mode="constant")
-        # The cuts themselves cost microseconds; not timed, since slice_silence makes its own RMS.
+        # The cuts take microseconds; not timed, because slice_silence computes its own RMS.
         spans, _ = kept_spans(slice_silence(wav, rate, config.slice), rate, config.slice)
         if not spans:
             return seconds, 0
@@ -327,7 +328,7 @@ def _bare_f0(config: ExtractConfig) -> Callable[[np.ndarray], np.ndarray]:
 
 
 class CpuClock(StageClock):
-    """The chain's own clock, told to take CPU seconds too: of this process and the decode child."""
+    """The chain's clock, extended by CPU seconds of this process and the decode child."""
 
     def __init__(self, costs: Costs, child_cpu_s: Callable[[], float], rename: dict[str, str]):
         super().__init__()
@@ -341,7 +342,7 @@ class CpuClock(StageClock):
 
 
 def measure_stages(corpus: Path, config: ExtractConfig, dataset: Path) -> Measured:
-    """What workers do, task by task in this process, without Ray: the same shards, in `dataset`."""
+    """Run the workers' code task by task in this process; the same shards, in `dataset`."""
     from pipeline.extract.clip_sources import ClipsOfSongs
     from pipeline.extract.job import ExtractJob
     from pipeline.extract.task import ClipMaker, ShardMaker
@@ -376,7 +377,7 @@ def measure_stages(corpus: Path, config: ExtractConfig, dataset: Path) -> Measur
 
     run(Costs())
     read_s.clear()
-    # The warm libraries and decode child stay, the plan does not.
+    # Keep the warm libraries and decode child, but not the plan.
     source.job = shard_maker.job = ExtractJob(dataset, corpus, config, "benchmark", {})
     clip_maker.tasks = shard_maker.tasks = load_plan(dataset)
     costs = Costs()
@@ -402,11 +403,13 @@ def _write_plan(corpus: Corpus, dataset: Path, config: ExtractConfig) -> None:
 
 
 def measure_tree(command: Sequence[str], log: Path) -> Tree:
-    """Run `command` and account for every process that comes of it, daemons included.
+    """Run `command` and account for every process that it starts, daemons included.
 
-    Children of processes that end become ours (a "subreaper"), so none leaves the tree. CPU times
-    are read every POLL_S and each process' last reading is kept: at most that much is missed of
-    each process that ends. Raises subprocess.CalledProcessError.
+    Children of ended processes are reparented here (a "subreaper"), so none leaves the tree. CPU
+    times are read every POLL_S and the last reading of each process is kept, so at most that much
+    of each process is missed.
+
+    Raises: CalledProcessError: when the command fails (subprocess' exception).
     """
     me, tree, seen = psutil.Process(), Tree(), {}
     before = {child.pid for child in me.children(recursive=True)}
@@ -474,7 +477,7 @@ def _look(
     tree: Tree,
     full: bool,
 ) -> None:
-    """One reading of every process into `seen` (by process: role, CPU seconds) and `tree`."""
+    """Read every process once into `seen` (by process: role, CPU seconds) and `tree`."""
     rss_mb, pss_mb = 0.0, 0.0
     for process in processes:
         try:
@@ -526,7 +529,7 @@ def _role(command: list[str], before: str) -> str:
 
 
 def measure_run(corpus: Path, dataset: Path, overrides: Sequence[str]) -> tuple[Tree, dict]:
-    """The user's command in processes of its own, and the summary that it writes."""
+    """Run the user's command and return its resources and the summary that it writes."""
     shutil.rmtree(dataset, ignore_errors=True)
     summary, log = dataset.with_suffix(".json"), dataset.with_suffix(".log")
     command = [sys.executable, "run_pipeline.py", "extract", str(corpus.absolute())]
@@ -536,7 +539,7 @@ def measure_run(corpus: Path, dataset: Path, overrides: Sequence[str]) -> tuple[
 
 
 def measure_start_up(out: Path, overrides: Sequence[str]) -> Tree:
-    """A run on two songs of 1.5 s for each CPU, each a task: every worker starts and warms up."""
+    """Run on two songs of 1.5 s per CPU, one task each, so that every worker warms up."""
     songs = 2 * len(os.sched_getaffinity(0))
     corpus = make_tiny_corpus(out / "tiny", songs)
     tree, summary = measure_run(
@@ -553,9 +556,9 @@ def measure_start_up(out: Path, overrides: Sequence[str]) -> Tree:
 def measure(
     corpus: Path, out: Path, overrides: Sequence[str], start_up: Tree, repeats: int = 1
 ) -> Figures:
-    """(a), (b) and (c) on one corpus in turn, `repeats` times; of each the one that cost least.
+    """Measure (a), (b) and (c) on one corpus in turn, `repeats` times; keep the cheapest of each.
 
-    Other work on the machine can only add to CPU seconds (caches, clock, hypervisor).
+    Other work on the machine can only add CPU seconds (caches, clock, hypervisor).
     """
     config = load_config(None, list(overrides))
     scratch = out / "work"
@@ -583,7 +586,7 @@ def measure(
 def _in_fresh_process(
     environment: dict[str, str], function: Callable[..., Measured], *args: Any
 ) -> Measured:
-    """Call it in a new interpreter, whose C library reads `environment` when it starts."""
+    """Call a function in a new interpreter, whose C library reads `environment` at start."""
     before = dict(os.environ)
     os.environ |= dict.fromkeys(THREADS, "1") | environment
     try:
@@ -622,15 +625,15 @@ def describe(figures: Figures) -> str:
     rows.append(["sum of what libraries have", f"{sums[0]:.3f}", "", f"{sums[1]:.3f}"])
     lines += table(["call", "CPU", "wall", "CPU, glibc's own"], rows)
 
-    lines += ["(b) Our stages, one process and its decode child, without Ray, beside the peer:", ""]
+    lines += ["(b) Stages, one process and its decode child, without Ray, and so-vits-svc:", ""]
     rows = []
     for name, cost in figures.stages.costs.items():
         method = figures.summary["f0_method"]
-        peer = PEER.get(f"f0 {method}" if name == "f0" else name)
-        said = [f"{peer[0]:g}", peer[1]] if peer else ["", ""]
-        rows.append([*_cost_row(name, cost, minutes), *said])
+        sovits = SOVITS.get(f"f0 {method}" if name == "f0" else name)
+        cells = [f"{sovits[0]:g}", sovits[1]] if sovits else ["", ""]
+        rows.append([*_cost_row(name, cost, minutes), *cells])
     rows.append(["**sum**", f"**{figures.stages.cpu_s() / minutes:.3f}**", "", "", ""])
-    lines += table(["stage", "CPU", "wall", "peer CPU", "what of the peer"], rows)
+    lines += table(["stage", "CPU", "wall", "so-vits-svc CPU", "its part"], rows)
 
     lines += ["(c) The whole run, CPU seconds by process:", ""]
     run, tiny = figures.run, figures.start_up
@@ -659,7 +662,7 @@ def describe(figures: Figures) -> str:
 def describe_memory(all_figures: Sequence[Figures]) -> str:
     """Markdown table of peak memory against length."""
     head = ["minutes", "tree PSS", "tree RSS", "largest worker RSS", "its USS", "driver RSS"]
-    head += ["(b) process RSS", "peer tree RSS"]
+    head += ["(b) process RSS", "so-vits-svc tree RSS"]
     rows = []
     for figures in all_figures:
         run = figures.run
@@ -667,12 +670,12 @@ def describe_memory(all_figures: Sequence[Figures]) -> str:
         values += [run.peak_uss_by_role_mb.get("worker", 0.0)]
         values += [run.peak_by_role_mb.get("driver", 0.0), figures.stages.peak_rss_mb]
         rows.append([f"{figures.minutes:.1f}", *(f"{mb:.0f}" for mb in values), ""])
-    rows[0][-1] = f"{PEER_TREE_MB:.0f}"
+    rows[0][-1] = f"{SOVITS_TREE_MB:.0f}"
     return "\n".join(["Peak memory in MB:", "", *table(head, rows)])
 
 
 def describe_slope(first: Figures, last: Figures) -> str:
-    """What one more minute of audio costs, from two lengths: no start-up has to be measured."""
+    """Describe the cost of one more minute of audio, from two lengths, without start-up."""
     minutes = last.minutes - first.minutes
     run = (last.run.total_cpu_s - first.run.total_cpu_s) / minutes
     bare = (last.bare.cpu_s() - first.bare.cpu_s()) / minutes
@@ -725,7 +728,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     overrides = [f"f0.method={options.f0_method}", "encoder.name=mfcc"]
     lengths = options.minutes if options.source in ("make_corpus", "demo") else [0.0]
-    print(f"{cpu_model()}, {os.cpu_count()} CPUs; the peer's figures: {PEER_CPU}\n", flush=True)
+    print(
+        f"{cpu_model()}, {os.cpu_count()} CPUs; so-vits-svc's figures: {SOVITS_CPU}\n", flush=True
+    )
     start_ups = [measure_start_up(out, overrides) for _ in range(options.repeats)]
     start_up = min(start_ups, key=lambda tree: tree.total_cpu_s)
     all_figures = []

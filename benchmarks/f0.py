@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""How right every f0 method is where the pitch is known, and what it costs.
+"""Accuracy and cost of every f0 method on singing of known pitch.
 
     python benchmarks/f0.py [--methods praat dio ...] [--audio FOLDER] [--rmvpe FILE] [--resume]
 
 Accuracy is measured on a recording annotated by hand (vocadito_1 in FOLDER) and on songs of the
-demo's singer, clean and spoilt in several ways; cost beside the call that a user makes today, in
-the same run. docs/f0.md has the tables, between its markers, and says how to read them; the plots
-lie beside it. What was found so far is kept under bench-out/f0: --resume takes it up again, and
---pages alone writes page and plots anew.
+demo's singer, clean and degraded in several ways; cost is compared with the call that users make
+today, in the same run. docs/f0.md has the tables, between markers, and explains them; the plots are
+in the same folder. Results are kept under bench-out/f0: --resume continues from them, and --pages
+only writes page and plots again.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ Contours = dict[str, list[np.ndarray]]
 
 @dataclass(frozen=True)
 class Scores:
-    """Parts of 1, as mir_eval.melody defines them at 50 cents, but for the last two.
+    """Scores in 0 to 1 as mir_eval.melody defines them at 50 cents, except the last two.
 
-    pitch, chroma: of the truly voiced frames, those with the right pitch (or its octaves); a frame
-    that was called unvoiced is wrong. recall, false_alarm: of the truly voiced (unvoiced) frames,
-    those called voiced. overall: of all frames, those right in pitch or rightly unvoiced.
-    octaves: of the frames that both call voiced, those one octave or more off, within 50 cents.
-    cents: median absolute error of the frames whose pitch is right.
+    pitch, chroma: share of voiced frames with the right pitch (or its octaves); a frame estimated
+    as unvoiced is wrong. recall, false_alarm: share of voiced (unvoiced) frames estimated as
+    voiced. overall: share of frames with the right pitch or rightly unvoiced. octaves: share of
+    frames voiced in both that are off by one octave or more, within 50 cents. cents: median
+    absolute error of the frames with the right pitch.
     """
 
     pitch: float
@@ -96,7 +96,7 @@ _FIELDS = [field.name for field in fields(Scores)]
 
 
 def score(truth: np.ndarray, found: np.ndarray) -> Scores:
-    """Both (F,) in Hz at the same times, 0 = unvoiced."""
+    """Score a contour against the truth, both (F,) in Hz at the same times, 0 = unvoiced."""
     from mir_eval import melody
 
     series = []
@@ -126,7 +126,7 @@ def score(truth: np.ndarray, found: np.ndarray) -> Scores:
 
 
 def find_contours(settings: Mapping[str, Any], conditions: Iterable[Condition]) -> Contours:
-    """What a method says of every clip."""
+    """Estimate f0 of every clip with one method."""
     from stages.f0 import F0Config, estimate_clips
 
     found = {}
@@ -139,7 +139,7 @@ def find_contours(settings: Mapping[str, Any], conditions: Iterable[Condition]) 
 
 
 def score_all(conditions: Iterable[Condition], contours: Contours) -> dict[str, Scores]:
-    """By condition, over the frames of all its clips."""
+    """Score every condition, over the frames of all its clips."""
     return {
         condition.name: score(
             np.concatenate([clip.f0 for clip in condition.clips]),
@@ -150,7 +150,7 @@ def score_all(conditions: Iterable[Condition], contours: Contours) -> dict[str, 
 
 
 def vote(members: Sequence[Contours]) -> Contours:
-    """What the ensemble of the members says."""
+    """Combine the contours of the members as the ensemble does."""
     from stages.f0.ensemble import combine
 
     return {
@@ -162,7 +162,7 @@ def vote(members: Sequence[Contours]) -> Contours:
 
 
 def mean(scores: Iterable[Scores]) -> Scores:
-    """Of conditions, each counting the same; NaN where there is none."""
+    """Average conditions with equal weights; NaN where there is none."""
     columns = np.array([list(asdict(one).values()) for one in scores]).reshape(-1, len(_FIELDS)).T
     known = [column[~np.isnan(column)] for column in columns]
     return Scores(*(float(column.mean()) if len(column) else float("nan") for column in known))
@@ -193,7 +193,7 @@ def measure_accuracy(
     folder: Path,
     resume: bool,
 ) -> None:
-    """Contours of every method in `folder`, two methods at a time, those of most work first."""
+    """Write contours of every method to `folder`, two methods at a time, slowest first."""
     missing = [m for m in methods if not (resume and _contours_file(folder, m).exists())]
     if not missing:
         return
@@ -215,7 +215,7 @@ def _contours_file(folder: Path, method: str) -> Path:
 def measure_speed(
     methods: Iterable[str], wav: np.ndarray, folder: Path, resume: bool, quick: bool
 ) -> dict[str, dict[str, Cost]]:
-    """Ours and theirs by method; kept in `folder` as they come."""
+    """Measure Cantor's and the usual call by method; results are kept in `folder`."""
     file = folder / "speed.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     length = min(round(CLIP_S * SAMPLE_RATE), len(wav))
@@ -237,7 +237,7 @@ def measure_speed(
 
 
 def _made_up_rmvpe(folder: Path) -> str:
-    """A file of full size; what its weights are changes no cost."""
+    """Make an RMVPE file of full size with arbitrary weights, which do not affect cost."""
     import torch
 
     from models.f0.rmvpe_checkpoint import RmvpeConfig
@@ -258,7 +258,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Figures:
-    """All that the page shows.
+    """All figures of the page.
 
     accuracy: by method and condition. thresholds: the same, by method and voicing_threshold first.
     speed: by method and side.
@@ -269,7 +269,7 @@ class Figures:
     speed: dict[str, dict[str, Cost]]
 
     def cost(self, method: str) -> float | None:
-        """CPU seconds of each further minute; an ensemble pays for its members."""
+        """Return CPU seconds per further minute; for an ensemble the sum of its members."""
         members = method.split(" + ")
         if not set(members) <= set(self.speed):
             return None
@@ -280,7 +280,7 @@ class Figures:
 
 
 def tables(figures: Figures) -> dict[str, str]:
-    """Markdown by the name of the marker in the page."""
+    """Return Markdown tables by the name of the marker in the page."""
     from benchmarks.extract import table  # not at the top: every process would import Ray
 
     head = ["", "pitch", "chroma", "octaves", "recall", "false alarm", "overall", "cents"]
@@ -360,7 +360,7 @@ def _speed_row(method: str, sides: Mapping[str, Cost]) -> list[str]:
 
 
 def write_page(page: Path, found: Mapping[str, str]) -> None:
-    """Puts each table between its markers in the page."""
+    """Write each table between its markers in the page."""
     text = page.read_text(encoding="utf-8")
     for name, lines in found.items():
         pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
@@ -376,7 +376,7 @@ def write_page(page: Path, found: Mapping[str, str]) -> None:
 
 
 def plot_cost(figures: Figures, path: Path) -> None:
-    """Overall accuracy over CPU seconds, on the recording and on generated songs."""
+    """Plot overall accuracy over CPU seconds, on the recording and on generated songs."""
     from matplotlib import pyplot
 
     panels = {"generated songs, mean of conditions": _made}
@@ -414,7 +414,7 @@ def _colour(method: str) -> str:
 
 
 def _label(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Names beside their points, clear of each other; lengths in points of 1 / 72 inch."""
+    """Place names next to their points without overlap; lengths in points of 1 / 72 inch."""
     scale = 72 / axis.figure.dpi
     places = [axis.transData.transform((cost, right)) * scale for cost, right, _ in points]
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
@@ -439,12 +439,12 @@ def _label(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
 
 
 def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Of two boxes: left, bottom, right, top."""
+    """Return the overlap of two boxes (left, bottom, right, top)."""
     return all(one[i] < other[i + 2] and other[i] < one[i + 2] for i in (0, 1))
 
 
 def plot_conditions(figures: Figures, path: Path) -> None:
-    """Overall accuracy by method and condition."""
+    """Plot overall accuracy by method and condition."""
     from matplotlib import pyplot
 
     methods, names = list(figures.accuracy), figures.conditions()
@@ -521,7 +521,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def report(figures: Figures, out: Path, page: Path | None, loads: Sequence[float]) -> None:
-    """Prints the tables, writes the figures as JSON, and fills in the page."""
+    """Print the tables, write the figures as JSON, and fill in the page."""
     from benchmarks.extract import cpu_model
 
     found = tables(figures)

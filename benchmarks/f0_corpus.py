@@ -1,7 +1,7 @@
-"""Singing whose pitch is known: one recording annotated by hand, and songs of the demo's singer.
+"""Singing of known pitch: one recording annotated by hand, and songs of the demo's singer.
 
 Every clip is 44.1 kHz with the true f0 at samples 0, 512, 1024, ...: the annotation has a value at
-every 256th sample, so every second one is taken, and nothing is interpolated on either side.
+every 256th sample, so every second one is used, without interpolation.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Condition:
-    """Clips of one kind. f0_max: where methods are told to stop looking, in Hz."""
+    """Clips of one kind. f0_max: upper limit for the methods, in Hz."""
 
     name: str
     clips: Sequence[Clip]
@@ -51,7 +51,7 @@ class Condition:
 
 
 def vocadito(folder: Path) -> Condition | None:
-    """The recording vocadito_1 and its annotation, where `folder` has them."""
+    """Read the recording vocadito_1 and its annotation, if `folder` has them."""
     audio, notes = folder / "vocadito_1.flac", folder / "vocadito_1_f0.csv"
     if not audio.exists() or not notes.exists():
         return None
@@ -64,7 +64,7 @@ def vocadito(folder: Path) -> Condition | None:
 
 
 def generated(seconds: float) -> list[Condition]:
-    """Every kind of song, each two clips that make `seconds` together; always the same samples."""
+    """Generate every kind of song, each two clips of `seconds` in total; deterministic."""
     half = seconds / 2
 
     def songs(*voices: FormantVoice) -> list[Clip]:
@@ -87,7 +87,7 @@ def generated(seconds: float) -> list[Condition]:
 
 
 def noisy(clip: Clip, snr_db: float, seed: int) -> Clip:
-    """The clip in pink noise (20 Hz and up), that much below the mean power of what is sung."""
+    """Add pink noise (20 Hz and up) to a clip, a number of dB below the mean power of singing."""
     spectrum = fft.rfft(np.random.default_rng(seed).standard_normal(len(clip.wav)))
     hz = fft.rfftfreq(len(clip.wav), 1 / SAMPLE_RATE)
     noise = fft.irfft(np.where(hz < 20, 0, spectrum / np.sqrt(np.maximum(hz, 20))), len(clip.wav))
@@ -96,16 +96,16 @@ def noisy(clip: Clip, snr_db: float, seed: int) -> Clip:
 
 
 def sung_power(clip: Clip) -> float:
-    """Mean square of the samples in voiced frames."""
+    """Return the mean square of the samples in voiced frames."""
     blocks = clip.wav[: len(clip.f0) * HOP_LENGTH].reshape(-1, HOP_LENGTH).astype(np.float64)
     return float(np.mean(blocks[clip.f0 > 0] ** 2))
 
 
 def reverberant(clip: Clip, seed: int) -> Clip:
-    """The clip in a room of 1.2 s (to -60 dB) whose echoes hold half of the direct sound's power.
+    """Add a room of 1.2 s (to -60 dB) whose echoes have half of the direct sound's power.
 
-    Eight reflections within 60 ms, then noise that decays exponentially; the direct sound is not
-    delayed, and a frame is voiced where it is sung, not where it still sounds.
+    Eight reflections within 60 ms, then exponentially decaying noise. The direct sound is not
+    delayed, and a frame is voiced where it is sung, not where it still reverberates.
     """
     rng = np.random.default_rng(seed)
     t = np.arange(round(1.2 * SAMPLE_RATE)) / SAMPLE_RATE

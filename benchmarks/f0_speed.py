@@ -1,7 +1,7 @@
-"""What f0 costs: each method of ours beside the call that a user makes today, same clips.
+"""Cost of f0 estimation: each method against the call that users make today, on the same clips.
 
-Both sides run in fresh processes of one thread, with the allocator settings of our workers. Only
-numpy is imported at the top: what else a process of these holds, its method needs.
+Both sides run in fresh processes of one thread, with the allocator settings of Cantor's workers.
+Only numpy is imported at the top, so each process has only what its method needs.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _crepe(size: str) -> Callable[[str | None], Work]:
 
 
 def _fcpe(weights: str | None) -> Work:
-    """The network built for every file, as so-vits-svc does with all its predictors."""
+    """Build the network for every file, as so-vits-svc does with all its predictors."""
     _import_torchaudio()
     import torch
     import torchfcpe
@@ -142,7 +142,7 @@ def _fcpe(weights: str | None) -> Work:
 
 
 def _rmvpe(weights: str | None) -> Work:
-    """The network layer by layer, read from its file for every clip, as so-vits-svc does."""
+    """Run the network layer by layer, reading its file for every clip, as so-vits-svc does."""
     torchaudio = _import_torchaudio()
     import torch
 
@@ -181,8 +181,8 @@ def _import_torchaudio() -> Any:
 class Pair:
     """One method and the call to compare it with.
 
-    title: of that call. build: makes it, its imports done. ours_imports: what a process of ours
-    imports. clips: of 5 s in a pass, fewer where one would take minutes.
+    title: name of that call. build: makes it, after its imports. ours_imports: imports of Cantor's
+    process. clips: clips of 5 s per pass, fewer where a pass would take minutes.
     """
 
     title: str
@@ -225,8 +225,8 @@ def _ours(method: str) -> Callable[[str | None], Work]:
 class Cost:
     """CPU seconds of one side of a pair.
 
-    imports: until nothing is left to import. first: the first minute of audio, whatever has to be
-    built or read for it included. steady: every further minute. peak_mb: RSS after a pass.
+    imports: all imports. first: the first minute of audio, including everything that is built or
+    read for it. steady: every further minute. peak_mb: RSS after a pass.
     """
 
     imports: float
@@ -238,7 +238,7 @@ class Cost:
 def compare(
     method: str, clips: Clips, weights: str | None, quick: bool = False
 ) -> tuple[Cost, Cost]:
-    """Ours and theirs in turn, each the best of two processes, or one where a pass takes long."""
+    """Measure both sides in turn, each the best of two processes, or one if a pass takes long."""
     pair = PAIRS[method]
     clips = [clips[i % len(clips)] for i in range(1 if quick else pair.clips)]
     ours, theirs = [], []
@@ -272,12 +272,12 @@ def _measure(method: str, ours: bool, clips: Clips, weights: str | None, quick: 
         if len(passes) == 1:
             peak_mb = _peak_rss_mb()
     steady = min(passes[1:]) / minutes
-    # A pass may be less than a minute: the rest of the first one costs what all others do.
+    # A pass may be less than a minute: the rest of the first minute costs as much as others.
     return Cost(imports, passes[0] + (1 - minutes) * steady, steady, peak_mb)
 
 
 def _peak_rss_mb() -> float:
-    """Of this process alone; ru_maxrss begins with that of the process it was started from."""
+    """Return the peak RSS of this process; ru_maxrss would include its parent's at the start."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024

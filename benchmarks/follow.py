@@ -1,5 +1,6 @@
-"""Whether a voice sings the melody that it is given, and whose colour it has: songs of a corpus
-with known f0 (`cantor demo-corpus`), each in the voices of the others.
+"""Accuracy of conversion: melody and timbre of songs with known f0 (`cantor demo-corpus`).
+
+Each song is converted to the voices of the other singers.
 
     python benchmarks/follow.py RUN CORPUS
 """
@@ -35,7 +36,7 @@ _HEADER = "| song | in the voice of | moved | right | near | median cents | to t
 
 
 def sound(path: Path, sample_rate: int) -> Array:
-    """(T,) of a song, mixed down, at `sample_rate`."""
+    """Read a song (T,), mixed down, at `sample_rate`."""
     wav, rate = sf.read(path, dtype="float32", always_2d=True)
     return resample(wav.mean(axis=1), rate, sample_rate, ResampleConfig())
 

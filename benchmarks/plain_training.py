@@ -1,16 +1,17 @@
-"""A step of training as so-vits-svc arranges it (commit 730930d), in plain PyTorch.
+"""A training step as so-vits-svc arranges it (commit 730930d), in plain PyTorch.
 
-The networks of its template with the names and numbers of ours, so that weights are exchanged by
-state dict; what differs is how the step is worked out:
+The networks of its template have the same names and values as Cantor's, so that weights can be
+exchanged by state dict. The computation of the step differs:
 
-- the discriminators hear originals and what was made one after the other, and in the generator's
-  turn they build gradients for their own weights and a graph for the originals, both thrown away;
+- the discriminators process originals and generated audio one after the other, and in the
+  generator's turn they compute gradients for their own weights and a graph for the originals, both
+  unused;
 - weights are normalised by hooks of torch.nn.utils;
 - attention to relative positions pads a table of 2F - 1 of them, causal attention fills a mask;
-- the sine source sums its phase up sample by sample, its wraps taken off;
+- the sine source sums its phase sample by sample, with wraps removed;
 - AdamW has PyTorch's defaults, and losses are read one by one.
 
-benchmarks/train.py measures ours against it. Axes as in models/synthesizer; P = 2F - 1.
+benchmarks/train.py compares Cantor with it. Axes as in models/synthesizer; P = 2F - 1.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ Mark = Callable[[str], None]
 
 
 def weight_norm(conv: nn.Module) -> nn.Module:
-    """Made anew from direction and length before every call."""
+    """Normalise a weight by a hook, which recomputes it before every call."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # its successor has other names of tensors
         return nn.utils.weight_norm(conv)
@@ -77,7 +78,7 @@ class Attention(nn.Module):
             self.emb_rel_v = nn.Parameter(torch.randn(shape))
 
     def forward(self, x: Tensor, sees: Tensor) -> Tensor:
-        """(B, H, F) of x (B, H, F); sees: 0 where a query may not see a key."""
+        """Apply to x (B, H, F); sees: 0 where a query may not attend to a key."""
         shape = (len(x), self.heads, self.width, x.shape[-1])
         q, k, v = (
             conv(x).view(shape).transpose(2, 3) for conv in (self.conv_q, self.conv_k, self.conv_v)
@@ -97,14 +98,14 @@ class Attention(nn.Module):
 
     @staticmethod
     def _positions(table: Tensor, window: int, frames: int) -> Tensor:
-        """(1, P, width): zeros beyond the window."""
+        """Pad relative positions to (1, P, width), with zeros beyond the window."""
         around = max(frames - window - 1, 0)
         begin = max(window + 1 - frames, 0)
         return F.pad(table, (0, 0, around, around))[:, begin : begin + 2 * frames - 1]
 
 
 def _to_absolute(x: Tensor) -> Tensor:
-    """(B, N, F, P) by distance -> (B, N, F, F) by key: rows of a longer table, read askew."""
+    """Convert (B, N, F, P) by distance to (B, N, F, F) by key, by a skewed view."""
     batch, heads, frames, _ = x.shape
     flat = F.pad(x, (0, 1)).view(batch, heads, 2 * frames * frames)
     rows = F.pad(flat, (0, frames - 1)).view(batch, heads, frames + 1, 2 * frames - 1)
@@ -112,7 +113,7 @@ def _to_absolute(x: Tensor) -> Tensor:
 
 
 def _to_relative(x: Tensor) -> Tensor:
-    """(B, N, F, F) by key -> (B, N, F, P) by distance."""
+    """Convert (B, N, F, F) by key to (B, N, F, P) by distance."""
     batch, heads, frames, _ = x.shape
     flat = F.pad(x, (0, frames - 1)).view(batch, heads, frames * (2 * frames - 1))
     return F.pad(flat, (frames, 0)).view(batch, heads, frames, 2 * frames)[:, :, :, 1:]
@@ -133,7 +134,7 @@ class FeedForward(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The prior's encoder, or the causal one of the f0 predictor; names: of its lists."""
+    """The prior's encoder, or the causal one of the f0 predictor; names: of its module lists."""
 
     def __init__(self, config: SynthesizerConfig, names: Sequence[str], causal: bool) -> None:
         super().__init__()
@@ -288,7 +289,7 @@ class Source(nn.Module):
         self.l_linear = nn.Linear(_HARMONICS, 1)
 
     def forward(self, f0: Tensor, noise: Noise) -> Tensor:
-        """(B, T, 1) of f0 (B, T, 1), one for each sample."""
+        """Generate (B, T, 1) from f0 (B, T, 1), one value per sample."""
         with torch.no_grad():
             waves = self._waves(f0, noise)
         return torch.tanh(self.l_linear(waves))
@@ -385,7 +386,7 @@ class Made:
 
 
 class PlainSynthesizer(nn.Module):
-    """so-vits-svc's template; a Synthesizer of ours with residual flows has the same state dict."""
+    """so-vits-svc's template; a Cantor Synthesizer with residual flows has the same state dict."""
 
     def __init__(self, config: SynthesizerConfig) -> None:
         super().__init__()
@@ -427,7 +428,7 @@ class PlainSynthesizer(nn.Module):
 
 
 def slices(x: Tensor, starts: Tensor, size: int) -> Tensor:
-    """One after the other: x (B, C, F) -> (B, C, size)."""
+    """Slice segments one after the other: x (B, C, F) -> (B, C, size)."""
     out = torch.zeros_like(x[:, :, :size])
     for i, start in enumerate(starts.tolist()):
         out[i] = x[i, :, start : start + size]
@@ -490,7 +491,7 @@ class PlainDiscriminator(nn.Module):
         self.discriminators = nn.ModuleList([ScaleDiscriminator(widest), *periods])
 
     def forward(self, real: Tensor, fake: Tensor) -> list[tuple[Verdict, Verdict]]:
-        """Of each one what it makes of real and of fake."""
+        """Return the output of each discriminator for real and for fake audio."""
         return [(each(real), each(fake)) for each in self.discriminators]
 
 
@@ -498,7 +499,7 @@ class PlainDiscriminator(nn.Module):
 
 
 class PlainStep:
-    """Both networks' turns. mark: is told of each part of a step, when it is done."""
+    """One step of both networks. mark: called with the name of each part when it is done."""
 
     def __init__(
         self,
@@ -516,7 +517,7 @@ class PlainStep:
         )
 
     def __call__(self, batch: Batch, noise: Noise) -> dict[str, float]:
-        """Losses before the updates, and the norms of the gradients."""
+        """Run a step; return losses before the updates, and the gradient norms."""
         spec = spectrogram(batch.wav, self.mel, self.generator.config.hop_length, batch.lengths)
         self.mark("spectrograms")
         made = self.generator(batch, spec, noise, self.segment)
@@ -553,7 +554,7 @@ class PlainStep:
         return {**values, "grad_norm_d": norm_d, "grad_norm_g": norm_g}
 
     def _compared(self, batch: Batch, spec: Tensor, made: Made) -> tuple[Tensor, Tensor, Tensor]:
-        """The original's segment, its mel and that of what was made."""
+        """Return the original's segment, its mel, and the mel of the generated audio."""
         hop, rate = self.generator.config.hop_length, self.generator.config.sample_rate
         wav = slices(batch.wav.unsqueeze(1), made.starts * hop, self.segment * hop)
         mel = slices(mel_of(spec, self.mel, rate), made.starts, self.segment)
@@ -582,7 +583,7 @@ def _kl_loss(made: Made) -> Tensor:
 
 
 def _gradient_norm(network: nn.Module) -> float:
-    """Of one parameter after the other."""
+    """Compute the gradient norm, one parameter after the other."""
     total = 0.0
     for parameter in network.parameters():
         if parameter.grad is not None:

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""What a step of training costs: ours beside so-vits-svc's arrangement of it, phase by phase.
+"""Cost of a training step against so-vits-svc's arrangement of it, phase by phase.
 
     python benchmarks/train.py [--frames 200 790] [--repeats 5] [--dataset DATASET] [--quick]
 
 so-vits-svc's template for 768-dimensional units (52 million parameters, discriminators 47 million),
 batches of 2 clips, segments of 20 frames, float32, dropout as in training. Both sides have the same
-weights, the same clips and the same random numbers, and processes of their own, of one thread and
-with the allocator settings of our workers; they take turns, a step at a time. Figures are CPU
-seconds, the best of the repeats: other work on the machine can only add to them.
+weights, the same clips and the same random numbers, and run in their own processes of one thread
+with the allocator settings of Cantor's workers. They take turns, one step at a time. Figures are
+CPU seconds, the best of the repeats: other work on the machine can only add to them.
 
-Then what it costs to read the clips of a dataset. With a GPU, steps a second at batch 16 in bf16
-follow. docs/training-speed.md says how to read it.
+Then the cost of reading the clips of a dataset. With a GPU, steps per second at batch 16 in bf16
+follow. docs/training-speed.md explains the tables.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ PHASES = (
     "G backward",
     "G optimizer",
 )
-_PEER = {  # seconds on another machine, frames: phases
+_SOVITS = {  # seconds on another machine, frames: phases
     200: (None, 0.87, 0.72, 1.74, 0.28, 0.72, 2.48, 0.35, 0.11, 0.10, 0.11, 0.09, 0.37, 7.15),
     790: (None, 2.80, 0.79, 1.77, 0.30, 0.76, 5.30, 0.36, 0.79, 0.31, 0.30, 0.40, 0.38, 12.1),
 }
@@ -75,7 +75,7 @@ Step = Callable[[Batch], dict[str, float]]
 
 
 class Clock:
-    """CPU seconds of the phases of a step, which are marked as they end."""
+    """CPU seconds of the phases of a step; each phase is marked at its end."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -91,7 +91,7 @@ class Clock:
         self._last = now
 
     def watch(self, generator: nn.Module) -> None:
-        """The networks of a synthesizer, as they are called."""
+        """Mark the calls of a synthesizer's networks."""
         begun: dict[str, float] = {}
         for name in NETWORKS:
 
@@ -107,7 +107,7 @@ class Clock:
 
 
 def networks(config: SynthesizerConfig) -> tuple[Synthesizer, MultiPeriodDiscriminator]:
-    """The same weights each time."""
+    """Build the networks, always with the same weights."""
     torch.manual_seed(0)
     return Synthesizer(config), MultiPeriodDiscriminator(channels=config.discriminator_channels)
 
@@ -164,7 +164,7 @@ def totals_of(batch: Batch) -> Totals:
 
 
 def clips(config: SynthesizerConfig, frames: int, count: int = BATCH) -> Batch:
-    """Tones in noise, each a little shorter than the one before it, and random units."""
+    """Make a batch of tones in noise, each slightly shorter than the previous, and random units."""
     torch.manual_seed(1)
     lengths = torch.tensor([frames - i * frames // 20 for i in range(count)])
     inside = sequence_mask(lengths, frames).float()
@@ -197,7 +197,7 @@ class Cost:
 
 
 class Bench:
-    """One side, built and warm. Lives in a process of its own."""
+    """One side, built and warm, in its own process."""
 
     def __init__(self, side: str, config: SynthesizerConfig, frames: int) -> None:
         torch.set_num_threads(1)
@@ -216,7 +216,7 @@ class Bench:
 
 
 def compare(config: SynthesizerConfig, frames: int, repeats: int) -> dict[str, Cost]:
-    """Of each side the best, step by step in turns."""
+    """Measure both sides in turn, step by step; return the best of each."""
     from benchmarks.extract import THREADS  # not at the top: every process would import Ray
     from pipeline.cluster.ray_connection import KEEP_FREED_MEMORY
 
@@ -252,7 +252,7 @@ def _best(costs: Sequence[Cost]) -> Cost:
 
 
 def peak_rss_mb() -> float:
-    """Of this process alone; ru_maxrss begins with that of the process it was started from."""
+    """Return the peak RSS of this process; ru_maxrss would include its parent's at the start."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
@@ -263,7 +263,7 @@ def peak_rss_mb() -> float:
 
 
 def loading(dataset: Path, frames: int, batches: int) -> float:
-    """CPU seconds for a batch of `BATCH` clips, threads included, the steady state."""
+    """Measure CPU seconds per batch of `BATCH` clips, threads included, in the steady state."""
     from pipeline.dataset.data_config import DataConfig
     from pipeline.dataset.shard_dataset import ShardDataset
 
@@ -278,7 +278,7 @@ def loading(dataset: Path, frames: int, batches: int) -> float:
 
 @contextmanager
 def own_dataset(frames: int) -> Iterator[Path]:
-    """64 clips of `frames` frames as the extraction writes them: FLAC, units of 768."""
+    """Make a dataset of 64 clips of `frames` frames as extraction writes it: FLAC, units of 768."""
     from tests.helpers.training_data import write_dataset
 
     seconds = (frames + 1) * TEMPLATE.hop_length / TEMPLATE.sample_rate
@@ -298,7 +298,7 @@ def own_dataset(frames: int) -> Iterator[Path]:
 
 
 def rates() -> dict[str, float]:
-    """GFLOPS for each CPU second of one thread, best of ten."""
+    """Measure GFLOPS per CPU second of one thread, best of ten."""
     torch.set_num_threads(1)
     square = torch.randn(2048, 2048)
     conv, wav = nn.Conv1d(512, 512, 3, 2), torch.randn(1, 512, 8001)
@@ -319,7 +319,7 @@ def rates() -> dict[str, float]:
 
 
 def on_gpu(frames: int, steps: int = 30, batch_size: int = 16) -> dict[str, float]:
-    """Steps a second in bf16, the GPU's utilisation in percent meanwhile, and peak memory in GB."""
+    """Measure steps per second in bf16, the GPU's utilisation in percent, and peak memory in GB."""
     device = torch.device("cuda")
     generator, discriminator = (network.to(device) for network in networks(TEMPLATE))
     optimizers = [
@@ -355,8 +355,8 @@ def on_gpu(frames: int, steps: int = 30, batch_size: int = 16) -> dict[str, floa
 
 
 def table(frames: int, costs: dict[str, Cost]) -> str:
-    """Ours, the peer's arrangement, their ratio; and the peer itself on another machine."""
-    peer = dict(zip(ROWS, _PEER.get(frames, ()), strict=False))
+    """Return rows of Cantor, so-vits-svc's arrangement, and so-vits-svc on another machine."""
+    elsewhere = dict(zip(ROWS, _SOVITS.get(frames, ()), strict=False))
     lines = [
         f"| {frames} frames | ours | plain | ratio | so-vits-svc, elsewhere |",
         "|---|---|---|---|---|",
@@ -365,7 +365,7 @@ def table(frames: int, costs: dict[str, Cost]) -> str:
     for row in ROWS:
         name = f"of it {row}" if row in NETWORKS else f"**{row}**" if row == WHOLE else row
         a, b = ours.seconds[row], plain.seconds[row]
-        there = peer.get(row) or "-"
+        there = elsewhere.get(row) or "-"
         lines.append(f"| {name} | {a:.3f} | {b:.3f} | {a / b:.2f} | {there} |")
     ratio = ours.peak_mb / plain.peak_mb
     lines.append(f"| peak MB | {ours.peak_mb:.0f} | {plain.peak_mb:.0f} | {ratio:.2f} | - |")

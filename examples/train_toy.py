@@ -1,4 +1,4 @@
-"""A trainer of one's own: units and pitch of a dataset's clips to their spectra, in plain PyTorch.
+"""A custom trainer in plain PyTorch: units and pitch of a dataset's clips to their spectra.
 
 python examples/train_toy.py DATASET
 """
@@ -15,14 +15,14 @@ from pipeline.dataset.shard_dataset import ShardDataset
 
 
 def spectra(batch, hop):
-    """Log magnitudes (B, 2 * hop + 1, F) of a batch's audio."""
+    """Compute log magnitudes (B, 2 * hop + 1, F) of a batch's audio."""
     window = torch.hann_window(4 * hop)
     spec = torch.stft(batch.wav, 4 * hop, hop, window=window, return_complex=True)
     return spec.abs().clamp(min=1e-3).log()[:, :, : batch.f0.shape[1]]
 
 
 def loss_of(model, batch, frames, hop):
-    """Mean absolute error over `frames` frames; padding does not count."""
+    """Compute the mean absolute error over `frames` frames, without padding."""
     pitch = torch.stack([batch.f0.clamp(min=1).log2(), batch.voiced], dim=1)
     guess = model(torch.cat([batch.units, pitch], dim=1))
     real = torch.arange(batch.f0.shape[1]) < batch.lengths[:, None]
@@ -30,7 +30,7 @@ def loss_of(model, batch, frames, hop):
 
 
 def train(dataset, steps=200):
-    """The loss of each step."""
+    """Train and return the loss of each step."""
     data = ShardDataset(dataset, data=DataConfig(batch_size=8))
     width, hop = data.identity.encoder.dim, data.identity.hop_length
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""A trainer of one's own on two workers of Ray Train: each takes its share of every batch.
+"""A custom trainer on two workers of Ray Train, each with its share of every batch.
 
 python examples/train_toy_ray.py DATASET OUT
 """
@@ -20,7 +20,7 @@ from pipeline.dataset.shard_dataset import ShardDataset
 
 
 def loss_of(model, batch, frames):
-    """Mean error over `frames` frames of the loudness, guessed from units and pitch."""
+    """Compute the mean error of the loudness predicted from units and pitch."""
     pitch = torch.stack([batch.f0.clamp(min=1).log2(), batch.voiced], dim=1)
     guess = model(torch.cat([batch.units, pitch], dim=1))[:, 0]
     real = torch.arange(batch.f0.shape[1]) < batch.lengths[:, None]
@@ -28,7 +28,7 @@ def loss_of(model, batch, frames):
 
 
 def train(config):
-    """Runs on each worker."""
+    """Train on one worker."""
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     data = ShardDataset(config["dataset"], data=DataConfig(batch_size=8))
