@@ -1,4 +1,7 @@
-"""Sessions of onnxruntime for ONNX graphs that contain their weights."""
+"""Sessions of onnxruntime for ONNX graphs that contain their weights.
+
+Tested by tests/models/encoders/test_onnx.py.
+"""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ that it names. Every global is one of a few classes of this module, which build 
 and numbers, or a stub that accepts any operation and does nothing. Names that only an attack needs
 end the load. So the packages that wrote the file, such as fairseq and omegaconf, need not be
 installed, and the list of forbidden names need not be complete.
+
+Tested by tests/models/test_checkpoint.py.
 """
 
 from __future__ import annotations

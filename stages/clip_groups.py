@@ -1,4 +1,7 @@
-"""Groups of clips, so that the clips of a long song are not all in memory at once."""
+"""Groups of clips, so that the clips of a long song are not all in memory at once.
+
+Tested by tests/stages/test_units.py.
+"""
 
 from __future__ import annotations
 

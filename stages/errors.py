@@ -3,6 +3,8 @@
 A broken file raises `BadInput`, and its song is quarantined. A readable song that the settings
 exclude is filtered: it has no clips, and `Dropped` says why. Any other exception of a stage is a
 bug in Cantor or a fault of the storage.
+
+Tested by tests/stages/decode/test_decoder.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""FLAC encoding and decoding of a clip's samples."""
+"""FLAC encoding and decoding of a clip's samples.
+
+Tested by tests/stages/test_chain.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Safe opening of untrusted files: regular files only; file and storage faults are kept apart."""
+"""Safe opening of untrusted files: regular files only; file and storage faults are kept apart.
+
+Tested by tests/stages/decode/test_decoder.py.
+"""
 
 from __future__ import annotations
 

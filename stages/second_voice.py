@@ -3,6 +3,8 @@
 In each frame the partials of the first series are taken out of the spectrum; what remains is summed
 over the partials of every other pitch, as in A. Klapuri, "Multiple fundamental frequency estimation
 by summing harmonic amplitudes", ISMIR 2006.
+
+Tested by tests/stages/test_pitch_quality.py.
 """
 
 from __future__ import annotations

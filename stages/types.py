@@ -1,6 +1,8 @@
 """Array types shared by the stages.
 
 Axis legend: T samples, F frames, D unit width.
+
+Tested by tests/stages/test_loudness.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Speaker embeddings: one x-vector per clip from a speaker-verification network."""
+"""Speaker embeddings: one x-vector per clip from a speaker-verification network.
+
+Tested by tests/pipeline/tools/test_speaker_purity.py.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 As in wav2vec 2.0 in front of a text decoder (Li et al., 2021). Implemented here because in
 transformers the padding of a batch leaks into a clip's last frames; parameter names are the same as
 there.
+
+Tested by tests/models/encoders/test_fine_tuning.py.
 """
 
 from __future__ import annotations

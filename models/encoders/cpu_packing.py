@@ -10,6 +10,8 @@ statistics over the whole clip are computed from the moments of the waveform bef
 `int8=True` (`models.encoders.int8`) is optional and not exact. These parts stay in float32, because
 errors grow from them or they take little time: the projections, the position convolution, attention
 and its output, and all of the stem but its second layer, which is half of it.
+
+Tested by tests/models/test_cpu_packing.py.
 """
 
 from __future__ import annotations

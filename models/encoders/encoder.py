@@ -1,4 +1,7 @@
-"""The interface of encoders: waveforms to sequences of units."""
+"""The interface of encoders: waveforms to sequences of units.
+
+Tested by tests/models/encoders/test_encoders.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Names of encoders, and recognition of files of other kinds."""
+"""Names of encoders, and recognition of files of other kinds.
+
+Tested by tests/models/encoders/layouts/test_encoder_file.py.
+"""
 
 from __future__ import annotations
 

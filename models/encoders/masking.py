@@ -3,6 +3,8 @@
 Park et al. (2019) as in wav2vec 2.0: spans of frames are replaced by one learnt vector, spans of
 features by zero. Implemented here so that training does not need transformers; the same seed masks
 the same frames as there.
+
+Tested by tests/models/encoders/test_fine_tuning.py.
 """
 
 from __future__ import annotations

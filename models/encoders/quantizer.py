@@ -2,6 +2,8 @@
 
 Baevski et al. (2020), section 2, after Jang et al. (2017). Implemented here because the lookup in
 transformers needs frames x entries x width in memory; parameter names are the same as there.
+
+Tested by tests/models/encoders/test_fine_tuning.py.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ section IV.A), but with one frame per 20 ms instead of two: the frame clock of H
 A frame is 25 ms: samples [320 i, 320 i + 400) at 16 kHz. A clip of T samples has
 max(1, 1 + (T - 400) // 320) frames, as many as with the convolutions of wav2vec 2.0; a clip
 shorter than a frame is padded with zeros.
+
+Tested by tests/models/encoders/test_encoders.py.
 """
 
 from __future__ import annotations

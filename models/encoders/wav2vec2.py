@@ -12,6 +12,8 @@ cover a clip's own samples, and frames beyond its end are zeroed before the posi
 masked in attention.
 
 Axes: B batch, T samples, F frames, C stem channels, H hidden width, N heads.
+
+Tested by tests/models/encoders/layouts/test_encoder_file.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Speaker embeddings (x-vectors) of clips."""
+"""Speaker embeddings (x-vectors) of clips.
+
+Tested by tests/models/encoders/test_heads.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Pitch as a distribution over bins of 20 cents, as in CREPE, FCPE and RMVPE."""
+"""Pitch as a distribution over bins of 20 cents, as in CREPE, FCPE and RMVPE.
+
+Tested by tests/models/f0/test_rmvpe.py.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 A file is `{"model": state dict}` or a bare state dict, in torch's containers or safetensors. Every
 key must be present, known and of its shape.
+
+Tested by tests/models/f0/test_rmvpe.py.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ The model is torchcrepe's (`torchcrepe.decode.viterbi`): the probability of a mo
 proportional to 12 - |d|, and the probability of a bin is the softmax of salience. Near the ends of
 the scale torchcrepe renormalises the remaining moves, which attracts weak pitches; here they are
 not renormalised. From 36 to 1766 Hz the two agree.
+
+Tested by tests/models/f0/test_crepe.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Training batches of the synthesizer."""
+"""Training batches of the synthesizer.
+
+Tested by tests/models/synthesizer/test_step.py.
+"""
 
 from __future__ import annotations
 

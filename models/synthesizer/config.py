@@ -1,6 +1,8 @@
 """Settings of a synthesizer's networks and of its spectrograms.
 
 The names are those of VITS and HiFi-GAN; `sovits.config` maps so-vits-svc's names to them.
+
+Tested by tests/models/synthesizer/sovits/test_config.py.
 """
 
 from __future__ import annotations

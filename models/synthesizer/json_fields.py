@@ -1,4 +1,7 @@
-"""Typed reading of JSON values into dataclasses."""
+"""Typed reading of JSON values into dataclasses.
+
+Tested by tests/models/synthesizer/test_voice.py.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Names and shapes of a network's tensors, and the check of a file against them.
 
 Layouts are built on the meta device, without memory or random numbers.
+
+Tested by tests/models/synthesizer/sovits/test_files.py.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ It reads requests from stdin, one JSON object a line, and answers on stdout: {"p
 with one line per file, {"decode": path, ...} with progress lines and then one outcome. Outcomes are
 `done`, `bad` (a fault of the file) and `fault` (a fault of the storage). It exits when stdin closes
 or its parent dies, with OUT_OF_MEMORY_EXIT when memory runs out, and with a traceback on a bug.
+
+Tested by tests/stages/decode/test_decoder.py.
 """
 
 from __future__ import annotations

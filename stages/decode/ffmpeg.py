@@ -3,6 +3,8 @@
 A file is given to ffmpeg only when its first bytes match a container listed here, and with that
 container's name. ffmpeg never guesses, so it does not follow a disguised playlist or script. Runs
 inside the decode child, under its limits.
+
+Tested by tests/stages/decode/test_decoder.py.
 """
 
 from __future__ import annotations

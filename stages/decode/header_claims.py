@@ -12,6 +12,8 @@ hundred bytes, and return "no claim" for an unknown structure, never an error.
 
 Sources: Microsoft RIFF and RFC 2361; EBU Tech 3306 (RF64); Apple AIFF-C 1991 and CAF 1.0; Sony
 Wave64; RFC 3533 (Ogg).
+
+Tested by tests/stages/decode/test_decoder.py.
 """
 
 from __future__ import annotations

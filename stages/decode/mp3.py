@@ -6,6 +6,8 @@ ignores VBRI tags, and reads only the first of concatenated MP3s. So it is given
 an added Xing frame with the number of frames, from the VBRI tag or counted.
 
 Sources: ISO 11172-3 and 13818-3; Xing/LAME and Fraunhofer VBRI tags as encoders write them.
+
+Tested by tests/stages/decode/test_decoder.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Settings of f0 estimation."""
+"""Settings of f0 estimation.
+
+Tested by tests/stages/f0/test_estimate.py.
+"""
 
 from __future__ import annotations
 

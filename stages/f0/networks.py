@@ -1,4 +1,7 @@
-"""f0 networks: their weights, their sample rate, and the cache of loaded ones."""
+"""f0 networks: their weights, their sample rate, and the cache of loaded ones.
+
+Tested by tests/stages/f0/test_crepe.py.
+"""
 
 from __future__ import annotations
 

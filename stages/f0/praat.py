@@ -3,6 +3,8 @@
 P. Boersma, "Accurate short-term analysis of the fundamental frequency and the harmonics-to-noise
 ratio of a sampled sound", IFA Proceedings 17, 1993 (autocorrelation). Cross-correlation compares
 one period of sound with the next one, without a window.
+
+Tested by tests/stages/f0/test_estimate.py.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 M. Mauch, S. Dixon, "pYIN: a fundamental frequency estimator using probabilistic threshold
 distributions", ICASSP 2014. Its pitches lie on a grid of 10 cents.
+
+Tested by tests/stages/f0/test_estimate.py.
 """
 
 from __future__ import annotations

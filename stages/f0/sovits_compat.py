@@ -2,6 +2,8 @@
 
 Voice conversion models trained on these contours have learnt their timing too. Each function of
 `SOVITS_METHODS` returns so-vits-svc's f0 before it fills unvoiced frames; `fill_unvoiced` fills.
+
+Tested by tests/stages/f0/test_estimate.py.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 M. Morise, "Harvest: a high-performance fundamental frequency estimator from speech signals",
 Interspeech 2017.
+
+Tested by tests/stages/f0/test_estimate.py.
 """
 
 from __future__ import annotations

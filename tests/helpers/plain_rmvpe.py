@@ -116,7 +116,7 @@ class PlainRmvpe(nn.Module):
         self.fc = nn.Sequential(BiGRU(config), nn.Linear(2 * config.hidden, 360), nn.Sigmoid())
 
     def maps(self, mel: Tensor) -> Tensor:
-        """What the GRU sees: (B, M, F) -> (B, F, 3 M)."""
+        """Compute the GRU's input: (B, M, F) -> (B, F, 3 M)."""
         x = self.cnn(self.unet(mel.transpose(1, 2)[:, None]))  # (B, 3, F, M)
         return x.transpose(1, 2).flatten(2)
 

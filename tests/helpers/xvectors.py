@@ -23,7 +23,7 @@ def direction(name: str) -> np.ndarray:
 
 
 def near_the_speaker(clip_id: str, speaker: str) -> np.ndarray:
-    """Of any length, as embeddings are."""
+    """Draw vectors near a speaker's, of any length, like embeddings."""
     return (direction(speaker) + 0.3 * direction(clip_id)) * np.exp(direction(clip_id)[0])
 
 

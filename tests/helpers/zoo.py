@@ -25,7 +25,7 @@ SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Expectation:
-    """What becomes of a song at the end of the pipeline; no reason when it is kept."""
+    """Expected outcome of a song at the end of the pipeline; no reason when it is kept."""
 
     status: Literal["kept", "filtered", "quarantined"]
     reason: Reason | None = None

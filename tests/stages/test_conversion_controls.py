@@ -24,7 +24,7 @@ def sung(seconds: float, level: float = 0.1, seed: int = 0) -> Array:
 
 
 def rms_db(wav: Array) -> Array:
-    """Of each tenth of a second."""
+    """Measure the RMS in dB of each tenth of a second."""
     tenths = wav[: len(wav) // 800 * 800].reshape(-1, 800).astype("f8")
     return 10 * np.log10(np.square(tenths).mean(axis=1))
 

@@ -35,7 +35,7 @@ def noise(num_samples: int, seed: int = 0) -> Array:
 
 
 def in_blocks(wav: Array, lengths: list[int], rates: tuple[int, int], cfg: ResampleConfig) -> Array:
-    """What the stream makes of `wav` in blocks of these lengths, and then the rest of it."""
+    """Resample `wav` in blocks of these lengths, then the rest of it."""
     stream = stream_resampler(*rates, cfg)
     parts, start = [], 0
     for length in lengths:

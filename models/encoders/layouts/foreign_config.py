@@ -1,4 +1,7 @@
-"""Settings of a network from the configuration in a foreign file, beyond the tensors' shapes."""
+"""Settings of a network from the configuration in a foreign file, beyond the tensors' shapes.
+
+Tested by tests/models/encoders/layouts/test_encoder_file.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Key names of each family of encoder files."""
+"""Key names of each family of encoder files.
+
+Tested by tests/models/encoders/layouts/test_encoder_file.py.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ Sources: Ziyin et al., "Neural Networks Fail to Learn Periodic Functions and How
 Lee et al., "BigVGAN" (2023).
 
 B batch, C channels, T samples.
+
+Tested by tests/models/synthesizer/blocks/test_decoder.py.
 """
 
 from __future__ import annotations

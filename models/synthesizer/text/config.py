@@ -1,4 +1,7 @@
-"""Settings of the text-conditioned synthesizer. The defaults are Bert-VITS2's."""
+"""Settings of the text-conditioned synthesizer. The defaults are Bert-VITS2's.
+
+Tested by tests/models/synthesizer/text/test_synthesizer.py.
+"""
 
 from __future__ import annotations
 

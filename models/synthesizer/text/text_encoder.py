@@ -4,6 +4,8 @@ Source: Bert-VITS2 (commit 61130ac), after Kim et al., "Conditional Variational 
 Adversarial Learning for End-to-End Text-to-Speech" (2021).
 
 B batch, C latent channels, G speaker channels, H hidden channels, N symbols.
+
+Tested by tests/models/synthesizer/text/test_synthesizer.py.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def encoder(request: pytest.FixtureRequest) -> Encoder:
 
 
 def num_frames(name: str, num_samples: int) -> int:
-    """As the convolutions of wav2vec 2.0 count them; Whisper counts whole hops."""
+    """Return the frames by wav2vec 2.0's convolutions, or whole hops for Whisper."""
     if name.startswith("whisper"):
         return max(1, num_samples // 320)
     return max(1, 1 + (num_samples - 400) // 320)

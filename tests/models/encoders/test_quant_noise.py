@@ -16,7 +16,7 @@ P, BLOCK = 0.3, 4
 
 
 def noisy_weight(weight: Tensor, p: float, block: int) -> Tensor:
-    """What fairseq's hook stores for the forward pass: its draws, in its order."""
+    """Compute the weight that fairseq's hook stores for the forward pass, with its draws."""
     if weight.ndim > 2 and weight[0, 0].numel() > 1:
         gone = torch.zeros(weight.shape[:2]).bernoulli_(p)
         gone = gone.view(*gone.shape, *[1] * (weight.ndim - 2)).expand_as(weight)

@@ -52,7 +52,7 @@ def singing(golden: Path) -> Tensor:
 
 @pytest.fixture
 def content(checkpoint: Path) -> dict[str, Any]:
-    """What the golden checkpoint holds, to be changed."""
+    """Return the content of the golden checkpoint, to be changed."""
     return torch.load(checkpoint, weights_only=True)
 
 

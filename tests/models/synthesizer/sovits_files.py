@@ -45,12 +45,12 @@ def state_dict(keys: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def checksums() -> dict[str, Any]:
-    """What the references state of their weights, by model."""
+    """Return the checksums of the references' weights, by model."""
     return json.loads((GOLDEN / "fill_checksums.json").read_text())
 
 
 def checksum(state: Mapping[str, Tensor]) -> int:
-    """Of the filled tensors, as the references state it."""
+    """Compute the references' checksum of the filled tensors."""
     total = 0
     for name in sorted(name for name in state if not name.endswith("filter")):
         numbers = np.ascontiguousarray(state[name].numpy(), "<f4")

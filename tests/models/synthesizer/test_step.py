@@ -194,7 +194,7 @@ def doubled(batch: Batch) -> Batch:
 
 
 def keep_gradients(step: GanStep, gradients: dict[str, Tensor]) -> None:
-    """As they are when an optimizer takes its step."""
+    """Keep the gradients with which an optimizer takes its step."""
     for side, network, optimizer in (
         ("g", step.generator, step.optim_g),
         ("d", step.discriminator, step.optim_d),

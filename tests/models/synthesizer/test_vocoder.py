@@ -38,7 +38,7 @@ def write_vocoder(folder: Path, variant: str, content: Any = None, **config: Any
 
 
 def filled_vocoder(folder: Path, variant: str) -> Vocoder:
-    """With its weight norm, as it is trained."""
+    """Return the vocoder with its weight norm, as in training."""
     network = Vocoder(load_vocoder(write_vocoder(folder, variant)).config).eval()
     network.load_state_dict(state_dict(manifest("nsf_hifigan_manifest")[variant]["keys"]))
     return network
@@ -94,7 +94,7 @@ def test_the_settings_are_those_of_the_file(tmp_path: Path) -> None:
 
 
 def tiny_state(**changed: Any) -> dict[str, Any]:
-    """Of the tiny vocoder; None takes a tensor out."""
+    """Return the state dict of the tiny vocoder; None removes a tensor."""
     state = state_dict(manifest("nsf_hifigan_manifest")["tiny"]["keys"]) | changed
     return {name: tensor for name, tensor in state.items() if tensor is not None}
 

@@ -85,7 +85,7 @@ def decoded(decoder: Decoder, path: Path | bytes) -> NDArray[np.float32]:
 
 
 def refusal(decoder: Decoder, path: Path | bytes | str) -> BadInput:
-    """What decoding raises; it leaves nothing in scratch."""
+    """Return the error that decoding raises, and check that scratch is empty."""
     with pytest.raises(BadInput) as caught:
         decoder.decode(path, RATE, NATIVE)
     assert not list(decoder.scratch.glob("song-*"))

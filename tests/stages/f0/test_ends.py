@@ -1,4 +1,4 @@
-"""What lies beyond a clip's end, and clips as callers happen to hold them."""
+"""Frames beyond a clip's end, and the memory layouts of clips."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ def test_loudness_does_not_matter(settings_of: Callable[..., F0Config]) -> None:
 
 
 def lag_hops(cfg: F0Config, sample_rate: int, num_samples: int) -> float:
-    """How far the contour trails the truth.
+    """Measure the delay of a contour against the truth, in hops.
 
     One that lags reads high where the pitch falls and low where it rises; a bias of the method
     (pYIN's grid of 10 cents) has one sign in both.

@@ -121,7 +121,7 @@ def test_sounds_as_the_peer(variant: str, reference: Reference, filled: Filled) 
 
 
 def _kept(network: nn.Module) -> dict[str, Tensor]:
-    """What each module of the network returns, as soon as the network is called."""
+    """Record what each module of the network returns when the network is called."""
     kept: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:

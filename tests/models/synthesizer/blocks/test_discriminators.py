@@ -107,7 +107,7 @@ def test_columns_are_convolved(of_three: nn.Module) -> None:
 
 
 def _sum(features: list[Tensor]) -> Tensor:
-    """Of numbers that each weigh something else."""
+    """Compute a sum with a different weight for each value."""
     weights = [torch.linspace(-1, 1, x.numel(), dtype=x.dtype) for x in features]
     return torch.stack([x.flatten() @ w for x, w in zip(features, weights, strict=True)]).sum()
 

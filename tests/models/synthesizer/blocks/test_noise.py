@@ -1,4 +1,4 @@
-"""What makes pieces of a song coherent: noise that belongs to places, phases that go on."""
+"""Coherence of pieces of a song: noise tied to positions, and continuous phases."""
 
 from __future__ import annotations
 

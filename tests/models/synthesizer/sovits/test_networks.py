@@ -33,7 +33,7 @@ def variant(request: pytest.FixtureRequest) -> str:
 
 
 def require_infer(network: Any, arrays: dict[str, np.ndarray], variant: str) -> None:
-    """What the peer's infer gave: plainly, with a predicted melody, and of a mix over time."""
+    """Check so-vits-svc's infer: plain, with a predicted melody, and with a mix over time."""
     batch = batch_of(arrays)
 
     def infer(speaker: Tensor, predict_f0: bool = False) -> tuple[Tensor, Tensor]:

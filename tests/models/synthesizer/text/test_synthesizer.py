@@ -217,7 +217,7 @@ def test_the_peers_scores_of_durations(case: Case, filled: Filled) -> None:
 
 
 def loss_of(out: TextOutputs, total_symbols: float | None = None) -> Tensor:
-    """That of the durations."""
+    """Compute the loss of the durations."""
     return duration_loss(
         out.duration_nll, out.log_durations_hat, out.log_durations, out.text_mask, total_symbols
     )

@@ -91,7 +91,7 @@ def batch() -> tuple[list[Tensor], Tensor]:
 
 
 def results(output: Any, i: int, num_frames: int) -> Tensor:
-    """What a head gave for clip `i`, of which only its own frames count."""
+    """Return a head's results for clip `i`, limited to its own frames."""
     if isinstance(output, tuple):  # CTC
         output, frames = output
         num_frames = frames[i]
@@ -238,7 +238,7 @@ def test_training_masks_what_transformers_masks(golden: Path, tmp_path: Path) ->
 
 
 def old_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As transformers named the weight norm before 4.35."""
+    """Rename the weight norm as in transformers before 4.35."""
     new = {".parametrizations.weight.original0": ".weight_g"}
     new[".parametrizations.weight.original1"] = ".weight_v"
     renamed = {}

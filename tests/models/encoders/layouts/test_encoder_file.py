@@ -35,7 +35,7 @@ from models.encoders.ssl import SslEncoder
 from models.encoders.wav2vec2 import RelativeBias, Wav2Vec2, Wav2Vec2Config, relative_buckets
 from models.torchaudio_compat import import_torchaudio
 
-GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "encoders"
+GOLDEN = Path(__file__).resolve().parents[3] / "golden" / "encoders"
 TOLERANCE = 2e-5  # of outputs with standard deviation 1, in float32; the noise is about 5e-6
 
 
@@ -334,7 +334,7 @@ def test_transformers_folders_files_and_shards(
 
 
 def old_names(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """As transformers before 4.31 wrote them, in a model with a head."""
+    """Rename keys as transformers before 4.31 wrote them, in a model with a head."""
     renamed = {
         prefix
         + key.replace("parametrizations.weight.original0", "weight_g").replace(
