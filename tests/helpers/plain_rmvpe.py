@@ -1,4 +1,4 @@
-"""RMVPE layer by layer as its paper's code has it: what the quick one is measured against.
+"""RMVPE layer by layer as in its paper's code, as a reference for the fast one.
 
 Nothing is folded, fused or packed, and clips have no lengths. Modules bear the published names.
 """

@@ -1,4 +1,4 @@
-"""Small synthetic songs for tests that need files, not beauty."""
+"""Small synthetic songs for tests that need files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small datasets to train from, written straight as shards: no extraction, no network.
+"""Small training datasets, written directly as shards without extraction or networks.
 
 Pitch, loudness and units are those of the audio: a network that learns from them can become better.
 """

@@ -1,4 +1,4 @@
-"""A voice that sings at once: a small synthesizer of random weights on the units of mfcc."""
+"""A fast voice: a small synthesizer with random weights on the units of mfcc."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""x-vectors put into the shards of a dataset, where no network is at hand that could make them."""
+"""x-vectors written into the shards of a dataset without a network."""
 
 from __future__ import annotations
 

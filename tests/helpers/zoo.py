@@ -1,4 +1,4 @@
-"""Every kind of bad or odd input that we know of, as files, with what must become of each.
+"""Files of every known kind of bad or odd input, with the expected outcome of each.
 
 A folder per speaker, so that it is also a corpus. The expectations are those of a whole extraction
 with default settings.

@@ -1,4 +1,4 @@
-"""Batches and windows: everything once, in order, within the budget."""
+"""Batches and windows: every clip once, in order, within the budget."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_like_lengths_meet() -> None:
 
 
 class Gpu:
-    """Doubles numbers; its memory holds so much padded length."""
+    """A fake GPU that doubles numbers and has memory for a padded length."""
 
     def __init__(self, lengths: list[int], memory: int) -> None:
         self.lengths, self.memory = lengths, memory

@@ -1,4 +1,4 @@
-"""Foreign checkpoints: what they hold comes out, what they would run does not."""
+"""Foreign checkpoints: their data are loaded, and their code never runs."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_writing_to_a_loaded_tensor_leaves_the_file_alone(tmp_path: Path) -> Non
 
 
 class Calls:
-    """Pickles as a call of `function` with `args`."""
+    """An object that pickles as a call of `function` with `args`."""
 
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
         self.call = (function, args)
@@ -146,7 +146,7 @@ class Calls:
         return self.call
 
     def __call__(self) -> None:
-        """The pickler wants what is called to be callable."""
+        """Make the object callable, as the pickler requires."""
 
 
 ATTACKS: dict[str, tuple[Callable[[str], Any], str]] = {

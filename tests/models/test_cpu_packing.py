@@ -1,4 +1,4 @@
-"""The kernels of inference on a CPU give what plain PyTorch gives."""
+"""The CPU's inference kernels equal plain PyTorch."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_attention(mask: Tensor | None) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 @torch.inference_mode()
 def test_a_packed_network_equals_the_plain_one(name: str) -> None:
-    """Every layer that can be is packed, none is left over, and the numbers stay."""
+    """Every layer that can be packed is packed, and the results stay."""
     plain, packed = network(VARIANTS[name]), pack(network(VARIANTS[name]))
     assert not any(isinstance(module, nn.Linear) for module in packed.modules())
     for seconds in (0.5, 3.0):
@@ -166,8 +166,8 @@ def test_a_packed_network_equals_the_plain_one(name: str) -> None:
         torch.testing.assert_close(packed(wavs), expected, rtol=0, atol=1e-5)
 
 
-def test_weights_are_held_once() -> None:
-    """Packing replaces the weights of the layers; only the stem's stay beside the tiles'."""
+def test_weights_are_stored_once() -> None:
+    """Packing replaces the layers' weights; only the stem keeps its own besides the tiles'."""
     config = Wav2Vec2Config(
         stem=((8, 10, 5), (8, 64, 64)),
         width=256,

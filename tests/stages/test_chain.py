@@ -1,4 +1,4 @@
-"""One song through all stages: what is kept, what is left out, and that it adds up."""
+"""One song through all stages: kept and dropped parts add up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transposition, consonant protection, and the envelope of the song on the converted one."""
+"""Transposition, protection of consonants, and the loudness envelope."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Integers of a PCM subtype and back."""
+"""Quantisation to a PCM subtype and back."""
 
 from __future__ import annotations
 

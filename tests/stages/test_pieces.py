@@ -1,4 +1,4 @@
-"""Songs in pieces: every sounding frame in one piece, and one song again out of them."""
+"""Songs in pieces: every sounding frame in one piece, and joining to one song."""
 
 from __future__ import annotations
 

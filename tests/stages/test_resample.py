@@ -1,4 +1,4 @@
-"""Resampling: parity with the peers, blocks against the whole, lengths, phase."""
+"""Resampling: parity with other programs, blocks against the whole, lengths, phase."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def in_blocks(wav: Array, lengths: list[int], rates: tuple[int, int], cfg: Resam
         ("torchaudio_functional_default", ResampleConfig(backend="torchaudio"), 4e-6),
     ],
 )
-def test_44100_to_16000_is_the_peers(name: str, cfg: ResampleConfig, tolerance: float) -> None:
+def test_44100_to_16000_is_the_references(name: str, cfg: ResampleConfig, tolerance: float) -> None:
     """tolerance: relative to the peak, which is 0.12 here."""
     with np.load(GOLDEN) as arrays:
         wav = arrays["to16k/in_i16"].astype(np.float32) / 32768
@@ -69,7 +69,7 @@ def test_44100_to_16000_is_the_peers(name: str, cfg: ResampleConfig, tolerance: 
 
 
 def as_so_vits_writes(case: str, source: str, mode: Literal["peak", "none"]) -> Array:
-    """so-vits-svc's resample.py in our functions, up to its int16.
+    """Reproduce so-vits-svc's resample.py with Cantor's functions, up to its int16.
 
     Its trimming of both ends is not ours (the slicer does that job): where it trims, its own two
     samples are taken.
@@ -194,7 +194,7 @@ def test_output_k_lies_at_its_time(
 
 @pytest.mark.parametrize("cfg", BACKENDS)
 def test_a_stream_holds_back_less_than_its_block(cfg: ResampleConfig) -> None:
-    """Memory is bounded: output follows input, whatever has gone through before."""
+    """Memory is bounded: output follows input at any position."""
     stream = stream_resampler(48000, 44100, cfg)
     written = 0
     for k in range(1, 31):

@@ -1,4 +1,4 @@
-"""Searching an index of a speaker's frames, and the blend of what is found."""
+"""Search in an index of a speaker's frames, and the blend of its results."""
 
 from __future__ import annotations
 

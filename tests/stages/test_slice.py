@@ -1,4 +1,4 @@
-"""Cuts at silences: parity with so-vits-svc's slicer, forced cuts, properties for any input."""
+"""Slicing: parity with so-vits-svc's slicer, forced cuts, properties for any input."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def golden_input(name: str, real_audio: Path) -> tuple[Array, int]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_cuts_equal_the_peers(case: str, real_audio: Path) -> None:
+def test_cuts_equal_the_references(case: str, real_audio: Path) -> None:
     """so-vits-svc returns every span; audio-slicer returns the sounding ones."""
     peer, *name, parameters = case.split("/")
     wav, sample_rate = golden_input("/".join(name), real_audio)
@@ -85,7 +85,7 @@ def test_cuts_equal_the_peers(case: str, real_audio: Path) -> None:
         assert found == arrays[case].tolist()
 
 
-def test_rms_equals_the_peers(real_audio: Path) -> None:
+def test_rms_equals_the_references(real_audio: Path) -> None:
     wav, sample_rate = golden_input("vocadito", real_audio)
     with np.load(GOLDEN) as arrays:
         expected = arrays["rms/vocadito/sr44100_win3528_hop882"]

@@ -1,4 +1,4 @@
-"""Training a student: the parts of a step, and that it learns what it shall."""
+"""Training of a student: the parts of a step, and that it learns."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_sparsity_out_of_reach_is_refused() -> None:
 
 
 def test_loss_is_that_of_the_frames_that_are_there() -> None:
-    """What lies beyond a clip's end must not matter."""
+    """Frames beyond a clip's end must not matter."""
     teacher = make_teacher()
     cfg = dataclasses.replace(SHORT, learning_rate=1e-9, gates=("heads",), sparsity=0.05)
     reports = []

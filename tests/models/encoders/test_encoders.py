@@ -1,4 +1,4 @@
-"""Encoders: the contract of every one, and Kaldi's numbers for those without weights."""
+"""Encoders: the contract of each, and Kaldi's results for those without weights."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_what_is_not_a_clip_is_refused(encoder: Encoder, wav: Tensor) -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 20000), max_size=4), st.sampled_from(WITHOUT_WEIGHTS))
 def test_frame_counts(lengths: list[int], name: str) -> None:
-    """As the seven convolutions of wav2vec 2.0 count them."""
+    """Frame counts equal those of wav2vec 2.0's seven convolutions."""
     units = load_encoder(name).encode([noise(n) for n in lengths])
     assert len(units) == len(lengths)
     for frames, length in zip(units, lengths, strict=True):

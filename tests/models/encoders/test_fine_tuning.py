@@ -33,7 +33,7 @@ from transformers.models.wavlm.modeling_wavlm import (  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def _numpy_as_it_was() -> Iterator[None]:
-    """transformers draws from numpy's global state: put it back."""
+    """Restore numpy's global state, from which transformers draws."""
     state = np.random.get_state()  # noqa: NPY002
     yield
     np.random.set_state(state)  # noqa: NPY002

@@ -1,4 +1,4 @@
-"""The heads against transformers, clip by clip, and each clip of a batch against itself alone."""
+"""Heads against transformers, clip by clip, and clips in a batch against single clips."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ LENGTHS = [12000, 7001, 16400, 9123]  # samples
 
 
 def peer_model(golden: Path, name: str, **settings: Any) -> transformers.PreTrainedModel:
-    """A tiny network of transformers, its weights by the rule of the goldens."""
+    """Make a tiny transformers network with the goldens' weights."""
     spec = importlib.util.spec_from_file_location("fill", golden / "encoders" / "fill.py")
     fill = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fill)
@@ -82,7 +82,7 @@ def noise(num_samples: int, seed: int = 0) -> Tensor:
 
 
 def batch() -> tuple[list[Tensor], Tensor]:
-    """Clips, and the rows they make, with rubbish in the padding."""
+    """Make clips and their padded batch, with random values in the padding."""
     wavs = [noise(n, seed=i) for i, n in enumerate(LENGTHS)]
     rows = torch.full((len(wavs), max(LENGTHS)), 7.0)
     for row, wav in zip(rows, wavs, strict=True):
@@ -127,7 +127,7 @@ def test_a_head_gives_what_transformers_gives(
 def test_the_sum_over_layers_has_the_final_norm_in_a_pre_norm_network(
     golden: Path, tmp_path: Path
 ) -> None:
-    """As transformers had it when the checkpoints were made; its version 5 leaves the norm out."""
+    """Older transformers had the norm when the checkpoints were made; version 5 omits it."""
     peer = peer_model(golden, "WavLMForXVector", **FLAVOURS["large"], use_weighted_layer_sum=True)
     model = load_head(saved(peer, tmp_path))
     wav = noise(12000)[None]
@@ -338,7 +338,7 @@ def test_vectors_are_those_of_transformers(golden: Path, tmp_path: Path, normali
 def test_vectors_in_padded_batches_are_those_alone(
     golden: Path, tmp_path: Path, flavour: str
 ) -> None:
-    """The way of a GPU, on the CPU."""
+    """Run the GPU's code path on the CPU."""
     peer = peer_model(golden, "WavLMForXVector", **FLAVOURS[flavour], use_weighted_layer_sum=True)
     xvector = load_xvector(saved(peer, tmp_path, normalize=True))
     wavs = [noise(n, i) for i, n in enumerate([*LENGTHS, 300])]
@@ -365,8 +365,8 @@ def test_a_head_refuses_a_clip_without_a_deviation(golden: Path, tmp_path: Path)
 
 
 def test_a_long_clip_is_seen_whole(golden: Path, tmp_path: Path) -> None:
-    """The network runs in windows. Without attention, frames far apart know nothing of each other,
-    so the vector must be that of the clip in one piece."""
+    """The network runs in windows. Without attention, distant frames are independent,
+    so the vector must equal that of the clip in one piece."""
     peer = peer_model(golden, "WavLMForXVector", num_hidden_layers=1, num_attention_heads=1)
     for layer in peer.wavlm.encoder.layers:
         layer.attention.out_proj.weight.data.zero_()

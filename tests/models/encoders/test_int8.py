@@ -1,4 +1,4 @@
-"""Integer products: what they give, what they may cost in accuracy, where they are refused."""
+"""Integer products: results, loss of accuracy, and refusal where not supported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ except ValueError as error:
 
 
 def by_hand(linear: nn.Linear, x: Tensor) -> Tensor:
-    """The same rounding in float64."""
+    """Compute the same rounding in float64."""
     weight, x = linear.weight.double(), x.double()
     scale = weight.abs().amax(1, keepdim=True) / 127
     lo = x.amin(-1, keepdim=True)
@@ -69,7 +69,7 @@ def test_rows_do_not_know_each_other() -> None:
 @pytest.mark.parametrize("value", [0.0, 0.3, -1e6])
 @torch.inference_mode()
 def test_a_row_of_one_value(value: float) -> None:
-    """No step at all: digital silence behind a layer norm."""
+    """A step of zero: digital silence after a layer norm."""
     torch.manual_seed(0)
     linear = nn.Linear(64, 24)
     x = torch.full((2, 64), value)
@@ -134,7 +134,7 @@ except ValueError as error:
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN's x86 levels")
 def test_it_is_refused_where_sums_saturate() -> None:
-    """oneDNN told to use no more than AVX2, whose 8-bit sums are cut off at 16 bits."""
+    """oneDNN limited to AVX2, whose 8-bit sums saturate at 16 bits."""
     done = subprocess.run(
         [sys.executable, "-c", REFUSED],
         env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"},

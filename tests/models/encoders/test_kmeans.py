@@ -1,4 +1,4 @@
-"""k-means by batches against scikit-learn's, and where the truth is known."""
+"""k-means by batches against scikit-learn's, and on data with known clusters."""
 
 from __future__ import annotations
 

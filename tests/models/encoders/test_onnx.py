@@ -1,4 +1,4 @@
-"""ONNX encoders: the peer's numbers, frame counts, windows, and files that are something else."""
+"""ONNX encoders: so-vits-svc's results, frame counts, windows, and files of other kinds."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def singing(golden: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_equals_the_peer(name: str, singing: Tensor, golden: Path) -> None:
+def test_equals_the_reference(name: str, singing: Tensor, golden: Path) -> None:
     with np.load(golden / "encoders" / "onnx_out.npz") as arrays:
         expected = arrays[name][0].T
     path = str(golden / "encoders" / f"{name}.onnx")
@@ -135,7 +135,7 @@ def test_samples_that_are_not_finite_are_refused(encoder: OnnxEncoder) -> None:
 
 
 def test_the_longest_single_window(encoder: OnnxEncoder) -> None:
-    """Up to 3000 frames the graph sees the whole clip, its last samples included."""
+    """Up to 3000 frames the graph runs on the whole clip, its last samples included."""
     wav = noise(960000)
     (units,) = encoder.encode([wav])
     assert len(units) in (2999, 3000)
@@ -144,7 +144,7 @@ def test_the_longest_single_window(encoder: OnnxEncoder) -> None:
 
 
 def test_a_song_in_windows(encoder: OnnxEncoder) -> None:
-    """Its seams differ little from what the graph makes of it in one piece."""
+    """At the seams units differ little from those of the graph on the whole song."""
     wav = noise(70 * 16000 + 123)
     (units,) = encoder.encode([wav])
     feed = {encoder.session.get_inputs()[0].name: wav[None, None].numpy()}
@@ -166,7 +166,7 @@ def small(
     transposed: bool = True,
     half: bool = False,
 ) -> str:
-    """A graph of one convolution, with inputs (name, type, shape) of which the first is heard."""
+    """A graph of one convolution, with inputs (name, type, shape) of which the first is used."""
     weight = np.random.default_rng(0).standard_normal((dim, 1, reach)).astype(np.float32)
     nodes = [
         helper.make_node("Cast", [inputs[0][0]], ["x"], to=TensorProto.FLOAT),

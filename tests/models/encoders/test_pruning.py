@@ -1,4 +1,4 @@
-"""Gates and pruning against the published code, and against what pruning means."""
+"""Gates and pruning against the published code and the definition of pruning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantization noise and gated linear units, against what the seed's modules compute."""
+"""Quantization noise and gated linear units, against fairseq's modules."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ VARIANTS = {
 
 
 def network(config: Wav2Vec2Config) -> Wav2Vec2:
-    """Weights drawn so that activations keep a standard deviation near 1."""
+    """Draw weights so that activations keep a standard deviation near 1."""
     torch.manual_seed(0)
     net = Wav2Vec2(config)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def network(config: Wav2Vec2Config) -> Wav2Vec2:
 
 
 def song(num_samples: int, seed: int = 0) -> Tensor:
-    """A glide with noise: it changes all the time, so that a wrong frame shows."""
+    """Make a glide with noise, which changes all the time, so that a wrong frame shows."""
     t = torch.arange(num_samples) / 16000
     tone = torch.sin(2 * torch.pi * (150 * t + 20 * t.square() / 2)) * 0.2
     return tone + 0.02 * torch.randn(num_samples, generator=torch.Generator().manual_seed(seed))
@@ -65,7 +65,7 @@ LENGTHS = [8000, 320000, 401, 100001, 48000, 48000, 7]
 
 @torch.inference_mode()
 def test_an_encoder_equals_its_network(config: Wav2Vec2Config) -> None:
-    """Alone in the tiled stem and packed products, as in one pass of plain PyTorch."""
+    """The tiled stem and packed products equal one pass of plain PyTorch."""
     plain = network(config)
     encoder = SslEncoder("any", network(config))
     for n in LENGTHS[:5]:
@@ -112,7 +112,7 @@ def test_batches_as_on_a_gpu(config: Wav2Vec2Config) -> None:
 def test_sixty_seconds_are_one_piece_and_more_are_windows() -> None:
     """The seam error: what differs from one pass over 100 s of a voice that never stands still.
 
-    Random weights attend to everything alike, so each window misses what it does not see: 18 % of
+    Random weights attend to everything equally, so each window lacks the rest: 18 % of
     the units' norm, all over. Where two windows meet it is no more, and nothing clicks.
     """
     plain = network(VARIANTS["base"])
@@ -149,8 +149,8 @@ def test_a_clip_of_a_minute_is_the_same_in_a_batch(num_samples: int) -> None:
 
 
 @pytest.mark.parametrize("one_by_one", [True, False])
-def test_half_precision_hears_a_quiet_clip_that_is_normalised(one_by_one: bool) -> None:
-    """Its samples would be rounded to a few steps of float16, were they cast first."""
+def test_half_precision_keeps_a_quiet_clip_that_is_normalised(one_by_one: bool) -> None:
+    """If cast first, its samples would be rounded to a few steps of float16."""
     config = Wav2Vec2Config(**SMALL, stem_norm="layer", normalize_wav=True)
     encoder = SslEncoder("any", network(config), dtype="float16")
     encoder.one_by_one = one_by_one

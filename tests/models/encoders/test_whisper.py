@@ -1,4 +1,4 @@
-"""Whisper as an encoder: the peer's numbers, windows, and every layout its weights come in."""
+"""Whisper as an encoder: so-vits-svc's results, windows, and every layout of its weights."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def content(checkpoint: Path) -> dict[str, Any]:
 # Numbers
 
 
-def test_equals_the_peer(encoder: WhisperEncoder, singing: Tensor, golden: Path) -> None:
+def test_equals_the_reference(encoder: WhisperEncoder, singing: Tensor, golden: Path) -> None:
     with np.load(golden / "encoders" / "tiny_whisper_out.npz") as arrays:
         expected = arrays["ppg"][0].T
     (units,) = encoder.encode([singing])
     np.testing.assert_allclose(units.numpy(), expected, rtol=0, atol=TOLERANCE)
 
 
-def test_spectrum_equals_the_peer(singing: Tensor, golden: Path) -> None:
+def test_spectrum_equals_the_reference(singing: Tensor, golden: Path) -> None:
     filters = whisper_mel_filters(80)
     mel = whisper_log_mel(F.pad(singing, (0, WINDOW_SAMPLES - len(singing)))[None], filters)[
         0
@@ -161,7 +161,7 @@ def test_where_windows_begin(encoder: WhisperEncoder, num_samples: int, frames: 
 
 
 def test_a_seam_is_no_louder_than_the_place_in_a_window(encoder: WhisperEncoder) -> None:
-    """Frames either side of a seam differ by what the two windows make of one sound, no more."""
+    """Frames at a seam differ no more than two windows differ on the same sound."""
     t = torch.arange(55 * 16000) / 16000
     wav = 0.3 * torch.sin(2 * torch.pi * 220 * t) + noise(len(t)) * 0.1
     (units,) = encoder.encode([wav])
@@ -299,9 +299,9 @@ def test_weights_alone_show_their_shapes(
 
 
 def published(size: str, golden: Path) -> dict[str, Any]:
-    """A real file's keys and shapes, all tensors views of one short storage.
+    """Make a real file's keys and shapes, all tensors views of one short storage.
 
-    Decoders, which nobody reads, are one number each.
+    Unused decoders are one number each.
     """
     manifest = json.loads((golden / "encoders" / f"manifest_whisper_{size}.json").read_text())
     shapes = {k: [1] if "decoder." in k else s for k, s in manifest["tensors"].items()}
@@ -312,7 +312,7 @@ def published(size: str, golden: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("size", ["medium", "large_v2"])
 def test_published_files_fit_key_by_key(size: str, golden: Path, tmp_path: Path) -> None:
-    """All keys and shapes of the real file, and one more: that one alone is complained of."""
+    """All keys and shapes of the real file, and one more: only that one is reported."""
     content = published(size, golden)
     content["model_state_dict"]["encoder.blocks.0.attn.key.bias"] = torch.zeros(1)
     with pytest.raises(CheckpointError, match=r"has encoder\.blocks\.0\.attn\.key\.bias, which no"):

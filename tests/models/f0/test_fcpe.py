@@ -1,4 +1,4 @@
-"""FCPE: torchfcpe's numbers, whatever the clip, its neighbours in a batch and its length."""
+"""FCPE: torchfcpe's results for any clip, batch and length."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_clip_does_not_depend_on_its_batch(network: Fcpe, singing: Tensor) -> 
 def test_windows_change_nothing(
     network: Fcpe, singing: Tensor, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also for quiet ends, which the mean over the whole clip moves."""
+    """Windows also keep quiet ends, which depend on the mean over the whole clip."""
     wav = torch.cat([singing[:30000] * 0.01, singing[30000:]])
     whole, (f0, _) = network.activations([wav])[0], network.pitch([wav])[0]
     monkeypatch.setattr(fcpe, "WINDOW_FRAMES", window)
@@ -130,7 +130,7 @@ def test_windows_change_nothing(
 
 
 def test_windows_bound_the_memory(network: Fcpe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pass of the network sees more frames than a window has."""
+    """No pass of the network has more frames than a window."""
     seen: list[int] = []
     entered = network.network.enter.register_forward_pre_hook(
         lambda module, args: seen.append(args[0].shape[1])
@@ -145,7 +145,7 @@ def test_windows_bound_the_memory(network: Fcpe, monkeypatch: pytest.MonkeyPatch
 def test_unpacked_products_give_the_same(
     network: Fcpe, singing: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a GPU runs, and a CPU without oneDNN."""
+    """The code path of a GPU and of a CPU without oneDNN."""
     monkeypatch.setattr(fcpe, "can_pack", lambda weight: False)
     plain = load_fcpe(bundled_fcpe())
     assert isinstance(plain.network.output, torch.nn.Linear)

@@ -1,4 +1,4 @@
-"""RMVPE: the peer's numbers, clips that do not hear each other, windows, files, ONNX exports."""
+"""RMVPE: reference results, independent clips, windows, files, ONNX exports."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def mels_of(estimator: Rmvpe, wavs: list[Tensor]) -> list[Tensor]:
 # Numbers
 
 
-def test_the_published_network_equals_the_peer(
+def test_the_published_network_equals_the_reference(
     reference: dict[str, NDArray[np.floating]], singing: Tensor, golden: Path
 ) -> None:
     config = RmvpeConfig()
@@ -75,7 +75,7 @@ def test_the_published_network_equals_the_peer(
     np.testing.assert_allclose(salience.numpy(), reference["salience"], rtol=0, atol=TOLERANCE)
 
 
-def test_the_log_mel_equals_the_peer(
+def test_the_log_mel_equals_the_reference(
     reference: dict[str, NDArray[np.floating]], singing: Tensor
 ) -> None:
     mel = tiny()._mel(singing)
@@ -87,7 +87,7 @@ def test_the_log_mel_equals_the_peer(
 
 @pytest.mark.parametrize("source", ["decode", "synthetic"])
 @pytest.mark.parametrize("threshold", [0.03, 0.05])
-def test_decoding_equals_the_peer(
+def test_decoding_equals_the_reference(
     source: str, threshold: float, reference: dict[str, NDArray[np.floating]]
 ) -> None:
     salience = reference["salience" if source == "decode" else "synthetic/salience"]
@@ -185,7 +185,7 @@ def test_windows_of_a_long_clip_have_no_seam(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_frame_sees_as_far_as_stated() -> None:
-    """Else windows would overlap by too little, or by far too much."""
+    """Otherwise windows would overlap by too little or far too much."""
     assert RmvpeConfig().reach == 1600
     estimator = tiny()
     (mel,) = mels_of(estimator, [noise(160 * 1500)])
@@ -319,7 +319,7 @@ def test_a_key_that_is_no_text_is_named(tmp_path: Path) -> None:
 
 
 def test_checking_reads_no_weights(tmp_path: Path, tiny_rmvpe: Path) -> None:
-    """Of a file whose weights are all damaged, names and shapes still are what they are."""
+    """A file with damaged weights still has its names and shapes."""
     state = {key: torch.full_like(value, -1) for key, value in tiny_rmvpe_weights().items()}
     torch.save(state, tmp_path / "rmvpe.pt")
     check_rmvpe(tmp_path / "rmvpe.pt")
@@ -371,7 +371,7 @@ def test_a_long_clip_runs_through_an_export_in_windows(
 
 
 class _Other(torch.nn.Module):
-    """A graph that takes a log-mel and gives something else."""
+    """A graph from a log-mel to something other than salience."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

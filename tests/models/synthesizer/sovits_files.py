@@ -1,4 +1,4 @@
-"""Files as so-vits-svc writes them, with made-up weights of the small synthesizers."""
+"""Files in so-vits-svc's format, with the weights of the small synthesizers."""
 
 from __future__ import annotations
 

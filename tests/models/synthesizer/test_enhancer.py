@@ -1,4 +1,4 @@
-"""The enhancer: the peer's sound, keys and silence, and phases that go on."""
+"""The enhancer: so-vits-svc's audio, keys and silence, and continuous phases."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tone(frames: int = 60, hop: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", range(4))
-def test_as_the_peer(case: int, enhancer: Enhancer, reference: Reference) -> None:
+def test_as_the_reference(case: int, enhancer: Enhancer, reference: Reference) -> None:
     arrays = reference("enhancer_tiny")
     rate, hop, key, silence, out_rate = arrays[f"case{case}/params"].tolist()
     f0 = torch.from_numpy(arrays[f"case{case}/f0"][0, :, 0])

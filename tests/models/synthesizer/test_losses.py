@@ -1,4 +1,4 @@
-"""Losses: the peer's numbers, and parts that add up to the whole."""
+"""Losses: so-vits-svc's results, and parts that add up to the whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spectrograms: the peer's, each clip's as if it were alone, and gradients through them."""
+"""Spectrograms: so-vits-svc's results, independent clips, and gradients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def wav() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("samples", [11025, 12288])
-def test_as_the_peer(samples: int, reference: Reference) -> None:
+def test_as_the_reference(samples: int, reference: Reference) -> None:
     arrays = reference("svc_functions")
 
     def expect(found: torch.Tensor, name: str, tolerance: float) -> None:
@@ -41,7 +41,7 @@ def test_as_the_peer(samples: int, reference: Reference) -> None:
     expect(mel_of(spec, other, 44100), "mel128_40_16000", LOGARITHMS)
 
 
-def test_as_the_peer_on_a_recording(golden: Path) -> None:
+def test_as_the_reference_on_a_recording(golden: Path) -> None:
     with np.load(golden / "preprocessing" / "inputs.npz") as arrays:
         second = arrays["vocadito_3to8s"][220500 - 132300 : 264600 - 132300]
     with np.load(golden / "preprocessing" / "volume_expand_coarse_spec.npz") as arrays:

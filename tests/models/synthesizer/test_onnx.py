@@ -1,4 +1,4 @@
-"""Voices as ONNX graphs: onnxruntime sings from them what torch does, and what so-vits-svc does."""
+"""Voices as ONNX graphs: onnxruntime's audio equals torch's and so-vits-svc's."""
 
 from __future__ import annotations
 
@@ -68,20 +68,20 @@ def exported(
 
 @pytest.fixture
 def folder(exported: Export, tmp_path: Path) -> Path:
-    """A copy of the exported "base", to spoil."""
+    """Copy the exported "base", to damage it."""
     return Path(shutil.copytree(exported("base").folder, tmp_path / "voice"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_sings_as_the_peer(variant: str, exported: Export, reference: Reference) -> None:
+def test_sings_as_the_reference(variant: str, exported: Export, reference: Reference) -> None:
     arrays = reference(f"svc_tiny_{variant}")
     require_infer(exported(variant).network, arrays, variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("count", "frames"), [(1, 90), (2, 7)])
-def test_sings_as_torch(variant: str, count: int, frames: int, exported: Export) -> None:
-    """With chance, of other lengths than the graph was made with, and as a batch."""
+def test_equals_torch(variant: str, count: int, frames: int, exported: Export) -> None:
+    """With noise, other lengths than in the export, and a batch."""
     sung = exported(variant)
     config, tolerance = sung.voice.config, INFER.get(variant, 1e-5)
     chance = torch.Generator().manual_seed(frames)

@@ -1,4 +1,4 @@
-"""A step of training: so-vits-svc's losses, gradients and weights after real steps."""
+"""A training step: so-vits-svc's losses, gradients and weights after real steps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Steps = Callable[..., GanStep]
 
 @pytest.fixture(scope="module")
 def discriminator(filled: Filled) -> MultiPeriodDiscriminator:
-    """It has 47 million parameters, which take a while to fill. Not to be changed."""
+    """Make a discriminator of 47 million parameters, slow to fill; do not change it."""
     return filled(MultiPeriodDiscriminator())
 
 
@@ -43,7 +43,7 @@ def step_of(filled: Filled, discriminator: MultiPeriodDiscriminator) -> Steps:
     def make(
         arrays: dict[str, np.ndarray], learning_rate: float = 1e-4, narrow: bool = False
     ) -> GanStep:
-        """narrow: with discriminators of ours, which are quick."""
+        """Make a step. narrow: with small, fast discriminators."""
         judge = filled(MultiPeriodDiscriminator(channels=64)) if narrow else discriminator
         network = filled(Synthesizer(config_of(arrays)))
         return step_with((network, copy.deepcopy(judge)), learning_rate)
@@ -66,7 +66,7 @@ def totals_of(batch: Batch) -> Totals:
 
 
 @pytest.mark.parametrize("variant", ["base", "snake", "transflow_share"])
-def test_four_steps_of_the_peer(variant: str, reference: Reference, step_of: Steps) -> None:
+def test_four_steps_of_the_reference(variant: str, reference: Reference, step_of: Steps) -> None:
     arrays = reference(f"svc_train3_{variant}")
     step = step_of(arrays)
     step.spec_of = lambda part: torch.from_numpy(arrays["in/spec"])
@@ -80,7 +80,7 @@ def test_four_steps_of_the_peer(variant: str, reference: Reference, step_of: Ste
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "oddrates"])
-def test_gradients_of_the_peer(variant: str, reference: Reference, step_of: Steps) -> None:
+def test_gradients_of_the_reference(variant: str, reference: Reference, step_of: Steps) -> None:
     """Of both networks, from the same weights: a learning rate of 0 leaves D as it is."""
     arrays = reference(f"svc_tiny_{variant}")
     step = step_of(arrays, learning_rate=0.0)
@@ -104,7 +104,7 @@ def test_gradients_of_the_peer(variant: str, reference: Reference, step_of: Step
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "oddrates"])
-def test_each_discriminators_losses_and_the_mels_of_the_peer(
+def test_each_discriminators_losses_and_the_mels_of_the_reference(
     variant: str, reference: Reference, filled: Filled, discriminator: MultiPeriodDiscriminator
 ) -> None:
     arrays = reference(f"svc_tiny_{variant}")

@@ -1,4 +1,4 @@
-"""Decoding in tiles gives what the whole gives, however long tiles are and wherever they end."""
+"""Decoding in tiles equals decoding the whole, for any length and position of tiles."""
 
 from __future__ import annotations
 

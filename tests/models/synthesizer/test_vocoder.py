@@ -1,4 +1,4 @@
-"""NSF-HiFiGAN vocoders: the peer's state dicts and sound, and files that are none of theirs."""
+"""NSF-HiFiGAN vocoders: so-vits-svc's state dicts and audio, and files of other kinds."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def test_names_shapes_and_order_without_weight_norm(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variant", TINY)
 @pytest.mark.parametrize("bare", [False, True])
-def test_a_file_is_sung_from(
+def test_a_file_is_loaded_and_run(
     tmp_path: Path, variant: str, bare: bool, reference: Reference
 ) -> None:
-    """As it is published, or its weight norm removed and the state dict on its own."""
+    """As published, or with removed weight norm and a bare state dict."""
     path = write_vocoder(tmp_path, variant)
     if bare:
         torch.save(load_vocoder(path).state_dict(), path)
@@ -177,7 +177,7 @@ def inputs(arrays: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("chance", [0.0, 0.3])
 @pytest.mark.parametrize("variant", TINY)
-def test_sounds_as_the_peer(
+def test_sounds_as_the_reference(
     tmp_path: Path, variant: str, chance: float, reference: Reference
 ) -> None:
     arrays = reference(f"nsf_hifigan_{variant}")

@@ -1,4 +1,4 @@
-"""Mels of vocoders: the peer's at every key and speed, and what cannot be."""
+"""Mels of vocoders: so-vits-svc's at every key and speed, and refused settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALL = MelConfig(n_fft=256, win_length=256, n_mels=16, f_min=40)
 
 
 @pytest.mark.parametrize("samples", [9000, 9216, 1500, 700])  # the last two have no mirror image
-def test_as_the_peer(samples: int, reference: Reference) -> None:
+def test_as_the_reference(samples: int, reference: Reference) -> None:
     arrays = reference("nvstft_mel")
     start = f"community/{samples}/key"
     wav = torch.from_numpy(arrays[f"community/{samples}/in"]).unsqueeze(0)
@@ -31,7 +31,7 @@ def test_as_the_peer(samples: int, reference: Reference) -> None:
         np.testing.assert_allclose(found.numpy(), arrays[start + name], rtol=0, atol=PEER)
 
 
-def test_as_the_peer_at_another_rate(reference: Reference) -> None:
+def test_as_the_reference_at_another_rate(reference: Reference) -> None:
     arrays = reference("nvstft_mel")
     config = MelConfig(n_fft=1024, win_length=1024, n_mels=80, f_min=20, f_max=11025)
     found = vocoder_mel(torch.from_numpy(arrays["default/in"])[None], config, 22050, 256)

@@ -1,4 +1,4 @@
-"""Voices on disk: what was saved is loaded, anything else is refused in a sentence."""
+"""Voices on disk: saving, loading, and refusal of anything else in one sentence."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Path:
-    """A copy of the saved voice, to spoil."""
+    """Copy the saved voice, to damage it."""
     return Path(shutil.copytree(saved, tmp_path / "voice"))
 
 
@@ -167,7 +167,7 @@ def test_saving_again_replaces_and_leaves_nothing_beside(folder: Path) -> None:
 
 
 def test_files_of_two_voices_are_refused(folder: Path, tmp_path: Path) -> None:
-    """As a kill between the two would leave them; neither order is taken for a voice."""
+    """A kill between the two writes leaves such files; they are not a voice in either order."""
     save_voice(tmp_path / "later", make(step=2000))
     for name in (WEIGHTS, DESCRIPTION):
         mixed = Path(shutil.copytree(folder, tmp_path / f"mixed {name}"))
@@ -303,7 +303,7 @@ def test_a_voice_that_makes_no_sense_is_not_built(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-# --- does a dataset suit a voice?
+# --- does a dataset match a voice?
 
 
 def test_codebooks_must_be_the_same_or_none() -> None:

@@ -1,4 +1,4 @@
-"""Decoding: every good file exactly, every bad one with its reason, and the worker lives on."""
+"""Decoding: good files exactly, bad ones with a reason, and the worker survives."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def put(folder: Path, data: bytes, name: str = "song.bin") -> Path:
 
 
 def decoded(decoder: Decoder, path: Path | bytes) -> NDArray[np.float32]:
-    """All samples at the file's own rate. Asserts what holds for every decoded file."""
+    """Decode all samples at the file's own rate, with checks that hold for every file."""
     header = decoder.probe(path)
     with decoder.decode(path, header.sample_rate, NATIVE) as result:
         wav = result.wav[0 : len(result.wav)]
@@ -351,7 +351,7 @@ def mp3_parts(rate: int, mode: str, channels: int = 1) -> tuple[bytes, bytes, in
 def test_mp3_without_a_frame_count_is_read_to_its_end(
     mode: str, rate: int, channels: int, decoder: Decoder, tmp_path: Path
 ) -> None:
-    """libsndfile alone reads such a file of variable rate for the length of its first bit rate."""
+    """libsndfile alone stops where the bit rate of the first frame would end the file."""
     tag, frames, length = mp3_parts(rate, mode, channels)
     full = decoded(decoder, put(tmp_path, tag + frames, "full.mp3"))
     assert len(full) == length
@@ -479,7 +479,7 @@ def test_a_wave_decodes_only_if_it_holds_what_it_declares(
 def test_damaged_headers_never_break_the_decoder(
     data: st.DataObject, decoder: Decoder, scratch: Path
 ) -> None:
-    """Whatever stands in the first bytes: samples or a BadInput, and the next file is fine."""
+    """Any first bytes give samples or a BadInput, and the next file works."""
     kind, subtype = data.draw(st.sampled_from([pair for pair in CUTTABLE if pair[0] != "MP3"]))
     rate = 48000 if subtype == "OPUS" else RATE
     damaged = bytearray(encoded(song(3000), rate, subtype, kind))

@@ -1,4 +1,4 @@
-"""CREPE on clips: its clock, its batches, the numbers of torchcrepe and of so-vits-svc."""
+"""CREPE on clips: its clock, its batches, and the results of torchcrepe and so-vits-svc."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def no_gpu() -> bool:
 
 
 def test_pitch_before_torchcrepes_noise(theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its batch of all frames, without the noise, against what the peer's contour starts from."""
+    """Its batch of all frames, without the noise, against the start of so-vits-svc's contour."""
     wav = np.concatenate([glide(0.3, rate=16000), np.zeros(1600, np.float32)])
     monkeypatch.setattr(theirs.convert, "dither", lambda cents: cents)
     pitch, periodicity = theirs.predict(
@@ -210,7 +210,7 @@ def assert_same_but_for_the_noise(
         (441, 0, "hop441_plenNone"),
     ],
 )
-def test_peer_contour(
+def test_reference_contour(
     hop_length: int,
     extra_frames: int,
     case: str,
@@ -230,7 +230,7 @@ def test_peer_contour(
     assert abs(difference.mean()) < 1.5
 
 
-def test_peer_contour_of_the_whole_recording(
+def test_reference_contour_of_the_whole_recording(
     reference: dict[str, NDArray[Any]], real_audio: Path
 ) -> None:
     """Three paths of up to 1024 frames; the means of the noise leave 0.1 cents."""
@@ -244,7 +244,7 @@ def test_peer_contour_of_the_whole_recording(
 
 
 @pytest.mark.parametrize("case", ["silence2s", "noise2s_-80dB", "len2048", "len600"])
-def test_peer_contour_of_degenerate_clips(
+def test_reference_contour_of_degenerate_clips(
     case: str, reference: dict[str, NDArray[Any]], five_seconds: Array
 ) -> None:
     noise = (np.random.default_rng(5).normal(size=2 * RATE) * 1e-4).astype(np.float32)
@@ -260,7 +260,7 @@ def test_peer_contour_of_degenerate_clips(
     assert_same_but_for_the_noise(f0, reference[f"{theirs}/f0"], reference[f"{theirs}/uv"] == 1)
 
 
-def test_peer_contour_of_hardly_any_samples() -> None:
+def test_reference_contour_of_hardly_any_samples() -> None:
     wav = np.full(2, 0.1, np.float32)
     np.testing.assert_array_equal(sovits_crepe(wav, RATE, PEER, 3), np.zeros(3))
     with pytest.raises(ValueError, match=r"f0\.hop_length 2 is too short"):

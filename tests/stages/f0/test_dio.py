@@ -1,4 +1,4 @@
-"""DIO against WORLD's, which pyworld brings."""
+"""DIO against WORLD's in pyworld."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_other_ranges_and_hops(f0_min: float, f0_max: float, hop: int, real_audi
 def test_any_signal(
     num_samples: int, hop: int, sample_rate: int, f0_min: float, kind: str, seed: int
 ) -> None:
-    """Constant signals and clicks are digital silence to the filters: nothing must sound there."""
+    """Constant signals and clicks are silence to the filters, so nothing may be voiced."""
     rng = np.random.default_rng(seed)
     wav = rng.normal(size=num_samples)
     if kind == "brown":

@@ -50,7 +50,7 @@ def test_a_clip_may_be_float64_a_view_or_read_only(
     np.testing.assert_array_equal(estimate_f0(read_only, rate, cfg), expected)
 
 
-def test_a_rate_that_networks_cannot_hear_is_the_settings_fault() -> None:
-    """And no clip's, which would be put aside for it."""
+def test_a_rate_that_networks_cannot_resample_is_an_error_of_the_settings() -> None:
+    """It is not a clip's error, which would quarantine the clip."""
     with pytest.raises(ValueError, match="cannot resample 44101 Hz to 16000 Hz"):
         estimate_f0(tone(4000), 44101, F0Config(method="fcpe"))

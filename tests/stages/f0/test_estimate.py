@@ -1,4 +1,4 @@
-"""f0 estimation: the contract of every method, its timing, its accuracy, and the peer's numbers."""
+"""f0 estimation: contract, timing and accuracy of every method, and so-vits-svc's results."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def method(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def settings_of(method: str, request: pytest.FixtureRequest) -> Callable[..., F0Config]:
-    """F0Config of the method, with what it needs to run in a moment."""
+    """Make a F0Config of the method with fast settings."""
 
     def build(**changes: Any) -> F0Config:
         if method == "rmvpe":
@@ -229,7 +229,7 @@ def test_frame_i_is_the_pitch_at_sample_i_hop(
     assert abs(lag_hops(cfg, sample_rate, sample_rate)) < LAG_HOPS.get(cfg.method, 0.05)
 
 
-def test_the_peer_runs_ahead_by_most_of_a_hop() -> None:
+def test_so_vits_svc_runs_ahead_by_most_of_a_hop() -> None:
     """Why `align` exists: Praat gives 83 of 87 frames; the first, at 2.95 hops, becomes frame 2."""
     num_samples = 45000
     _, times = praat_track(harmonic(np.full(num_samples, 200.0), RATE), RATE, F0Config())
@@ -415,7 +415,7 @@ def test_periodicity_is_near_praats_strength(
         ("harvest", 441, 0, "hop441_plenNone"),
     ],
 )
-def test_peer_contours(
+def test_reference_contours(
     method: str,
     hop_length: int,
     extra_frames: int,
@@ -433,7 +433,7 @@ def test_peer_contours(
 
 
 @pytest.mark.parametrize("method", ["praat", "dio", "harvest"])
-def test_peer_contours_of_the_whole_recording(
+def test_reference_contours_of_the_whole_recording(
     method: str, reference: dict[str, NDArray[np.float64]], whole: Array
 ) -> None:
     f0 = estimate_f0(whole, RATE, F0Config(method=method, align="peer"))  # type: ignore[arg-type]
@@ -454,7 +454,7 @@ def test_what_an_estimator_finds_outside_its_range_is_unvoiced(five_seconds: Arr
 
 @pytest.mark.parametrize("method", ["praat", "dio", "harvest"])
 @pytest.mark.parametrize("case", ["silence2s", "noise2s_-80dB", "len2048", "len600"])
-def test_peer_contours_of_degenerate_clips(
+def test_reference_contours_of_degenerate_clips(
     method: str, case: str, reference: dict[str, NDArray[np.float64]], five_seconds: Array
 ) -> None:
     noise = (np.random.default_rng(5).normal(size=2 * RATE) * 1e-4).astype(np.float32)

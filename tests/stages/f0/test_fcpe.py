@@ -1,4 +1,4 @@
-"""f0 by FCPE: so-vits-svc's numbers, the sample that a frame belongs to, level, threshold."""
+"""f0 by FCPE: so-vits-svc's results, sample positions of frames, level, threshold."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def assert_as_peer(
         (441, 0, "hop441_plenNone"),
     ],
 )
-def test_peer_contours(
+def test_reference_contours(
     hop_length: int,
     extra_frames: int,
     case: str,
@@ -73,7 +73,7 @@ def test_peer_contours(
     )
 
 
-def test_peer_contour_of_the_whole_recording(
+def test_reference_contour_of_the_whole_recording(
     real_audio: Path, reference: dict[str, NDArray[np.float32]]
 ) -> None:
     wav, _ = soundfile.read(real_audio / "vocadito_1.flac", dtype="float32")
@@ -81,7 +81,7 @@ def test_peer_contour_of_the_whole_recording(
 
 
 @pytest.mark.parametrize("case", ["silence2s", "noise2s_-80dB", "len2048", "len600"])
-def test_peer_contours_of_degenerate_clips(
+def test_reference_contours_of_degenerate_clips(
     case: str, five_seconds: Array, reference: dict[str, NDArray[np.float32]]
 ) -> None:
     start = 220500 - 132300  # sample 220500 of the recording

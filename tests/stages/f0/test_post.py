@@ -1,4 +1,4 @@
-"""Steps after the estimation of a contour, each on contours whose right answer is known."""
+"""Post-processing steps, each on contours with a known result."""
 
 from __future__ import annotations
 

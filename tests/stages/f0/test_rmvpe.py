@@ -1,4 +1,4 @@
-"""RMVPE as a method: its clock, its threshold, its file, and the peer's contour."""
+"""RMVPE as a method: its clock, threshold and file, and so-vits-svc's contour."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def test_the_default_threshold_lies_at_0_03(tmp_path: Path) -> None:
         assert (f0 > 0).all() if voiced else not f0.any()
 
 
-def test_the_peers_contour_is_stretched_and_above_0_05(tiny_rmvpe: Path, tmp_path: Path) -> None:
+def test_the_references_contour_is_stretched_and_above_0_05(
+    tiny_rmvpe: Path, tmp_path: Path
+) -> None:
     wav = noise(RATE + 321)
     expected = decode_rmvpe(saliences(tiny_rmvpe, wav, RATE), 0.05).numpy()
     n_frames = len(wav) // 512
@@ -86,7 +88,7 @@ def test_the_peers_contour_is_stretched_and_above_0_05(tiny_rmvpe: Path, tmp_pat
 
 
 def test_the_file_is_read_when_the_method_is_called(tmp_path: Path, tiny_rmvpe: Path) -> None:
-    """With no clip too: that is how a run finds out before it starts."""
+    """Also without a clip, so that a run fails before it starts."""
     with pytest.raises(ValueError, match="does not exist"):
         rmvpe([], 16000, settings(tmp_path / "absent.pt"))
     with pytest.raises(ValueError, match="is a folder"):

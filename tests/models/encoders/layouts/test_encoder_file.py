@@ -1,4 +1,4 @@
-"""Every file layout gives the numbers of the program that wrote it; what does not fit is named."""
+"""Every file layout gives the results of the program that wrote it; errors name the keys."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TOLERANCE = 2e-5  # of outputs with standard deviation 1, in float32; the noise 
 
 @cache
 def fill() -> ModuleType:
-    """The rule that the goldens' weights were made by."""
+    """Load the rule that made the goldens' weights."""
     spec = importlib.util.spec_from_file_location("fill", GOLDEN / "fill.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -86,7 +86,7 @@ def assert_golden(
     golden: np.ndarray[Any, Any],
     batched: bool = True,
 ) -> None:
-    """The plain network and the encoder made of it, which is packed and tiled, give the golden.
+    """Check that the plain network and the packed, tiled encoder reproduce the golden.
 
     batched: also in a padded batch, as on a GPU.
     """
@@ -103,7 +103,7 @@ def assert_golden(
 
 
 def assert_encodes(encoder: Encoder, wav: Tensor, golden: np.ndarray[Any, Any]) -> None:
-    """The encoder that users get gives the golden: (F, D), (1, F, D) or (1, D, F)."""
+    """Check that the user's encoder reproduces the golden: (F, D), (1, F, D) or (1, D, F)."""
     expected = golden if golden.ndim == 2 else frames_first(golden, encoder.dim)
     (found,) = encoder.encode([wav[0]])
     assert_close(found.numpy(), expected)
@@ -260,7 +260,7 @@ FULL = [
 
 @pytest.mark.parametrize(("manifest", "outputs"), FULL, ids=[m for m, _ in FULL])
 def test_published_sizes(manifest: str, outputs: dict[str, str], wav: Tensor) -> None:
-    """No configuration beside them: everything comes from the shapes."""
+    """Without a configuration everything comes from the shapes."""
     arrays = fill().from_manifest(GOLDEN / f"manifest_{manifest}.json")
     tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
     checkpoint = parse_encoder_file(Path(manifest), {"model": tensors})
@@ -494,7 +494,7 @@ def misfit_config(key: str, value: Any) -> str:
 
 
 def test_shapes_decide_where_the_configuration_lies(wav: Tensor, tmp_path: Path) -> None:
-    """chinese-hubert-large's convolutions have no bias, whatever its configuration says."""
+    """chinese-hubert-large's convolutions have no bias, although its configuration has one."""
     content = load_foreign(GOLDEN / "tiny_hubert_large.pt")
     assert content["cfg"]["model"]["conv_bias"] is True
     for i in range(7):

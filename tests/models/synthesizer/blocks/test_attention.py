@@ -1,4 +1,4 @@
-"""Attention and what is stacked of it, against the reference and a plain formulation."""
+"""Attention and its stacks, against the reference and a plain formulation."""
 
 from __future__ import annotations
 
@@ -204,8 +204,8 @@ def test_a_query_that_may_see_no_key_averages_over_all(options: dict[str, int]) 
     torch.testing.assert_close(made, attention.conv_o(mean)[..., 0], atol=1e-12, rtol=0)
 
 
-def test_nothing_is_kept_for_pairs_of_frames_but_one_number_a_head() -> None:
-    """The peer keeps its weights a second time, padded to 2 * 300 - 1 relative positions."""
+def test_pairs_of_frames_keep_only_one_number_per_head() -> None:
+    """so-vits-svc keeps a second copy of the weights, padded to 2 * 300 - 1 positions."""
     attention = MultiHeadAttention(4, 4, 2, window=4)
     sizes: list[int] = []
 

@@ -1,4 +1,4 @@
-"""HiFi-GAN with and without a source: the peers' state dicts and numbers."""
+"""HiFi-GAN with and without a source: the references' state dicts and results."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_names_of_bert_vits2(golden: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_sounds_as_the_peer(variant: str, reference: Reference, filled: Filled) -> None:
+def test_sounds_as_the_reference(variant: str, reference: Reference, filled: Filled) -> None:
     arrays = reference(f"svc_tiny_{variant}")
     network = filled(Generator(config_of(arrays)), "dec.")
     found = _kept(network)
@@ -208,7 +208,7 @@ def test_every_parameter_learns(small: nn.Module) -> None:
 
 
 def test_a_snake_folds_less_back() -> None:
-    """Of a tone, sin^2 makes one of twice its frequency; beyond the band that is a false one."""
+    """sin^2 doubles the frequency of a tone; beyond the band that aliases."""
     snake, time = Snake(1), torch.arange(400)
 
     def bent(frequency: float) -> tuple[Tensor, Tensor]:

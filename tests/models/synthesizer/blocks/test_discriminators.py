@@ -1,4 +1,4 @@
-"""The discriminators: the peer's state dict, scores and features."""
+"""Discriminators: so-vits-svc's state dict, scores and features."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_names(variant: str, golden: Path) -> None:
     assert found == [(name, key["shape"], key["kind"]) for name, key in keys.items()]
 
 
-def test_judges_as_the_peer(network: nn.Module, reference: Reference) -> None:
+def test_judges_as_the_reference(network: nn.Module, reference: Reference) -> None:
     arrays = reference("svc_discriminator")
     both = torch.from_numpy(np.concatenate([arrays["in/y"], arrays["in/y_hat"]]))
     with torch.no_grad():

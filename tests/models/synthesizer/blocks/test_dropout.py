@@ -1,4 +1,4 @@
-"""Dropout on a CPU: as many elements, the same mean, one draw for all that follows from a seed."""
+"""Dropout on a CPU: the share of dropped elements, the mean, and determinism by seed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_where_chance_has_no_say() -> None:
 
 
 def test_attention_in_training_attends_as_otherwise_on_average() -> None:
-    """A causal attention takes another way where its weights are dropped."""
+    """Causal attention uses another code path with dropout."""
     torch.manual_seed(0)
     attention = MultiHeadAttention(8, 8, 2, dropout=0.1)
     nn.init.eye_(attention.conv_o.weight[:, :, 0])

@@ -1,4 +1,4 @@
-"""Posterior and prior encoder and the f0 predictor, against so-vits-svc's numbers."""
+"""Posterior and prior encoder and the f0 predictor, against so-vits-svc's results."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_padding_is_never_seen(config: SynthesizerConfig, filled: Filled) -> Non
 def test_f0_predictor_sees_one_frame_over_the_end(
     config: SynthesizerConfig, filled: Filled
 ) -> None:
-    """As the peer's does, whose content is not 0 there; the next frame counts no more."""
+    """As in so-vits-svc, whose content is not 0 there; the next frame has no effect."""
     x, mask, g = _ragged()
     predictor = filled(F0Predictor(config), "f0_decoder.").double()
     lf0 = torch.randn(2, 1, 26).double() * mask

@@ -1,4 +1,4 @@
-"""Coupling flows: the reference's numbers, and that they can be undone."""
+"""Coupling flows: the reference's results, and inversion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mel bins, transposition and normalised log f0: the peer's numbers, and ours where they differ."""
+"""Mel bins and normalised log f0: so-vits-svc's results, and Cantor's where they differ."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def contours(golden: Path) -> dict[str, NDArray[np.generic]]:
         ("coarse/in_f32", "coarse/out_f64", torch.float64),
     ],
 )
-def test_the_peers_bins(
+def test_the_references_bins(
     given: str, expected: str, dtype: torch.dtype, reference: dict[str, NDArray[np.generic]]
 ) -> None:
     f0 = torch.from_numpy(reference[given]).to(dtype)
@@ -85,7 +85,7 @@ def test_a_range_without_bins_is_refused(wrong: dict[str, float]) -> None:
 # normalize_f0
 
 
-def test_the_peers_normalisation(reference: dict[str, NDArray[np.generic]]) -> None:
+def test_the_references_normalisation(reference: dict[str, NDArray[np.generic]]) -> None:
     log_f0, mask, voiced, out = (
         torch.from_numpy(reference[f"normalize_f0/{name}"]) for name in ("lf0", "mask", "uv", "out")
     )

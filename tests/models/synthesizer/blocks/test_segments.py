@@ -1,4 +1,4 @@
-"""Masks, segments, units on the frame clock and volume: the peer's numbers."""
+"""Masks, segments, units on the frame clock and volume: so-vits-svc's results."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_segment_does_not_fit() -> None:
 
 @pytest.mark.parametrize("mode", ["nearest", "left"])
 @pytest.mark.parametrize("case", ["13_29", "50_86", "43_43", "40_33", "1_7", "173_298"])
-def test_expands_as_the_peer(mode: str, case: str, functions: dict[str, np.ndarray]) -> None:
+def test_expands_as_the_reference(mode: str, case: str, functions: dict[str, np.ndarray]) -> None:
     units = functions[f"repeat_expand/{case}/in"].T
     expected = functions[f"repeat_expand/{case}/{mode}"].T
     found = expand_units(units, len(expected), mode)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The sine source: the peer's waves, exact phases over long clips, and its noise."""
+"""The sine source: so-vits-svc's waves, exact phases over long clips, and its noise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXACT = 5e-7  # float32 of the sine, and of its argument
 
 
 @pytest.mark.parametrize("rate, hop", [(44100, 512), (32000, 320)])
-def test_waves_of_the_peer(rate: int, hop: int, reference: Reference) -> None:
+def test_waves_of_the_reference(rate: int, hop: int, reference: Reference) -> None:
     arrays = reference("svc_functions")
     name = f"sinegen/{rate}_{hop}"
     f0 = torch.from_numpy(arrays[f"{name}/f0_frames"]).unsqueeze(0)

@@ -39,7 +39,7 @@ PAIRS = {
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_is_torchs_weight_norm(name: str) -> None:
-    """The same state dict, output and gradients; a fresh one is the convolution that it is of."""
+    """The same state dict, output and gradients; a new one equals its convolution."""
     ours, theirs, args, options, shape = PAIRS[name]
     torch.manual_seed(0)
     conv = ours(*args, **options, dtype=torch.float64)

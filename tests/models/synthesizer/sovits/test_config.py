@@ -1,4 +1,4 @@
-"""config.json of so-vits-svc: what it means here, and that it comes back."""
+"""config.json of so-vits-svc: reading and writing."""
 
 from __future__ import annotations
 

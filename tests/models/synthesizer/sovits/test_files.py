@@ -1,4 +1,4 @@
-"""Voices of so-vits-svc: what they write is read to the bit, what we write is what they wrote."""
+"""Voices of so-vits-svc: bit-exact reading of its files, and writing of equal files."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_discriminators_come_in(tmp_path: Path, spectral_norm: bool) -> None:
 
 
 def constants(keys: dict[str, Any]) -> dict[str, Tensor]:
-    """A number for each tensor, all over it, in half precision: what a released file may have."""
+    """Fill each tensor with one number, in half precision, as a released file may have."""
     return {
         name: torch.full(what["shape"], (1 + i) / 1024, dtype=torch.float16)
         for i, (name, what) in enumerate(keys.items())
@@ -148,7 +148,7 @@ def test_discriminators_go_out_beside_their_voice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variant", "tolerance"), [("base", 1e-5), ("snake", 8e-5), ("transflow_share", 1e-5)]
 )
-def test_a_loaded_voice_sings_as_it_does_there(
+def test_a_loaded_voice_gives_the_references_audio(
     tmp_path: Path, reference: Reference, variant: str, tolerance: float
 ) -> None:
     """Ten times the float64 floor of the references: 1e-6, and 8e-6 of snake."""
@@ -164,7 +164,7 @@ def sing(network: Synthesizer, arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("variant", ["base", "snake"])
-def test_a_released_voice_sings_and_says_what_it_cannot(
+def test_a_released_voice_infers_and_refuses_the_rest(
     tmp_path: Path, reference: Reference, variant: str
 ) -> None:
     """compress_model.py: half precision, no posterior encoder, an optimizer without a state."""
@@ -233,7 +233,7 @@ def test_flows_that_share_a_network_still_do(tmp_path: Path) -> None:
 
 
 def edit(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[], dict[str, Any]]:
-    """The content of a G_800.pth of `share` with its tensors changed."""
+    """Return the content of a G_800.pth of `share` with its tensors changed."""
 
     def content() -> dict[str, Any]:
         tensors = state_dict(manifest("svc_tiny_manifest")["share"]["keys"])

@@ -1,4 +1,4 @@
-"""The whole synthesizer: what so-vits-svc's makes of the same weights and inputs."""
+"""The whole synthesizer against so-vits-svc's with the same weights and inputs."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def require_infer(network: Any, arrays: dict[str, np.ndarray], variant: str) -> 
         close(wav, arrays["infer_mix/audio"][:, 0], 1e-5)
 
 
-def test_infers_as_the_peer(variant: str, reference: Reference, filled: Filled) -> None:
+def test_infers_as_the_reference(variant: str, reference: Reference, filled: Filled) -> None:
     arrays = reference(f"svc_tiny_{variant}")
     network = filled(Synthesizer(config_of(arrays)))
     require_infer(network, arrays, variant)
 
 
-def test_trains_on_what_the_peer_trains_on(
+def test_trains_on_what_the_reference_trains_on(
     variant: str, reference: Reference, filled: Filled
 ) -> None:
     arrays = reference(f"svc_tiny_{variant}")
@@ -111,10 +111,10 @@ def test_an_example_does_not_depend_on_its_neighbours(reference: Reference, fill
 
 
 @pytest.mark.parametrize("variant", ["base", "transflow_share", "vol"])
-def test_training_on_a_short_clip_sees_neither_padding_nor_neighbour(
+def test_training_on_a_short_clip_ignores_padding_and_neighbours(
     variant: str, reference: Reference, filled: Filled
 ) -> None:
-    """Nor does it write to what it is given. Of f0 there are gaps and 1500 Hz, and no voice."""
+    """It does not write to its inputs. f0 has gaps, 1500 Hz, and an unvoiced clip."""
     arrays = reference(f"svc_tiny_{variant}")
     network = filled(Synthesizer(config_of(arrays)))
     whole, short = batch_of(arrays), 15

@@ -1,4 +1,4 @@
-"""The alignment of symbols and frames: the peer's paths, exactly, and the best of all paths."""
+"""Alignment of symbols and frames: Bert-VITS2's paths, exactly, and the best of all paths."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def pieces(reference: Reference) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("case", ["mas0", "mas1", "mas2"])
-def test_the_peers_paths(case: str, pieces: dict[str, Tensor]) -> None:
+def test_the_references_paths(case: str, pieces: dict[str, Tensor]) -> None:
     mask = pieces[f"{case}/mask"]
     symbols, frames = mask[:, 0].sum(1).long(), mask[:, :, 0].sum(1).long()
     path = monotonic_path(pieces[f"{case}/neg_cent"], symbols, frames)
@@ -101,7 +101,7 @@ def test_the_likelihood_of_half_precision_is_found_in_float32() -> None:
     assert torch.equal(found, log_likelihood(*(part.float() for part in halved)))
 
 
-def test_the_peers_path_of_durations(reference: Reference) -> None:
+def test_the_references_path_of_durations(reference: Reference) -> None:
     arrays = reference("svc_functions")
     durations = torch.from_numpy(arrays["generate_path/dur"]).squeeze(1)
     mask = torch.from_numpy(arrays["generate_path/mask"]).squeeze(1)

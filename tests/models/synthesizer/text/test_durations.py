@@ -1,4 +1,4 @@
-"""Durations: the peer's numbers, and what a distribution of durations must be."""
+"""Durations: Bert-VITS2's results, and properties of a distribution of durations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LIKELIHOOD = 1.3e-2  # of 550: the slopes of a spline's pieces span many powers 
 
 
 class Given:
-    """Noise that is one tensor, whatever is asked for."""
+    """Noise that always returns one tensor."""
 
     def __init__(self, noise: Tensor) -> None:
         self.noise = noise
@@ -91,7 +91,7 @@ def test_the_logarithm(pieces: dict[str, Tensor]) -> None:
     close(Log()(x, mask, reverse=True), pieces["log/rev"])
 
 
-def test_the_peers_duration_discriminator(pieces: dict[str, Tensor], filled: Filled) -> None:
+def test_the_references_duration_discriminator(pieces: dict[str, Tensor], filled: Filled) -> None:
     judge = filled(DurationDiscriminator(8, 10, 3, 0.1, gin_channels=6), "piece.durdisc.")
     x, mask = pieces["x"], pieces["mask"]
     both = (pieces["durdisc/dur_r"], pieces["durdisc/dur_hat"])
@@ -105,7 +105,7 @@ TINY = ["base", "resflow", "refenc", "resblock2"]
 
 
 @pytest.mark.parametrize("variant", TINY)
-def test_the_peers_predictors(variant: str, reference: Reference, filled: Filled) -> None:
+def test_the_references_predictors(variant: str, reference: Reference, filled: Filled) -> None:
     arrays = reference(f"bv2_tiny_{variant}")
     tensors = {k: torch.from_numpy(v) for k, v in arrays.items() if v.dtype == np.float32}
     x, mask, g = tensors["enc_p/x"], tensors["enc_p/mask"], tensors["g"]

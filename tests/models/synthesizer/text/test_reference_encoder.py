@@ -1,4 +1,4 @@
-"""The voice that the reference encoder hears: the peer's numbers."""
+"""The speaker embedding of the reference encoder: Bert-VITS2's results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.models.synthesizer.conftest import Filled, Reference
 FLOOR = 3.4e-8  # what the peer's float32 is from the same network in float64
 
 
-def test_the_peers_reference_encoder(reference: Reference, filled: Filled) -> None:
+def test_the_references_reference_encoder(reference: Reference, filled: Filled) -> None:
     arrays = reference("bv2_pieces")
     network = filled(ReferenceEncoder(129, 6), "piece.refenc.")
     spec = torch.from_numpy(arrays["refenc/in"]).transpose(1, 2)

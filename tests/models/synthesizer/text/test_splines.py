@@ -1,4 +1,4 @@
-"""Splines of rational quadratic pieces: the peer's numbers, and what every spline must be."""
+"""Rational-quadratic splines: Bert-VITS2's results, and properties of every spline."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def close(found: tuple[Tensor, Tensor], expected: list[Tensor], atol: tuple[floa
 
 
 @pytest.mark.parametrize("way", ["fwd", "inv"])
-def test_the_peers_splines(way: str, pieces: dict[str, Tensor]) -> None:
+def test_the_references_splines(way: str, pieces: dict[str, Tensor]) -> None:
     widths, heights = pieces["spline/w"], pieces["spline/h"]
     found = tailed_spline(
         pieces["spline/x"], widths, heights, pieces["spline/d"], bound=5.0, inverse=way == "inv"

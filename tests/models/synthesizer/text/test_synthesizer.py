@@ -1,4 +1,4 @@
-"""The text-conditioned synthesizer: what Bert-VITS2's makes of the same weights and inputs."""
+"""The text-conditioned synthesizer against Bert-VITS2's with the same weights and inputs."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ every_variant = pytest.mark.parametrize("case", TINY, indirect=True)
 
 
 @every_variant
-def test_the_peers_modules(case: Case) -> None:
+def test_the_references_modules(case: Case) -> None:
     network, g = case.network, case.tensor("g")
     case.equal(network._speaker(case.speaker, case.spec), "g")
     text_mask, mask = case.tensor("enc_p/mask"), case.tensor("enc_q/mask")
@@ -129,7 +129,7 @@ def test_the_peers_modules(case: Case) -> None:
 
 @every_variant
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 1.0])
-def test_infers_as_the_peer(ratio: float, case: Case) -> None:
+def test_infers_as_the_reference(ratio: float, case: Case) -> None:
     kept = kept_of(case.network)
     sung = case.network.infer(
         case.text,
@@ -166,7 +166,7 @@ def kept_of(network: TextSynthesizer) -> dict[str, Any]:
 
 
 @every_variant
-def test_trains_on_what_the_peer_trains_on(case: Case) -> None:
+def test_trains_on_what_the_reference_trains_on(case: Case) -> None:
     out = case.train()
     case.equal(out.starts, "train/ids_slice", atol=0)
     case.equal(out.path.unsqueeze(1), "train/attn", atol=0)
@@ -187,7 +187,7 @@ def judge(filled: Filled) -> nn.Module:
 
 
 @every_variant
-def test_the_peers_losses_and_gradients(case: Case, judge: nn.Module, filled: Filled) -> None:
+def test_the_references_losses_and_gradients(case: Case, judge: nn.Module, filled: Filled) -> None:
     found = losses_of(case, judge, filled)
     for name, loss in found.items():
         case.equal(loss, f"train/{name}", atol=0, rtol=LOSSES * case.steep)
@@ -207,8 +207,8 @@ def test_the_peers_losses_and_gradients(case: Case, judge: nn.Module, filled: Fi
 
 
 @every_variant
-def test_the_peers_scores_of_durations(case: Case, filled: Filled) -> None:
-    """Predicted durations come first: the peer takes them for the originals."""
+def test_the_references_scores_of_durations(case: Case, filled: Filled) -> None:
+    """Predicted durations come first, because Bert-VITS2 treats them as the originals."""
     durations = filled(DurationDiscriminator(16, 16, 3, 0.1, gin_channels=12), "dur.")
     out = case.train()
     pair = (out.log_durations_hat, out.log_durations)
@@ -279,14 +279,14 @@ def built(manifest: dict[str, Any], variant: str) -> Callable[[], nn.Module]:
 @pytest.mark.parametrize(
     "variant", ["config", "residual_flow", "ref_enc", "D", "DUR", *(f"tiny_{v}" for v in TINY)]
 )
-def test_the_state_dict_is_the_peers(variant: str, manifest: dict[str, Any]) -> None:
+def test_the_state_dict_is_the_references(variant: str, manifest: dict[str, Any]) -> None:
     keys = manifest["variants"][variant]["keys"]
     layout = layout_of(built(manifest, variant))
     assert list(layout.shapes.items()) == [(k, tuple(v["shape"])) for k, v in keys.items()]
     assert layout.parameters == [k for k, v in keys.items() if v["kind"] == "param"]
 
 
-def test_the_defaults_are_the_peers(manifest: dict[str, Any]) -> None:
+def test_the_defaults_are_the_references(manifest: dict[str, Any]) -> None:
     assert TextSynthesizerConfig(n_speakers=256) == config_of(peer_config(manifest, "config"))
 
 
@@ -294,7 +294,7 @@ def test_the_defaults_are_the_peers(manifest: dict[str, Any]) -> None:
 
 
 def changed(change: Callable[..., Tensor], *texts: Text) -> Text:
-    """A text of what `change` makes of each of the given ones' tensors; not of the lengths."""
+    """Apply `change` to each tensor of a text, except the lengths."""
     names = [field.name for field in dataclasses.fields(Text) if field.name != "lengths"]
     made = {name: change(*(getattr(text, name) for text in texts)) for name in names}
     return Text(**made, lengths=torch.cat([text.lengths for text in texts]))
@@ -398,7 +398,7 @@ def test_a_residual_flow_may_have_few_layers() -> None:
     TextSynthesizerConfig(n_speakers=4, flow="residual", n_flow_layers=1)
 
 
-def test_asks_for_the_voice(reference: Reference, filled: Filled, case: Case) -> None:
+def test_needs_the_speaker(reference: Reference, filled: Filled, case: Case) -> None:
     with pytest.raises(ValueError, match="has 5 speakers; name one"):
         case.network.infer(case.text, noise=NoNoise())
     heard = Case("refenc", reference, filled)
