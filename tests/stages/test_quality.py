@@ -34,7 +34,7 @@ def quality(wav: Array, sample_rate: int = RATE) -> Quality:
 
 
 def quantised(wav: Array, gain: float = 1.0) -> Array:
-    """As a song reaches this stage: turned up or down, then rounded to 16 bits."""
+    """Apply a gain and round to 16 bits, as before this stage."""
     return (np.clip(np.round(wav * gain * 32768), -32768, 32767) / 32768).astype(np.float32)
 
 
