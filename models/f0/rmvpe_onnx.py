@@ -97,7 +97,8 @@ def _check_trial(path: Path, session: Any) -> None:
         )
     if not ((salience >= 0) & (salience <= 1)).all():  # False for NaN too
         raise CheckpointError(
-            f"{path} returns values outside 0 to 1 or NaN; an RMVPE's salience is in 0 to 1"
+            f"{path} returns values that are not finite or outside 0 to 1; "
+            "an RMVPE's salience is in 0 to 1"
         )
 
 

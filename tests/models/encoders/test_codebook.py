@@ -96,7 +96,7 @@ def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
     save_codebooks(tmp_path / "two.safetensors", voices)
     assert [c.speaker for c in load_codebooks(tmp_path / "two.safetensors")] == ["ann", "Bø/b"]
     assert len(load_codebook(tmp_path / "two.safetensors", "Bø/b").centroids) == 6
-    with pytest.raises(CheckpointError, match="each of 2 speakers; name one"):
+    with pytest.raises(CheckpointError, match="codebooks of 2 speakers; name one"):
         load_codebook(tmp_path / "two.safetensors")
     with pytest.raises(CheckpointError, match="no codebook of 'eve'; it has that of ann"):
         load_codebook(tmp_path / "two.safetensors", "eve")

@@ -360,7 +360,7 @@ def test_a_short_clip_is_followed_by_zeros(golden: Path, tmp_path: Path) -> None
 
 def test_a_head_refuses_a_clip_without_a_deviation(golden: Path, tmp_path: Path) -> None:
     model = load_head(saved(peer_model(golden, "WavLMForXVector"), tmp_path))
-    with pytest.raises(ValueError, match="needs 16 frames, and a clip has 15"):
+    with pytest.raises(ValueError, match="needs 16 frames, but a clip has 15"):
         model(noise(400 + 14 * 320)[None])
 
 

@@ -364,8 +364,8 @@ def test_a_misshapen_key(content: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dims": {"n_mels": 80}}, "does not state the encoder's shapes"),
-        ({"dims": None}, "does not state the encoder's shapes"),
+        ({"dims": {"n_mels": 80}}, "does not state the encoder's shape"),
+        ({"dims": None}, "does not state the encoder's shape"),
         ({"model_state_dict": [1, 2]}, "not a dict of tensors"),
     ],
 )
@@ -387,7 +387,9 @@ def test_what_is_no_whisper(golden: Path, tmp_path: Path) -> None:
         read_whisper(golden / "encoders" / "tiny_wavlm.pt")
     with pytest.raises(CheckpointError, match="seems to be a vocoder"):
         read_whisper(save({"ups.0.weight": torch.zeros(1)}, tmp_path / "vocoder.pt"))
-    with pytest.raises(CheckpointError, match=r"neither dims and model_state_dict.*has a, b"):
+    with pytest.raises(
+        CheckpointError, match=r"neither OpenAI's keys dims and model_state_dict.*has a, b"
+    ):
         read_whisper(save({"b": torch.zeros(1), "a": 1}, tmp_path / "none.pt"))
     with pytest.raises(CheckpointError, match="has a list, not a network"):
         read_whisper(save([1, 2], tmp_path / "list.pt"))

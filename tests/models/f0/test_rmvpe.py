@@ -415,5 +415,7 @@ def test_without_onnxruntime_the_error_says_what_to_install(
 ) -> None:
     check_rmvpe(graph)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ValueError, match=r"RMVPE from an .onnx file needs onnxruntime: install"):
+    with pytest.raises(
+        ValueError, match=r"RMVPE from an .onnx file needs onnxruntime: pip install"
+    ):
         load_rmvpe(graph)

@@ -190,8 +190,8 @@ def test_what_is_no_exported_voice_is_refused(folder: Path, golden: Path) -> Non
     whole = (folder / GRAPH).read_bytes()
     for content, words in (
         (b"", "is empty"),
-        (b"<html>", "no ONNX graph that onnxruntime can run"),
-        (whole[: len(whole) // 2], "no ONNX graph that onnxruntime can run"),
+        (b"<html>", "not an ONNX graph that onnxruntime can run"),
+        (whole[: len(whole) // 2], "not an ONNX graph that onnxruntime can run"),
         (
             (golden / "encoders" / "vec-tiny-layer-3.onnx").read_bytes(),
             "does not have the weights of a Cantor voice",
@@ -217,5 +217,5 @@ def test_without_onnx_the_error_says_what_to_install(
     with pytest.raises(ValueError, match=r"needs onnx: pip install 'cantor\[onnx\]'"):
         export_voice(tmp_path, voice)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ValueError, match="a voice as ONNX needs onnxruntime: install"):
+    with pytest.raises(ValueError, match="a voice as ONNX needs onnxruntime: pip install"):
         OnnxSynthesizer(exported("base").folder)
