@@ -196,14 +196,14 @@ def test_each_name_takes_its_width(name: str, tmp_path: Path) -> None:
 def test_another_names_file_is_told(tmp_path: Path, graph: Path, soft: Path) -> None:
     wide = small(tmp_path / "wide.onnx", 768)
     with pytest.raises(
-        CheckpointError, match="use encoder.name=contentvec768l9-onnx or contentvec768l"
+        CheckpointError, match=r"use encoder\.name=contentvec768l9-onnx or contentvec768l"
     ):
         load_onnx("contentvec256l9-onnx", wide)
     with pytest.raises(
         CheckpointError, match=r"3 frames of width 48; use encoder.name=hubertsoft-onnx"
     ):
         load_onnx("contentvec256l9-onnx", str(soft))
-    with pytest.raises(CheckpointError, match="use encoder.name=contentvec256l9-onnx or"):
+    with pytest.raises(CheckpointError, match=r"use encoder\.name=contentvec256l9-onnx or"):
         load_onnx("hubertsoft-onnx", str(graph))
     with pytest.raises(CheckpointError, match="7 frames of width 2; no encoder has that"):
         load_onnx("hubertsoft-onnx", small(tmp_path / "turned.onnx", 7, transposed=False))
@@ -228,7 +228,7 @@ FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
         ),
         (
             [("wav", FLOAT, [1, 1, "t"]), ("mask", FLOAT, [1, "t"])],
-            r"has 2 inputs \(mask, wav\): it is not an encoder. An encoder has one input, a waveform",
+            r"has 2 inputs \(mask, wav\): it is not an encoder. An encoder has one input,",
         ),
     ],
 )
