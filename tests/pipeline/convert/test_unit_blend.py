@@ -166,7 +166,7 @@ def test_centres_of_so_vits_svc_that_do_not_fit_are_refused(tmp_path: Path) -> N
     flat = write_kmeans(tmp_path / "flat.pt", ann=np.ones(3, "f4"))
     assert "flat.pt, speaker 'ann': centres are (3,)" in refused(codebook=flat)
     spoilt = write_kmeans(tmp_path / "spoilt.pt", ann=np.full((3, WIDTH), np.nan, "f4"))
-    assert "spoilt.pt, speaker 'ann': a centre is NaN" in refused(codebook=spoilt)
+    assert "spoilt.pt, speaker 'ann': a centre has NaN" in refused(codebook=spoilt)
     words = write_kmeans(tmp_path / "words.pt", ann="centres")
     assert "words.pt has no centres of speaker 'ann'" in refused(codebook=words)
     torch.save({"model": {"emb_g.weight": torch.zeros(2, 3)}}, tmp_path / "G_0.pth")
