@@ -117,6 +117,6 @@ def test_units_made_otherwise_do_not_share_centres(dataset: Path, tmp_path: Path
     assert load_codebook(codes).settings == {"normalize": "song"}
     ids = (tmp_path / "ids", f"encoder.codebook={codes}", "--local")
     said = cantor("extract", "--from", dataset, *ids, status=2)
-    assert "made with normalize=song, and these are made with the defaults" in said
+    assert "made with normalize=song, but these are made with the defaults" in said
     cantor("extract", "--from", song, *ids)
     assert verify(tmp_path / "ids").problems == []
