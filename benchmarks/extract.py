@@ -229,8 +229,7 @@ def _bare_song(config: ExtractConfig, out: Path) -> Callable[[Path, Costs], tupl
 
     from models.encoders import load_encoder
     from stages.loudness import peaks
-    from stages.pitch_quality import measure_pitch
-    from stages.quality import measure_quality
+    from stages.quality import measure_pitch, measure_quality
     from stages.slice import kept_spans, slice_silence
 
     rate = config.audio.sample_rate

@@ -20,7 +20,7 @@ from stages.f0.config import F0Config
 from stages.flac import encode_flac
 from stages.loudness import LoudnessConfig, LoudnessReading, apply_gain, measure_loudness
 from stages.pcm import Subtype, dequantise, quantise
-from stages.quality import Quality, QualityConfig, measure_quality, unwanted
+from stages.quality import QualityConfig, measure_quality, unwanted
 from stages.resample import ResampleConfig
 from stages.slice import SliceConfig, Span, is_silent, kept_spans, slice_silence
 from stages.types import Array
@@ -60,7 +60,7 @@ class Clip:
     span: Span
     flac: bytes  # the T samples, gain applied, as integers of `audio.subtype`
     reading: LoudnessReading
-    quality: Quality
+    quality: dict[str, float]  # measures of its audio by name
 
 
 class StageClock:
@@ -93,14 +93,14 @@ class PreparedSong:
     def duration_s(self) -> float:
         return self.num_samples / self.sample_rate
 
-    def why_empty(self) -> tuple[Reason, str]:
+    def why_empty(self) -> tuple[str, str]:
         """Return the main reason why a readable song has no clips, and a message."""
         return why_empty(self.dropped, self.duration_s)
 
 
-def why_empty(dropped: Sequence[Dropped], duration_s: float) -> tuple[Reason, str]:
+def why_empty(dropped: Sequence[Dropped], duration_s: float) -> tuple[str, str]:
     """Return the main reason why a song with these drops has no clips, and a message."""
-    others = [drop for drop in dropped if drop.reason is not Reason.SILENCE]
+    others = [drop for drop in dropped if drop.reason != Reason.SILENCE]
     if not dropped:
         return Reason.TOO_SHORT, "the song has no samples"
     if not others:
@@ -125,7 +125,8 @@ def prepare_song(
     with decoded:
         song = decoded.wav
         with clock.stage("slice"):
-            kept, left_out = kept_spans(slice_silence(song, rate, cfg.slice), rate, cfg.slice)
+            kept, dropped = kept_spans(slice_silence(song, rate, cfg.slice), rate, cfg.slice)
+        left_out: list[tuple[Span, str]] = [*dropped]
         reading = None
         if cfg.loudness.per == "song" and kept:
             with clock.stage("loudness"):
@@ -161,9 +162,9 @@ def _prepare_clip(
     return Clip(span, flac, reading, quality)
 
 
-def _tally(left_out: list[tuple[Span, Reason]], sample_rate: int) -> list[Dropped]:
-    clips: Counter[Reason] = Counter()
-    samples: Counter[Reason] = Counter()
+def _tally(left_out: Sequence[tuple[Span, str]], sample_rate: int) -> list[Dropped]:
+    clips: Counter[str] = Counter()
+    samples: Counter[str] = Counter()
     for span, reason in left_out:
         clips[reason] += 1
         samples[reason] += span.stop - span.start

@@ -14,7 +14,7 @@ from enum import StrEnum
 
 
 class Reason(StrEnum):
-    """The reason why a song or a clip is not in the dataset."""
+    """The reason why a song or a clip is not in the dataset; measures declare their own."""
 
     # quarantined: the input is broken
     EMPTY = "empty_file"
@@ -35,14 +35,6 @@ class Reason(StrEnum):
     SILENT = "silent"
     SILENCE = "silence"
     TOO_SHORT = "too_short"
-    CLIPPING = "clipping"
-    SILENCE_RATIO = "silence_ratio"
-    VOICED_RATIO = "voiced_ratio"
-    SNR = "snr"
-    BANDWIDTH = "bandwidth"
-    OCTAVE_JUMPS = "octave_jumps"
-    SECOND_VOICE = "second_voice"
-    PITCH_RANGE = "pitch_range"
 
 
 class BadInput(Exception):
@@ -59,8 +51,11 @@ class BadInput(Exception):
 
 @dataclass(frozen=True)
 class Dropped:
-    """Stretches of a readable song that did not become clips, by reason."""
+    """Stretches of a readable song that did not become clips, for one reason.
 
-    reason: Reason
+    reason: a `Reason`, or that of a measure of `stages.quality`.
+    """
+
+    reason: str
     clips: int
     seconds: float

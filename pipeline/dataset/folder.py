@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipeline.dataset.schema import SCHEMA_VERSION
+from pipeline.dataset.shards import require_supported
 from pipeline.errors import UserError
 
 
@@ -68,7 +68,7 @@ class DatasetFolder:
     def read_info(self) -> dict[str, Any]:
         """Return the contents of dataset.json.
 
-        Raises: UserError: when this is not a dataset, or one of another format version.
+        Raises: UserError: when this is not a dataset, or its schema version is not supported.
         """
         where = f"{self.name}/dataset.json"
         try:
@@ -82,12 +82,7 @@ class DatasetFolder:
             raise UserError(f"{where} cannot be read: {error}") from error
         if not isinstance(info, dict) or not {"fingerprint", "settings"} <= info.keys():
             raise UserError(f"{where} is not the dataset.json of a Cantor dataset")
-        if info.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
-            raise UserError(
-                f"{self.name} has shards of format {info['schema_version']}, but this version of "
-                f"Cantor reads format {SCHEMA_VERSION}; `extract --from {self.name} NEW` makes a "
-                f"dataset of format {SCHEMA_VERSION} from an older one"
-            )
+        require_supported(self.name, info)
         return info
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.songs.balance import FILTERED, KEPT, QUARANTINED
-from stages.errors import BadInput, Dropped, Reason
+from stages.errors import BadInput, Dropped
 
 if TYPE_CHECKING:
     from pipeline.songs.plan import PlannedSong
@@ -33,9 +33,7 @@ class SongEntry:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> SongEntry:
-        dropped = [
-            Dropped(Reason(d["reason"]), d["clips"], d["seconds"]) for d in values["dropped"]
-        ]
+        dropped = [Dropped(d["reason"], d["clips"], d["seconds"]) for d in values["dropped"]]
         return SongEntry(**{**values, "dropped": dropped})
 
 

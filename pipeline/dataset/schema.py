@@ -1,30 +1,51 @@
-"""The shard format: its version, columns and identities. docs/shards.md specifies it."""
+"""The shard format: its versions, columns and identities. docs/shards.md specifies it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from stages.pitch_quality import PitchQuality
-from stages.quality import Quality
+from stages.quality import AUDIO_MEASURES, MEASURES, PITCH_MEASURES, Measure
 
-SCHEMA_VERSION = 2
+# A measure that is added raises the version; so does any other change, by this number.
+_LAYOUT_VERSION = 2
+SCHEMA_VERSION = max(_LAYOUT_VERSION, *(measure.since for measure in MEASURES))
+
+# Datasets from this version on are read, verified and resumed as they are. Older ones are opened
+# by `report`, and by `extract --from`, which makes a dataset of the present version.
+OLDEST_SUPPORTED = 2
 
 
 XVECTOR_COLUMN = "xvector"
 
 
-AUDIO_COLUMNS = tuple(field.name for field in fields(Quality))
+def _columns(measures: Sequence[Measure[Any]], version: int) -> tuple[str, ...]:
+    return tuple(each.name for each in measures if each.stored and each.since <= version)
 
 
-PITCH_COLUMNS = tuple(field.name for field in fields(PitchQuality))
+def audio_columns(version: int) -> tuple[str, ...]:
+    """Return the measures of audio in shards of a schema version."""
+    return _columns(AUDIO_MEASURES, version)
 
 
-QUALITY_COLUMNS = AUDIO_COLUMNS + PITCH_COLUMNS
+def pitch_columns(version: int) -> tuple[str, ...]:
+    """Return the measures of pitch in shards of a schema version."""
+    return _columns(PITCH_MEASURES, version)
+
+
+def quality_columns(version: int) -> tuple[str, ...]:
+    """Return all measures in shards of a schema version."""
+    return audio_columns(version) + pitch_columns(version)
+
+
+AUDIO_COLUMNS = audio_columns(SCHEMA_VERSION)
+
+
+QUALITY_COLUMNS = quality_columns(SCHEMA_VERSION)
 
 
 _IDENTITY: list[tuple[str, pa.DataType]] = [
@@ -44,28 +65,26 @@ _IDENTITY: list[tuple[str, pa.DataType]] = [
 _F0 = [("f0", pa.list_(pa.float32()))]
 
 
-_MEASURES = [(name, pa.float32()) for name in ("loudness_lufs", "gain_db", "peak_db")]
+_LEVELS = [(name, pa.float32()) for name in ("loudness_lufs", "gain_db", "peak_db")]
 
 
-_OF_AUDIO = [(name, pa.float32()) for name in AUDIO_COLUMNS]
+def _floats(names: Sequence[str]) -> list[tuple[str, pa.DataType]]:
+    return [(name, pa.float32()) for name in names]
 
 
-_OF_PITCH = [(name, pa.float32()) for name in PITCH_COLUMNS]
+# Columns of a clip before its pitch is known, and those that the pitch adds; in shards, units come
+# between f0 and the measures.
+AUDIO_SCHEMA = pa.schema(_IDENTITY + _LEVELS + _floats(AUDIO_COLUMNS))
 
 
-# What a clip has before its pitch is known, and what the pitch adds; units come between f0 and the
-# measures.
-AUDIO_SCHEMA = pa.schema(_IDENTITY + _MEASURES + _OF_AUDIO)
-
-
-PITCH_SCHEMA = pa.schema(_F0 + _OF_PITCH)
+PITCH_SCHEMA = pa.schema(_F0 + _floats(pitch_columns(SCHEMA_VERSION)))
 
 
 @dataclass(frozen=True)
 class EncoderIdentity:
-    """What a trainer must know of the units in a column.
+    """Facts about the units in a column that a trainer needs.
 
-    Of ids (one number a frame, that of the nearest of `codebook_size` centres) dtype is int16 and
+    For ids (one number a frame, that of the nearest of `codebook_size` centres) dtype is int16 and
     dim is 1.
     """
 
@@ -88,7 +107,7 @@ class EncoderIdentity:
 
 @dataclass(frozen=True)
 class XvectorIdentity:
-    """What a trainer must know of the speaker embeddings in the column `xvector`."""
+    """Facts about the speaker embeddings in the column `xvector` that a trainer needs."""
 
     dim: int
     checkpoint_sha256: str
@@ -98,14 +117,18 @@ def shard_schema(
     encoders: Sequence[EncoderIdentity],
     sample_rate: int,
     xvector: XvectorIdentity | None = None,
+    version: int = SCHEMA_VERSION,
 ) -> pa.Schema:
-    """Arrow schema of a shard, with the Hugging Face features in its metadata."""
+    """Return the Arrow schema of a shard, with the Hugging Face features in its metadata.
+
+    version: `OLDEST_SUPPORTED` or later.
+    """
     columns = [*_IDENTITY, *_F0]
     for encoder in encoders:
         columns += [(encoder.column, pa.binary()), (encoder.frames_column, pa.int32())]
     if xvector is not None:
         columns.append((XVECTOR_COLUMN, pa.list_(pa.float32())))
-    schema = pa.schema(columns + _MEASURES + _OF_AUDIO + _OF_PITCH)
+    schema = pa.schema(columns + _LEVELS + _floats(quality_columns(version)))
     features = {field.name: _hf_feature(field.type, sample_rate) for field in schema}
     return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.dataset.ledger import SongEntry
-from pipeline.dataset.schema import SCHEMA_VERSION, EncoderIdentity, XvectorIdentity, shard_schema
+from pipeline.dataset.schema import (
+    OLDEST_SUPPORTED,
+    SCHEMA_VERSION,
+    EncoderIdentity,
+    XvectorIdentity,
+    shard_schema,
+)
 from pipeline.errors import UserError
 from pipeline.storage.atomic import commit_file, read_info, write_info
 from stages.pcm import Subtype
@@ -24,13 +30,13 @@ ROW_GROUP_CLIPS = 32
 
 @dataclass(frozen=True)
 class Origin:
-    """Of what shard of another dataset the audio was taken over."""
+    """The shard of another dataset whose audio was taken over."""
 
     fingerprint: str
     environment: dict[str, str]
 
 
-# Keys of the `cantor` entry that are left out where they say nothing.
+# Keys of the `cantor` entry that are left out where they are null.
 _OPTIONAL = ("xvector", "origin", "codebook_sha256", "codebook_size")
 
 
@@ -47,20 +53,24 @@ class Footer:
     subtype: Subtype
     f0_method: str
     encoders: list[EncoderIdentity]
-    environment: dict[str, str]  # what may change last bits: libraries, devices, threads
+    environment: dict[str, str]  # libraries, devices, threads: these may change last bits
     ledger: list[SongEntry]
     xvector: XvectorIdentity | None = None
     origin: Origin | None = None
 
     def to_json(self) -> str:
-        values = _without_nothing(asdict(self))
-        values["encoders"] = [_without_nothing(encoder) for encoder in values["encoders"]]
+        values = _without_nulls(asdict(self))
+        values["encoders"] = [_without_nulls(encoder) for encoder in values["encoders"]]
         values["sha256"] = _canonical_sha256(values)
         return json.dumps(values, ensure_ascii=False, allow_nan=False)
 
     @staticmethod
     def from_json(text: str) -> Footer:
-        """Raises: ValueError, TypeError or KeyError when `text` is not what `to_json` wrote."""
+        """Return the footer that `to_json` wrote.
+
+        Raises: ValueError: when the text is damaged; TypeError: when it has other keys; KeyError:
+        when it lacks some.
+        """
         values = json.loads(text)
         if not isinstance(values, dict) or "sha256" not in values:
             raise ValueError("its 'cantor' metadata has no checksum")
@@ -74,7 +84,7 @@ class Footer:
         return Footer(**values)
 
 
-def _without_nothing(values: dict[str, Any]) -> dict[str, Any]:
+def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
     return {key: v for key, v in values.items() if key not in _OPTIONAL or v is not None}
 
 
@@ -87,8 +97,8 @@ def _canonical_sha256(values: dict[str, Any]) -> str:
 def write_shard(dataset: Path, shard_name: str, table: pa.Table, footer: Footer) -> Path:
     """Commit a shard: `.tmp`, fsync, rename, fsync of the folder. Doing it twice is harmless.
 
-    table: columns of `shard_schema`. Without clips the file has zero row groups, since a row group
-    of zero rows breaks `datasets.load_dataset`.
+    table: has the columns of `shard_schema`; others are left out. Without clips the file has zero
+    row groups, since a row group of zero rows breaks `datasets.load_dataset`.
     """
 
     def write(file: BinaryIO) -> None:
@@ -101,8 +111,10 @@ def write_shard(dataset: Path, shard_name: str, table: pa.Table, footer: Footer)
 
 
 def shard_writer(file: BinaryIO, footer: Footer) -> pq.ParquetWriter:
-    """A writer of shards: what is compressed, indexed and summed up how."""
-    schema = shard_schema(footer.encoders, footer.sample_rate, footer.xvector)
+    """Return a Parquet writer that compresses and indexes the columns of a shard as specified."""
+    schema = shard_schema(
+        footer.encoders, footer.sample_rate, footer.xvector, footer.schema_version
+    )
     schema = schema.with_metadata({**schema.metadata, "cantor": footer.to_json()})
     binary = {"audio.bytes", *(encoder.column for encoder in footer.encoders)}
     leaves = _leaf_paths(schema)
@@ -134,30 +146,45 @@ def write_dataset_info(dataset: Path, info: dict[str, Any]) -> None:
 
 
 def read_dataset_info(dataset: Path) -> dict[str, Any]:
-    """DATASET/dataset.json. Raises UserError when `dataset` is not one of ours."""
+    """Return DATASET/dataset.json, of any schema version.
+
+    Raises: UserError: when `dataset` is not a dataset.
+    """
     if not (dataset / "dataset.json").exists():
         raise UserError(f"{dataset} is not a dataset: it has no dataset.json")
     return read_info(dataset / "dataset.json")
 
 
-def require_current(dataset: Path, info: dict[str, Any]) -> None:
-    """Raises: UserError when dataset.json, `info`, tells of shards with other columns than ours."""
+def read_supported_info(dataset: Path) -> dict[str, Any]:
+    """Return DATASET/dataset.json.
+
+    Raises: UserError: when `dataset` is not a dataset, or its schema version is not supported.
+    """
+    info = read_dataset_info(dataset)
+    require_supported(dataset, info)
+    return info
+
+
+def require_supported(
+    dataset: object, info: Mapping[str, Any], oldest: int = OLDEST_SUPPORTED
+) -> None:
+    """Raises: UserError: when dataset.json, `info`, states another version than oldest to ours."""
     version = info.get("schema_version")
-    if version == SCHEMA_VERSION:
+    if version in range(oldest, SCHEMA_VERSION + 1):
         return
-    way = (
-        f"`cantor extract --from {dataset} NEW` makes a dataset of the present format of its audio"
-        if version in range(1, SCHEMA_VERSION)
-        else "a newer version of this program made it"
+    remedy = (
+        f"run `cantor extract --from {dataset} NEW` to make a dataset of the present version"
+        if version in range(1, oldest)
+        else "install a newer Cantor to use it"
     )
     raise UserError(
-        f"{dataset} has shards of format {version}, and this program's format is "
-        f"{SCHEMA_VERSION}; {way}"
+        f"{dataset} has shards of schema version {version}, and this Cantor uses versions {oldest} "
+        f"to {SCHEMA_VERSION}; {remedy}"
     )
 
 
 def units_in_words(info: dict[str, Any]) -> list[str]:
-    """The encoders that dataset.json names, and which of them gave ids: ["mfcc (ids)"]."""
+    """Return the encoders that dataset.json names, marking those that gave ids: ["mfcc (ids)"]."""
     words = []
     for number, name in enumerate(info["encoders"]):
         section = f"encoders.{name}" if number else "encoder"
@@ -167,24 +194,27 @@ def units_in_words(info: dict[str, Any]) -> list[str]:
 
 
 def has_xvectors(info: dict[str, Any]) -> bool:
-    """Whether dataset.json says that clips have x-vectors."""
+    """Tell whether dataset.json says that clips have x-vectors."""
     return "xvector.checkpoint_sha256" in info["settings"]
 
 
 def iter_shards(dataset: Path) -> list[Path]:
-    """Committed shards, in order of their names."""
+    """Return the committed shards, sorted by name."""
     return sorted((dataset / "data").glob("*.parquet"))
 
 
 def read_footer(path: Path) -> Footer:
-    """Raises: UserError when the file is not a whole shard of ours, OSError of the storage."""
+    """Return the `cantor` entry of a shard.
+
+    Raises: UserError: when the file is not a complete shard; OSError: when it cannot be read.
+    """
     try:
         metadata = pq.read_metadata(path).metadata or {}
         if b"cantor" not in metadata:
-            raise UserError(f"{path} has no 'cantor' metadata: not a shard of this program")
+            raise UserError(f"{path} has no 'cantor' metadata: it is not a shard of Cantor")
         return Footer.from_json(metadata[b"cantor"].decode())
     except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is not a whole Parquet file: {error}") from error
+        raise UserError(f"{path} is not a complete Parquet file: {error}") from error
     except (pa.ArrowException, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     except OSError as error:
@@ -194,7 +224,7 @@ def read_footer(path: Path) -> Footer:
 
 
 def read_footers(paths: Sequence[Path]) -> Iterator[tuple[Path, Footer | UserError]]:
-    """Footers of many shards, read by a few threads; what is not a shard comes as its error."""
+    """Yield the footers of many shards, or the error of each file that is not a shard."""
 
     def read(path: Path) -> Footer | UserError:
         try:

@@ -24,9 +24,8 @@ from pipeline.dataset.shards import (
     ROW_GROUP_CLIPS,
     Footer,
     iter_shards,
-    read_dataset_info,
     read_footer,
-    require_current,
+    read_supported_info,
     shard_writer,
 )
 from pipeline.errors import UserError
@@ -58,8 +57,7 @@ def verify(dataset: Path, source: Path | None = None) -> Verification:
     source: the corpus; its files are hashed and compared with the ledger too.
     Raises: UserError when `dataset` is not one of ours, or of another format.
     """
-    info = read_dataset_info(dataset)
-    require_current(dataset, info)
+    info = read_supported_info(dataset)
     tasks = load_plan(dataset)
     problems = []
     if fingerprint(info["settings"]) != info["fingerprint"]:
@@ -129,7 +127,9 @@ def _check_shard(path: Path) -> tuple[Footer, set[str], float, list[str]] | User
 
 def _check_metadata(file: pq.ParquetFile, footer: Footer) -> list[str]:
     """What the Parquet footer says of columns, features and rows, against the format."""
-    expected = shard_schema(footer.encoders, footer.sample_rate, footer.xvector)
+    expected = shard_schema(
+        footer.encoders, footer.sample_rate, footer.xvector, footer.schema_version
+    )
     sink = io.BytesIO()
     shard_writer(sink, footer).close()
     if not file.schema_arrow.equals(expected) or not file.schema.equals(

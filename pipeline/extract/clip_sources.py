@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.cluster.task_rows import CRASHED
+from pipeline.dataset.decoded_clips import DecodedClips
 from pipeline.dataset.ledger import SongEntry, prepared_entry, quarantined_entry
-from pipeline.dataset.schema import AUDIO_COLUMNS, AUDIO_SCHEMA
+from pipeline.dataset.schema import AUDIO_SCHEMA
 from pipeline.dataset.shards import Footer, Origin, read_footer
 from pipeline.errors import UserError, name_song_in_errors
 from pipeline.extract.config import ExtractConfig
@@ -26,6 +27,7 @@ from pipeline.storage.scratch import Scratch
 from stages.chain import Clip, StageClock, prepare_song
 from stages.decode import Decoder
 from stages.errors import BadInput, Reason
+from stages.quality import measure_quality
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class ClipSource(Protocol):
 
 def open_clip_source(job: ExtractJob) -> ClipSource:
     """Return the songs of the corpus as a source, or the dataset that is taken over."""
-    return ClipsOfSongs(job) if job.taken_over is None else ClipsOfShards(job.taken_over)
+    return ClipsOfSongs(job) if job.taken_over is None else ClipsOfShards(job, job.taken_over)
 
 
 class ClipsOfSongs:
@@ -106,7 +108,8 @@ class ClipsOfShards:
     The shard of a task has the task's index, split and songs.
     """
 
-    def __init__(self, taken_over: TakenOver) -> None:
+    def __init__(self, job: ExtractJob, taken_over: TakenOver) -> None:
+        self.audio = job.config.audio
         self.taken_over = taken_over
 
     def read(
@@ -123,6 +126,8 @@ class ClipsOfShards:
                 clips = table.slice(0, 0)
             else:
                 clips = table.filter(pc.equal(table["song_id"], planned.song_id))
+            with clock.stage("quality"):
+                clips = self._with_missing_measures(clips)
             yield SongClips(planned, clips, entry, origin_of(footer))
 
     def _read_shard(self, task: Task) -> tuple[pa.Table, Footer]:
@@ -140,6 +145,18 @@ class ClipsOfShards:
                 raise
             raise damaged_source(path, error) from error
         return table.replace_schema_metadata(None), footer
+
+    def _with_missing_measures(self, clips: pa.Table) -> pa.Table:
+        """Measure the stored audio, where the shard's schema version lacks measures."""
+        names = self.taken_over.missing_measures
+        if not names:
+            return clips
+        wavs = DecodedClips(clips["audio"], self.audio.subtype)
+        measured = [measure_quality(wav, self.audio.sample_rate, names) for wav in wavs]
+        for name in names:
+            column = pa.array([values[name] for values in measured], pa.float32())
+            clips = clips.append_column(name, column)
+        return clips
 
     def close(self) -> None:
         """Do nothing: no file stays open."""
@@ -176,7 +193,7 @@ def _clip_table(planned: PlannedSong, clips: Sequence[Clip], config: ExtractConf
             "loudness_lufs": clip.reading.loudness_lufs,
             "gain_db": clip.reading.gain_db,
             "peak_db": clip.reading.peak_db,
-            **{name: getattr(clip.quality, name) for name in AUDIO_COLUMNS},
+            **clip.quality,
         }
         for name, value in row.items():
             columns[name].append(value)

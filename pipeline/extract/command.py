@@ -19,7 +19,7 @@ from pipeline.dataset.shards import (
     iter_shards,
     read_dataset_info,
     read_footers,
-    require_current,
+    require_supported,
 )
 from pipeline.errors import UserError
 from pipeline.extract.config import ExtractConfig, fingerprinted
@@ -152,9 +152,10 @@ class Extraction:
         info = read_dataset_info(self.folder)
         if self.options.force_new or not plan_files(self.folder):  # nothing of it will be kept
             return
-        require_current(self.folder, info)
+        require_supported(self.folder, info)
         recorded: dict[str, Any] = info["settings"]
-        differing = differences(recorded, self.settings, neutral_values(ExtractConfig))
+        settings = {**self.settings, "schema_version": recorded["schema_version"]}  # which stays
+        differing = differences(recorded, settings, neutral_values(ExtractConfig))
         if differing:
             raise UserError(
                 f"{self.folder} was made with other settings ({'; '.join(differing)}); choose a "
@@ -206,6 +207,7 @@ class Extraction:
             plan.gone,
             plan.threads,
             self.source.take_over(),
+            self.settings["schema_version"],
         )
         self.work = run_tasks(
             extraction(job),

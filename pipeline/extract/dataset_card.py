@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.dataset.account import Account
-from pipeline.dataset.schema import SCHEMA_VERSION
 from pipeline.dataset.shards import (
     has_xvectors,
     iter_shards,
@@ -36,7 +35,7 @@ def write_info(
     """
     before = read_dataset_info(dataset) if (dataset / "dataset.json").exists() else {}
     info = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": settings["schema_version"],
         "fingerprint": fingerprint(settings),
         "settings": settings,
         "config": dataclasses.asdict(config),

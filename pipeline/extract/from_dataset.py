@@ -10,8 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.dataset.schema import SCHEMA_VERSION
-from pipeline.dataset.shards import Footer, iter_shards, read_dataset_info, read_footers
+from pipeline.dataset.schema import AUDIO_COLUMNS, SCHEMA_VERSION, audio_columns, pitch_columns
+from pipeline.dataset.shards import (
+    Footer,
+    iter_shards,
+    read_dataset_info,
+    read_footers,
+    require_supported,
+)
 from pipeline.errors import UserError, first_names
 from pipeline.extract.clip_sources import damaged_source, origin_of
 from pipeline.extract.config import ExtractConfig, fingerprinted, load_config
@@ -42,6 +48,7 @@ def read_source(dataset: Path) -> SourceDataset:
     """Raises: UserError when `dataset` is none of ours."""
     dataset = dataset.absolute()
     info = read_dataset_info(dataset)
+    require_supported(dataset, info, oldest=1)
     if not isinstance(info.get("config"), dict):
         raise UserError(f"{dataset / 'dataset.json'} does not say with which settings it was made")
     base = {section: values for section, values in info["config"].items() if section != "workers"}
@@ -92,6 +99,9 @@ def compare(source: SourceDataset, config: ExtractConfig) -> Reading:
     before, now = counted(source.config), counted(config)
     known: dict[str, WeightFile] = {}
     counterparts = _counterparts(source.config, config)
+    version = source.settings["schema_version"]
+    if pitch_columns(version) != pitch_columns(SCHEMA_VERSION):
+        counterparts["f0"] = ""  # measures that it lacks need f0 as it was before interpolation
     for section, other in counterparts.items():
         paths, others = _paths(config, section), _paths(source.config, other)
         if other and _part(now, section) == _part(before, other) and paths == others:
@@ -105,9 +115,8 @@ def compare(source: SourceDataset, config: ExtractConfig) -> Reading:
         for section, other in counterparts.items()
         if other and _same(_part(source.settings, other), _part(settings, section), section)
     }
-    if source.settings["schema_version"] != SCHEMA_VERSION:
-        taken.discard("f0")  # with it the measures of pitch, of which it lacks some
-    if counterparts.keys() == taken and len(source.config.all_encoders) == len(config.all_encoders):
+    all_taken = counterparts.keys() == taken and audio_columns(version) == AUDIO_COLUMNS
+    if all_taken and len(source.config.all_encoders) == len(config.all_encoders):
         raise UserError(
             f"these settings ask for nothing that {source.dataset} does not have; name an encoder "
             "or a setting of f0"
@@ -195,6 +204,7 @@ class FromDataset:
         return TakenOver(
             self.root,
             self.reading.source.fingerprint,
+            footer.schema_version,
             "f0" in taken,
             tuple(identity for identity in footer.encoders if identity.name in names),
             footer.xvector if "xvector" in taken else None,

@@ -7,11 +7,14 @@ from pathlib import Path
 
 from pipeline.cluster.workload import Job
 from pipeline.dataset.schema import (
+    AUDIO_COLUMNS,
     AUDIO_SCHEMA,
     PITCH_SCHEMA,
+    SCHEMA_VERSION,
     XVECTOR_COLUMN,
     EncoderIdentity,
     XvectorIdentity,
+    audio_columns,
 )
 from pipeline.extract.config import ExtractConfig
 
@@ -25,6 +28,7 @@ class TakenOver:
 
     dataset: Path
     fingerprint: str
+    schema_version: int
     f0: bool
     units: tuple[EncoderIdentity, ...]
     xvector: XvectorIdentity | None
@@ -34,7 +38,14 @@ class TakenOver:
         pitch = PITCH_SCHEMA.names if self.f0 else []
         units = [name for each in self.units for name in (each.column, each.frames_column)]
         xvector = [XVECTOR_COLUMN] if self.xvector else []
-        return [*AUDIO_SCHEMA.names, *pitch, *units, *xvector]
+        audio = [name for name in AUDIO_SCHEMA.names if name not in self.missing_measures]
+        return [*audio, *pitch, *units, *xvector]
+
+    @property
+    def missing_measures(self) -> tuple[str, ...]:
+        """Measures of audio that shards of this schema version do not have."""
+        present = audio_columns(self.schema_version)
+        return tuple(name for name in AUDIO_COLUMNS if name not in present)
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class ExtractJob(Job[ExtractConfig]):
     """The job of an extraction. corpus: the other dataset, where `taken_over` is set."""
 
     taken_over: TakenOver | None = None
+    schema_version: int = SCHEMA_VERSION  # of its shards
 
     @property
     def makes_f0(self) -> bool:

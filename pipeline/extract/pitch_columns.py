@@ -7,8 +7,8 @@ made, on the GPU where there is one, with all clips of a task before them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -23,10 +23,10 @@ from pipeline.extract.model_checks import name_setting_while_loading
 from pipeline.songs.balance import FILTERED
 from pipeline.storage.weight_files import require_unchanged
 from stages.chain import StageClock, why_empty
-from stages.errors import Dropped, Reason
+from stages.errors import Dropped
 from stages.f0 import F0Config, estimate_clips, load_networks
 from stages.f0.post import interpolate_gaps
-from stages.pitch_quality import PitchQuality, measure_pitch, unwanted_pitch
+from stages.quality import measure_pitch, unwanted_pitch
 from stages.types import Array
 
 
@@ -57,7 +57,9 @@ class Pitch:
         clips = _with_columns(clips, contours, measured)
         if not self.filters:
             return clips, list(ledger)
-        return _without(clips, ledger, [unwanted_pitch(m, config.quality) for m in measured])
+        return _without(
+            clips, ledger, [unwanted_pitch(values, config.quality) for values in measured]
+        )
 
     def _estimate(self, wavs: DecodedClips, song_ids: Sequence[str]) -> list[Array]:
         """Contours with their gaps, which the measures need."""
@@ -97,9 +99,9 @@ def load_pitch(job: ExtractJob) -> Pitch:
 
 
 def _with_columns(
-    clips: pa.Table, contours: Sequence[Array], measured: Sequence[PitchQuality]
+    clips: pa.Table, contours: Sequence[Array], measured: Sequence[Mapping[str, float]]
 ) -> pa.Table:
-    rows = [{"f0": f0, **asdict(m)} for f0, m in zip(contours, measured, strict=True)]
+    rows = [{"f0": f0, **values} for f0, values in zip(contours, measured, strict=True)]
     for field in PITCH_SCHEMA:
         values = [row[field.name] for row in rows]
         clips = clips.append_column(field, pa.array(values, field.type))
@@ -107,13 +109,13 @@ def _with_columns(
 
 
 def _without(
-    clips: pa.Table, ledger: Sequence[SongEntry], reasons: Sequence[Reason | None]
+    clips: pa.Table, ledger: Sequence[SongEntry], reasons: Sequence[str | None]
 ) -> tuple[pa.Table, list[SongEntry]]:
     """Clips that have no reason to go, numbered anew within their songs; the ledger says so."""
     if not any(reasons):
         return clips, list(ledger)
-    gone: dict[str, Counter[Reason]] = {}  # samples of each song, by reason
-    clips_gone: Counter[tuple[str, Reason]] = Counter()
+    gone: dict[str, Counter[str]] = {}  # samples of each song, by reason
+    clips_gone: Counter[tuple[str, str]] = Counter()
     names = zip(clips["song_id"].to_pylist(), clips["num_samples"].to_pylist(), strict=True)
     for (song_id, num_samples), reason in zip(names, reasons, strict=True):
         if reason is not None:

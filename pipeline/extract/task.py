@@ -25,7 +25,7 @@ from pipeline.cluster.environment import (
 from pipeline.cluster.task_rows import COMMITTED, guarded, read_result, read_row, result_row
 from pipeline.cluster.workload import Heartbeat
 from pipeline.dataset.ledger import SongEntry
-from pipeline.dataset.schema import SCHEMA_VERSION, EncoderIdentity, XvectorIdentity
+from pipeline.dataset.schema import EncoderIdentity, XvectorIdentity
 from pipeline.dataset.shards import Footer, Origin, write_shard
 from pipeline.extract.clip_sources import open_clip_source
 from pipeline.extract.job import ExtractJob
@@ -137,7 +137,7 @@ class ShardMaker:
     def _footer(self, index: int, clips: TaskClips) -> Footer:
         job, config = self.job, self.job.config
         return Footer(
-            schema_version=SCHEMA_VERSION,
+            schema_version=job.schema_version,
             fingerprint=job.fingerprint,
             task=index,
             task_id=self.tasks[index].task_id,

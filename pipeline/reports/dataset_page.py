@@ -34,6 +34,7 @@ from pipeline.reports.mel_picture import draw_mel, mel_height, mel_power, power_
 from pipeline.settings import flatten
 from pipeline.songs.balance import FILTERED, KEPT, QUARANTINED
 from pipeline.storage.atomic import commit_file
+from stages.quality import MEASURES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,6 +81,7 @@ class _Page:
     headline: _Headline
     speakers: _Speakers | None
     charts: Sequence[_Chart]
+    measures: Sequence[_Measure]
     clips: Sequence[tuple[PlayedClip, Picture]]
     reasons: Sequence[_Reason]
     songs: Sequence[_Song]
@@ -157,6 +159,22 @@ class _Chart:
 
 
 @dataclass(frozen=True)
+class _Measure:
+    """A row of the table of measures. low, median, high: 5th, 50th and 95th percentile of clips.
+
+    limits: those that are set, "min_snr_db 20".
+    """
+
+    name: str
+    unit: str
+    meaning: str
+    low: float
+    median: float
+    high: float
+    limits: Sequence[str]
+
+
+@dataclass(frozen=True)
 class _Reason:
     """A row of the table of reasons. seconds, segments: dropped from readable songs."""
 
@@ -197,6 +215,7 @@ def _page(
         headline=_headline(statistics),
         speakers=_speakers(statistics),
         charts=_charts(statistics),
+        measures=_measures(statistics),
         clips=[(clip, _clip_picture(clip)) for clip in clips],
         reasons=_reasons(account),
         songs=songs[:_MOST_SONGS],
@@ -281,6 +300,24 @@ def _pitch_range(pitch: NDArray[np.int64], scale: tuple[float, float]) -> _Pitch
         return None
     midi = pitch_percentiles(pitch, (5, 25, 50, 75, 95))
     return _PitchRange(midi, [_percent(note, scale) for note in midi])
+
+
+def _measures(statistics: DatasetStatistics) -> list[_Measure]:
+    """Return a row for each measure that the shards have, and for each limit on another one."""
+    settings = statistics.info["settings"]
+    rows = []
+    for measure in MEASURES:
+        values = statistics.measures.get(measure.name, np.zeros(0))
+        low, median, high = np.percentile(values, (5, 50, 95)) if len(values) else (np.nan,) * 3
+        limits = [
+            f"{limit.key} {settings[f'quality.{limit.key}']:g}"
+            for limit in measure.limits
+            if settings.get(f"quality.{limit.key}") is not None
+        ]
+        if len(values) or limits:
+            unit, meaning = measure.unit, measure.meaning
+            rows.append(_Measure(measure.name, unit, meaning, low, median, high, limits))
+    return rows
 
 
 def _percent(midi: float, scale: tuple[float, float]) -> float:

@@ -27,7 +27,7 @@ from pipeline.dataset.shards import (
     iter_shards,
     read_dataset_info,
     read_footers,
-    require_current,
+    require_supported,
 )
 from pipeline.errors import UserError
 from pipeline.songs.plan import load_plan
@@ -65,7 +65,7 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """Statistics of all clips. measures: quality columns by name, (clips,) each."""
+    """Statistics of all clips. measures: those that the shards have by name, (clips,) each."""
 
     info: dict[str, Any]
     account: Account
@@ -107,7 +107,7 @@ def read_statistics(dataset: Path) -> DatasetStatistics:
     Raises: UserError: when `dataset` is not a dataset or has a schema that is not supported.
     """
     info = read_dataset_info(dataset)
-    require_current(dataset, info)
+    require_supported(dataset, info, oldest=1)
     tasks = load_plan(dataset)
     speakers: dict[str, SpeakerStatistics] = defaultdict(SpeakerStatistics)
     columns: dict[str, list[Floats]] = defaultdict(list)

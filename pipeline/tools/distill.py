@@ -33,7 +33,7 @@ from models.synthesizer.config import require_at_least
 from pipeline.cluster.bar import show_bar
 from pipeline.cluster.device import choose_device
 from pipeline.dataset.audio_batches import AudioBatches, AudioDataConfig
-from pipeline.dataset.shards import read_dataset_info
+from pipeline.dataset.shards import read_supported_info
 from pipeline.errors import UserError
 from pipeline.extract.from_dataset import read_source
 from pipeline.fingerprint import differences, neutral_values
@@ -308,7 +308,7 @@ def _fingerprinted(dataset: Path, settings: DistillSettings, clips: AudioBatches
     except CheckpointError as error:
         raise UserError(str(error)) from error
     return {
-        "dataset_fingerprint": read_dataset_info(dataset)["fingerprint"],
+        "dataset_fingerprint": read_supported_info(dataset)["fingerprint"],
         "clips": len(clips),
         "teacher": settings.teacher.name,
         "teacher_sha256": teacher_sha256,

@@ -26,7 +26,7 @@ from pipeline.dataset.folder import open_folder
 from pipeline.dataset.prefetch import read_ahead
 from pipeline.dataset.row_groups import RowGroups, read_row_groups
 from pipeline.dataset.schema import XVECTOR_COLUMN
-from pipeline.dataset.shards import Footer, read_dataset_info
+from pipeline.dataset.shards import Footer, read_supported_info
 from pipeline.errors import UserError
 from pipeline.storage.atomic import commit_file
 from stages.xvector import XvectorConfig, embed_clips
@@ -91,7 +91,7 @@ def measure_purity(
 
     Raises: UserError: when there are no vectors, or no clips.
     """
-    info = read_dataset_info(dataset)
+    info = read_supported_info(dataset)
     row_groups, rows = read_row_groups(open_folder(dataset), None, lambda _: ["speaker"])
     stored = row_groups.footer.xvector
     if settings.xvector.checkpoint is not None:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from models.synthesizer.config import require_at_least
 from pipeline.cluster.bar import show_bar
-from pipeline.dataset.shards import read_dataset_info
+from pipeline.dataset.shards import read_supported_info
 from pipeline.dataset.unit_frames import UnitDataConfig, UnitFrames, find_units
 from pipeline.errors import UserError
 from pipeline.storage.atomic import commit_file
@@ -64,7 +64,7 @@ def make_indexes(
         faiss = import_faiss()
     except IndexFault as error:
         raise UserError(str(error)) from error
-    fingerprint = read_dataset_info(dataset)["fingerprint"]
+    fingerprint = read_supported_info(dataset)["fingerprint"]
     units = find_units(dataset, data.encoder, data.split)
     speakers = units.speakers if data.speaker is None else [data.speaker]
     parts = [units.of(speaker) for speaker in speakers]

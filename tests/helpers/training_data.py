@@ -15,8 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.dataset.schema import (
-    AUDIO_COLUMNS,
-    PITCH_COLUMNS,
+    QUALITY_COLUMNS,
     SCHEMA_VERSION,
     EncoderIdentity,
     shard_schema,
@@ -144,7 +143,7 @@ def _row(
     samples = len(clip["wav"])
     f0 = clip["f0"][:: footer.hop_length][: samples // footer.hop_length].astype(np.float32)
     measures = dict.fromkeys(("loudness_lufs", "gain_db", "peak_db"), 0.0)
-    measures |= dict.fromkeys((*AUDIO_COLUMNS, *PITCH_COLUMNS), 0.0)
+    measures |= dict.fromkeys(QUALITY_COLUMNS, 0.0)
     return {
         "clip_id": f"{song}#{index:06d}",
         "song_id": song,

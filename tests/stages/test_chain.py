@@ -73,7 +73,7 @@ def test_a_threshold_filters_with_its_reason(tmp_path: Path, decoder: Decoder) -
     song = prepare(tmp_path / "a.wav", tune(7), decoder, cfg)
     assert song.clips == []
     reason, words = song.why_empty()
-    assert reason == Reason.BANDWIDTH and "bandwidth" in words
+    assert reason == "bandwidth" and "bandwidth" in words
 
 
 def test_24_bit_clips(tmp_path: Path, decoder: Decoder) -> None:

@@ -14,7 +14,7 @@ import pytest
 from pipeline.cluster.ray_graph import Pools, check_nodes, find_killers, plan_pools
 from pipeline.cluster.run_tasks import Session, Work, run_rounds
 from pipeline.cluster.task_rows import COMMITTED, REFUSED, STORAGE, TaskResult
-from pipeline.dataset.schema import EncoderIdentity, XvectorIdentity
+from pipeline.dataset.schema import SCHEMA_VERSION, EncoderIdentity, XvectorIdentity
 from pipeline.dataset.shards import iter_shards
 from pipeline.errors import StorageFault, UserError
 from pipeline.extract.config import ExtractConfig, load_config
@@ -126,7 +126,7 @@ def test_a_network_of_f0_takes_memory_and_a_gpu() -> None:
         pools = plan([node(8)], tasks(9), config)
         assert pools.memory == pytest.approx((0.82 + 0.5 * networks) * GB, rel=1e-3)
         assert plan([node(8, gpus=1)], tasks(9), config).gpu == min(1, networks)
-    over = TakenOver(Path("d"), "", True, (), None)
+    over = TakenOver(Path("d"), "", SCHEMA_VERSION, True, (), None)
     config = load_config(None, ["f0.method=fcpe", "encoder.device=cpu"])
     assert plan([node(8, gpus=1)], tasks(9), config, taken_over=over).gpu == 0
     must = load_config(None, ["f0.method=fcpe", "f0.device=cuda"])
@@ -137,7 +137,7 @@ def test_a_network_of_f0_takes_memory_and_a_gpu() -> None:
 def test_units_that_are_taken_over_ask_for_no_gpu() -> None:
     config = settings(["encoder.device=cuda"])
     mfcc = EncoderIdentity("mfcc", 39, "float16", 50.0, None)
-    over = TakenOver(Path("d"), "", f0=False, units=(mfcc,), xvector=None)
+    over = TakenOver(Path("d"), "", SCHEMA_VERSION, f0=False, units=(mfcc,), xvector=None)
     assert plan([node(8)], tasks(9), config, taken_over=over).gpu == 0
     assert plan([node(8, gpus=1)], tasks(9), config, taken_over=over).gpu == 0
     vectors = settings(["xvector.checkpoint=x", "xvector.device=cuda"])

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from models.synthesizer.batch import Batch
 from pipeline.dataset.data_config import DataConfig
 from pipeline.dataset.examples import collate
-from pipeline.dataset.schema import SCHEMA_VERSION, EncoderIdentity
+from pipeline.dataset.schema import OLDEST_SUPPORTED, SCHEMA_VERSION, EncoderIdentity
 from pipeline.dataset.shard_dataset import ShardDataset, Share
 from pipeline.dataset.shards import iter_shards, read_footer, write_shard
 from pipeline.errors import UserError
@@ -489,10 +489,14 @@ def test_what_the_dataset_lacks_is_said(copy: Path, tmp_path: Path) -> None:
 
 def test_other_files_and_formats_are_refused(copy: Path) -> None:
     info = json.loads((copy / "dataset.json").read_text())
-    (copy / "dataset.json").write_text(json.dumps({**info, "schema_version": SCHEMA_VERSION - 1}))
-    words = rf"shards of format {SCHEMA_VERSION - 1}, .* `extract --from .* NEW` makes"
-    with pytest.raises(UserError, match=words):
-        ShardDataset(copy)
+    for version, words in (
+        (OLDEST_SUPPORTED - 1, "run `cantor extract --from .* NEW`"),
+        (SCHEMA_VERSION + 1, "install a newer Cantor"),
+        (None, "install a newer Cantor"),
+    ):
+        (copy / "dataset.json").write_text(json.dumps({**info, "schema_version": version}))
+        with pytest.raises(UserError, match=rf"shards of schema version {version}, .*{words}"):
+            ShardDataset(copy)
     (copy / "dataset.json").write_text(json.dumps({**info, "settings": {"f0.interpolate": True}}))
     with pytest.raises(UserError, match=r"f0 without gaps .* f0\.interpolate=false"):
         ShardDataset(copy)

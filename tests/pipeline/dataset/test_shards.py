@@ -144,7 +144,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 
 def test_what_is_no_shard_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(UserError, match=r"torn\.parquet is not a whole Parquet file"):
+    with pytest.raises(UserError, match=r"torn\.parquet is not a complete Parquet file"):
         read_footer(tmp_path / "torn.parquet")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
     with pytest.raises(UserError, match=r"other\.parquet has no 'cantor'"):

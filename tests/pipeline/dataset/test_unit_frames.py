@@ -163,7 +163,8 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path: Path) -> None:
         "ledger": [],
     }
     (tmp_path / "data").mkdir()
-    (tmp_path / "dataset.json").write_text(json.dumps({"fingerprint": "f", "settings": {}}))
+    info = {"schema_version": SCHEMA_VERSION, "fingerprint": "f", "settings": {}}
+    (tmp_path / "dataset.json").write_text(json.dumps(info))
     cells = [rng.standard_normal((frames, dim)).astype("<f2").tobytes() for _ in range(32)]
     table = pa.table(
         {

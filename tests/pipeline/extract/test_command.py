@@ -73,7 +73,7 @@ def test_missing_shards_are_made_again_bit_for_bit(
     assert outcome.work.tasks_run == 2
     assert shard_hashes(tmp_path / "d") == before
     assert list((tmp_path / "d" / ".tmp").iterdir()) == []
-    assert any("not a whole Parquet file" in notice for notice in outcome.notices)
+    assert any("not a complete Parquet file" in notice for notice in outcome.notices)
 
 
 def test_a_finished_run_does_nothing(corpus: Path, tmp_path: Path, run_extract: Extract) -> None:

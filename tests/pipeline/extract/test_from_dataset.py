@@ -15,7 +15,7 @@ import soundfile as sf
 from rich.console import Console
 
 from pipeline.cluster.task_rows import COMMITTED, read_result, task_row
-from pipeline.dataset.schema import PITCH_SCHEMA
+from pipeline.dataset.schema import PITCH_SCHEMA, SCHEMA_VERSION
 from pipeline.dataset.shards import (
     iter_shards,
     read_dataset_info,
@@ -30,7 +30,6 @@ from pipeline.extract.from_dataset import FromDataset, compare, config_from, rea
 from pipeline.extract.job import ExtractJob, TakenOver
 from pipeline.extract.task import ClipMaker, FinishTask, PrepareTask
 from pipeline.fingerprint import fingerprint
-from pipeline.reports.dataset_page import write_report
 from pipeline.songs.plan import load_plan
 from stages.chain import StageClock
 from tests.helpers.songs import tune
@@ -158,8 +157,8 @@ def test_a_dataset_of_the_format_before_is_told_of_and_taken_over(
         entry = {b"cantor": footer.to_json().encode()}
         pq.write_table(table.replace_schema_metadata(entry), path)
 
-    words = r"shards of format 1, and this program's format is 2; `cantor extract --from .*old NEW`"
-    for command in (verify, write_report, lambda folder: run_extract(corpus, folder)):
+    words = r"shards of schema version 1, .*; run `cantor extract --from .*old NEW`"
+    for command in (verify, lambda folder: run_extract(corpus, folder)):
         with pytest.raises(UserError, match=words):
             command(old)
     run_reextract(old, tmp_path / "new", [])
@@ -262,7 +261,7 @@ def test_a_shard_that_is_lost_is_named(
 def test_a_song_that_kills_its_worker_is_left_out(dataset: Path, tmp_path: Path) -> None:
     source = read_source(dataset)
     task = next(t for t in load_plan(dataset).values() if t.songs[0].song_id == "spk1/song0.wav")
-    over = TakenOver(dataset, source.fingerprint, True, (), None)
+    over = TakenOver(dataset, source.fingerprint, SCHEMA_VERSION, True, (), None)
     job = ExtractJob(dataset, dataset, source.config, "x", {}, taken_over=over)
     clips = ClipMaker(job, lambda *_: None).make(task.index, [task.songs[0].song_id], StageClock())
     table, ledger = clips.table, clips.ledger

@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from pipeline.dataset.ledger import SongEntry
-from pipeline.dataset.schema import EncoderIdentity, shard_schema
+from pipeline.dataset.schema import QUALITY_COLUMNS, SCHEMA_VERSION, EncoderIdentity, shard_schema
 from pipeline.dataset.shards import Footer, iter_shards, write_dataset_info, write_shard
 from pipeline.errors import UserError
 from pipeline.extract.command import ExtractOptions, extract
@@ -30,6 +30,7 @@ from pipeline.songs.plan import PlannedSong, Task, append_plan
 from pipeline.tools.demo_corpus import make_demo_corpus
 from stages.errors import Dropped, Reason
 from stages.flac import encode_flac
+from stages.quality import MEASURES
 
 RATE, HOP = 16000, 160
 MFCC = EncoderIdentity("mfcc", 2, "float16", 50.0, None)
@@ -55,7 +56,7 @@ def write_dataset(folder: Path, tasks: list[list[Song]], settings: dict = SETTIN
     write_dataset_info(
         folder,
         {
-            "schema_version": 2,
+            "schema_version": SCHEMA_VERSION,
             "fingerprint": fingerprint(settings),
             "settings": settings,
             "encoders": ["mfcc"],
@@ -72,8 +73,8 @@ def write_dataset(folder: Path, tasks: list[list[Song]], settings: dict = SETTIN
     for task, songs in zip(planned, tasks, strict=True):
         rows = [row for song in songs for row in rows_of(song)]
         footer = Footer(
-            1, fingerprint(settings), task.index, task.task_id, RATE, HOP, "PCM_16", "praat",
-            [MFCC], {"numpy": "1.2.3"}, [entry_of(song) for song in songs],
+            SCHEMA_VERSION, fingerprint(settings), task.index, task.task_id, RATE, HOP, "PCM_16",
+            "praat", [MFCC], {"numpy": "1.2.3"}, [entry_of(song) for song in songs],
         )  # fmt: skip
         table = pa.Table.from_pylist(rows, schema=shard_schema([MFCC], RATE))
         write_shard(folder, task.shard_name, table, footer)
@@ -112,13 +113,10 @@ def rows_of(song: Song) -> list[dict]:
                 "loudness_lufs": song.loudness_lufs,
                 "gain_db": 5.0,
                 "peak_db": -3.0,
-                "clipping_ratio": 0.0,
-                "silence_ratio": 0.0,
+                **dict.fromkeys(QUALITY_COLUMNS, 0.0),
                 "snr_db": 40.0,
                 "bandwidth_hz": 4000.0,
                 "voiced_ratio": 1.0,
-                "octave_jump_rate": 0.0,
-                "second_voice": 0.0,
                 "f0_low_hz": hz,
                 "f0_high_hz": hz,
             }
@@ -168,6 +166,17 @@ SMALL = [
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("report") / "small", SMALL)
+
+
+def test_the_measures_and_their_limits_follow_from_the_declarations(tmp_path: Path) -> None:
+    settings = SETTINGS | {"quality.min_snr_db": 9.0, "quality.max_pitch_range_semitones": 20.0}
+    rows = table(page_of(write_dataset(tmp_path / "set", SMALL, settings)), "measures")
+    shown = [each for each in MEASURES if each.stored or each.name == "range_semitones"]
+    assert list(rows) == [each.name.replace("_", " ") for each in shown]
+    assert [row[:2] for row in rows.values()] == [[each.meaning, each.unit] for each in shown]
+    assert rows["snr db"][2:] == ["40", "40", "40", "min_snr_db 9"]
+    assert rows["range semitones"][2:] == ["–", "–", "–", "max_pitch_range_semitones 20"]
+    assert rows["voiced ratio"][2:] == ["1", "1", "1", ""]
 
 
 def test_the_numbers_are_those_of_the_dataset(small: Path) -> None:

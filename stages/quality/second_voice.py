@@ -1,4 +1,4 @@
-"""Does a second voice or an instrument sound beside the voice whose pitch is known?
+"""Detection of a second voice or an instrument beside the voice whose pitch is known.
 
 In each frame the partials of the first series are taken out of the spectrum; what remains is summed
 over the partials of every other pitch, as in A. Klapuri, "Multiple fundamental frequency estimation
@@ -40,9 +40,9 @@ _BLOCK_FRAMES = 1000
 
 
 def second_voice(wav: Array, sample_rate: int, f0: Array, hop_length: int) -> float:
-    """Suspicion from 0 to 1 that two harmonic series sound in a clip (T,) at once.
+    """Return the suspicion, 0 to 1, that two harmonic series sound in a clip (T,) at once.
 
-    f0: (F,) Hz at samples 0, hop, ...; 0 = unvoiced. Every 30 ms a voiced frame is looked at. It
+    f0: (F,) Hz at samples 0, hop, ...; 0 = unvoiced. Every 30 ms a voiced frame is examined. It
     counts when a second pitch is 0.15 as strong as the first, there and 30 ms before or after. The
     suspicion is 0.5 where a tenth of the frames count (of 2 s at least), and share / (share + 0.1)
     in general.
@@ -53,8 +53,8 @@ def second_voice(wav: Array, sample_rate: int, f0: Array, hop_length: int) -> fl
     and an ensemble; of mixtures of two singers at 0, -6 and -12 dB 0.96, 0.96 and 0.44. With DIO's
     f0, which finds less of two voices voiced, 0.56, 0.64 and 0.32 of these.
 
-    Deaf to a second voice that is silent wherever the first is voiced, to one that keeps to
-    the first's unison, octaves, fifth or twelfth, and to partials above 2 kHz.
+    It misses a second voice that is silent wherever the first is voiced, one that keeps to the
+    first's unison, octaves, fifth or twelfth, and partials above 2 kHz.
     """
     step = max(1, round(_STEP_S * sample_rate / hop_length))
     frames = np.flatnonzero(f0 > 0)
@@ -70,9 +70,9 @@ def second_voice(wav: Array, sample_rate: int, f0: Array, hop_length: int) -> fl
             for block in np.array_split(frames, -(-len(frames) // _BLOCK_FRAMES))
         ]
     )
-    held = _held(strength, np.diff(frames) == step).max(axis=1) >= _STRONG
+    suspect = _sustained(strength, np.diff(frames) == step).max(axis=1) >= _STRONG
     least = _LEAST_VOICED_S * sample_rate / hop_length / step
-    share = float(np.count_nonzero(held) / max(len(held), least))
+    share = float(np.count_nonzero(suspect) / max(len(suspect), least))
     return share / (share + _SUSPECT_SHARE)
 
 
@@ -83,7 +83,7 @@ def _second_strength(
     f0: Array,
     glide: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """(N, C): how strong each pitch of `_SECOND_HZ` is beside the first, whose strength is 1."""
+    """Return (N, C): the strength of each pitch of `_SECOND_HZ`, that of the first being 1."""
     partials, bin_hz = _spectra(wav, sample_rate, centres)
     candidates = f0[:, None].astype(np.float64) * _FIRST_MULTIPLES
     strengths = _summed(partials, candidates, bin_hz)
@@ -108,7 +108,7 @@ def _second_strength(
 def _spectra(
     wav: Array, sample_rate: int, centres: NDArray[np.intp]
 ) -> tuple[NDArray[np.float32], float]:
-    """Amplitudes (N, K) of what stands out of the noise around each sample; Hz of one bin."""
+    """Return amplitudes (N, K) above the noise around each sample, and Hz of one bin."""
     from scipy import fft
     from scipy.ndimage import median_filter
 
@@ -119,7 +119,7 @@ def _spectra(
     bin_hz = sample_rate / n_fft
     lowest, highest = (round(hz / bin_hz) for hz in _BAND_HZ)
     amplitude = np.abs(spectra[:, : highest + 1])
-    # Every fourth bin tells enough of the noise, at a sixteenth of the cost.
+    # Every fourth bin describes the noise well enough, at a sixteenth of the cost.
     around = 1 + round(_FLOOR_BAND_HZ / bin_hz / 4)
     floor = np.repeat(median_filter(amplitude[:, ::4], size=(1, around), mode="nearest"), 4, axis=1)
     partials = np.maximum(amplitude - _ABOVE_FLOOR * floor[:, : highest + 1], 0)
@@ -130,7 +130,7 @@ def _spectra(
 def _summed(
     partials: NDArray[np.float32], pitches: NDArray[np.float64], bin_hz: float
 ) -> NDArray[np.float64]:
-    """(N, C): the weighted sum over the first partials of pitches (N, C) in spectra (N, K)."""
+    """Return (N, C): weighted sums over the first partials of pitches (N, C) in spectra (N, K)."""
     from scipy.ndimage import maximum_filter1d
 
     near = maximum_filter1d(partials, 3, axis=1)
@@ -142,8 +142,8 @@ def _summed(
     return total
 
 
-def _held(strength: NDArray[np.float64], adjacent: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """(N, C): what each pitch reaches both in a frame and in the one before or after.
+def _sustained(strength: NDArray[np.float64], adjacent: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return (N, C): the strength of each pitch both in a frame and in the one before or after.
 
     The pitch may drift by half a semitone. adjacent: (N - 1,), which frames follow one another.
     """

@@ -1,21 +1,20 @@
-"""What a clip is worth: clipping, silence, noise, bandwidth, and limits on every measure of clips.
+"""Measures of a clip's samples: clipping, silence, noise, bandwidth.
 
-Every measure ignores the level of the clip, since songs change level before clips exist: a
-recording that clipped at full scale and was then turned down still counts. What the pitch tells of
-a clip is in `stages.pitch_quality`.
+None depends on the level of the clip, since songs change level before clips exist: a recording that
+clipped at full scale and was then turned down still counts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.errors import Reason
+from stages.quality.measure import Limit, Measure, measure_all
 from stages.types import Array
 
 PCM_16_STEP = 1 / 32768
@@ -39,112 +38,37 @@ _NOISE_SHARE = 0.1
 _ENERGY_SHARE = 0.99
 
 
-@dataclass(frozen=True, kw_only=True)
-class QualityConfig:
-    """Limits beyond which a clip is left out; None keeps all.
+@dataclass(frozen=True, eq=False)
+class ClipAudio:
+    """The samples (T,) of a clip, T > 0, finite; what several measures need is worked out once."""
 
-    `Quality` and `stages.pitch_quality.PitchQuality` say what is measured. min_pitch_hz limits
-    f0_low_hz and max_pitch_hz f0_high_hz; max_pitch_range_semitones is from the one to the other.
+    wav: Array
+    sample_rate: int
+
+    @cached_property
+    def power(self) -> NDArray[np.float32]:
+        """(F, K) power spectra."""
+        return _power_spectra(self.wav, self.sample_rate)
+
+
+def measure_quality(
+    wav: Array, sample_rate: int, names: Collection[str] | None = None
+) -> dict[str, float]:
+    """Return the values of `AUDIO_MEASURES` for a clip (T,) of finite samples, T > 0.
+
+    names: of the measures that are wanted; None for all.
     """
-
-    max_clipping_ratio: float | None = None
-    max_silence_ratio: float | None = None
-    min_snr_db: float | None = None
-    min_bandwidth_hz: float | None = None
-    min_voiced_ratio: float | None = None
-    max_octave_jump_rate: float | None = None
-    max_second_voice: float | None = None
-    min_pitch_hz: float | None = None
-    max_pitch_hz: float | None = None
-    max_pitch_range_semitones: float | None = None
-
-    def __post_init__(self) -> None:
-        shares = ("max_clipping_ratio", "max_silence_ratio", "min_voiced_ratio", "max_second_voice")
-        for name in shares:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"quality.{name} must lie between 0 and 1, not {value}")
-        if self.min_snr_db is not None and not math.isfinite(self.min_snr_db):
-            raise ValueError(f"quality.min_snr_db must be a number of dB, not {self.min_snr_db}")
-        for name in (
-            "min_bandwidth_hz",
-            "max_octave_jump_rate",
-            "min_pitch_hz",
-            "max_pitch_hz",
-            "max_pitch_range_semitones",
-        ):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"quality.{name} must not be negative, not {value}")
-        if (
-            self.min_pitch_hz is not None
-            and self.max_pitch_hz is not None
-            and not self.min_pitch_hz < self.max_pitch_hz
-        ):
-            raise ValueError(
-                f"quality.min_pitch_hz ({self.min_pitch_hz}) must lie below "
-                f"quality.max_pitch_hz ({self.max_pitch_hz})"
-            )
+    wanted = [each for each in AUDIO_MEASURES if names is None or each.name in names]
+    return measure_all(wanted, ClipAudio(wav, sample_rate))
 
 
-@dataclass(frozen=True)
-class Quality:
-    """Measures of one clip; all finite.
+def _clipping_ratio(clip: ClipAudio) -> float:
+    """Return the share of samples on flat tops.
 
-    clipping_ratio: share of samples on flat tops: four or more neighbours nearly equal, near the
-      clip's own highest (or lowest) value, with steep flanks, and more than one at that height.
-    silence_ratio: share of 20 ms frames more than 40 dB below the loudest one, or below -70 dBFS.
-    snr_db: energy above the noise over energy of the noise, -20 to 100 dB; 0 for digital silence.
-      The noise of each band of 1 kHz is taken from the tenth of its time-frequency points that
-      holds least, as if it were white in the band, so neither pauses nor steady tones mislead it;
-      what falls steeply within a band (rumble, pink noise near 0 dB) is underestimated.
-    bandwidth_hz: frequency below which 99 % of the energy lies, DC left out; 0 for silence.
+    These are four or more neighbours nearly equal, near the clip's own highest (or lowest) value,
+    with steep flanks, and more than one such top at that height.
     """
-
-    clipping_ratio: float
-    silence_ratio: float
-    snr_db: float
-    bandwidth_hz: float
-
-
-def measure_quality(wav: Array, sample_rate: int) -> Quality:
-    """Measures of a clip (T,) of finite samples, T > 0."""
-    power = _power_spectra(wav, sample_rate)
-    return Quality(
-        clipping_ratio=(_flat_samples(wav) + _flat_samples(-wav)) / len(wav),
-        silence_ratio=_silence_ratio(wav, sample_rate),
-        snr_db=_snr_db(power, sample_rate),
-        bandwidth_hz=_bandwidth_hz(power, sample_rate),
-    )
-
-
-class Limit(NamedTuple):
-    """What a measure may be; None sets no limit."""
-
-    value: float
-    reason: Reason
-    least: float | None = None
-    most: float | None = None
-
-
-def unwanted(quality: Quality, cfg: QualityConfig) -> Reason | None:
-    """Why a clip of this quality is left out; None where it is kept."""
-    return first_beyond(
-        [
-            Limit(quality.clipping_ratio, Reason.CLIPPING, most=cfg.max_clipping_ratio),
-            Limit(quality.silence_ratio, Reason.SILENCE_RATIO, most=cfg.max_silence_ratio),
-            Limit(quality.snr_db, Reason.SNR, least=cfg.min_snr_db),
-            Limit(quality.bandwidth_hz, Reason.BANDWIDTH, least=cfg.min_bandwidth_hz),
-        ]
-    )
-
-
-def first_beyond(limits: Iterable[Limit]) -> Reason | None:
-    """The reason of the first measure that lies beyond its limits; None where none does."""
-    for value, reason, least, most in limits:
-        if (least is not None and value < least) or (most is not None and value > most):
-            return reason
-    return None
+    return (_flat_samples(clip.wav) + _flat_samples(-clip.wav)) / len(clip.wav)
 
 
 def _flat_samples(wav: Array) -> int:
@@ -191,8 +115,9 @@ def _tops(
     return (starts[alike], ends[alike]) if len(alike) > 1 else (starts[:0], ends[:0])
 
 
-def _silence_ratio(wav: Array, sample_rate: int) -> float:
-    frame = max(1, round(_SILENCE_FRAME_S * sample_rate))
+def _silence_ratio(clip: ClipAudio) -> float:
+    wav = clip.wav
+    frame = max(1, round(_SILENCE_FRAME_S * clip.sample_rate))
     whole = len(wav) // frame * frame
     energy = np.mean(np.square(wav[:whole].reshape(-1, frame)), axis=1, dtype=np.float64)
     if whole < len(wav):
@@ -221,7 +146,14 @@ def _power_spectra(wav: Array, sample_rate: int) -> NDArray[np.float32]:
     return power
 
 
-def _snr_db(power: NDArray[np.float32], sample_rate: int) -> float:
+def _snr_db(clip: ClipAudio) -> float:
+    """Return the energy above the noise over that of the noise, -20 to 100 dB; 0 for silence.
+
+    The noise of each band of 1 kHz is taken from the tenth of its time-frequency points that holds
+    least, as if it were white in the band, so neither pauses nor steady tones mislead it. Noise
+    that falls steeply within a band (rumble, pink noise near 0 dB) is underestimated.
+    """
+    power, sample_rate = clip.power, clip.sample_rate
     total = float(power.mean(axis=0, dtype=np.float64).sum())
     if total == 0:
         return 0.0
@@ -240,9 +172,49 @@ def _snr_db(power: NDArray[np.float32], sample_rate: int) -> float:
     return min(highest, 10 * math.log10(signal / noise))
 
 
-def _bandwidth_hz(power: NDArray[np.float32], sample_rate: int) -> float:
-    energy = np.cumsum(power.sum(axis=0, dtype=np.float64))
+def _bandwidth_hz(clip: ClipAudio) -> float:
+    energy = np.cumsum(clip.power.sum(axis=0, dtype=np.float64))
     if energy[-1] == 0:
         return 0.0
     k = int(np.searchsorted(energy, _ENERGY_SHARE * energy[-1]))
-    return k / (len(energy) - 1) * sample_rate / 2
+    return k / (len(energy) - 1) * clip.sample_rate / 2
+
+
+AUDIO_MEASURES: tuple[Measure[ClipAudio], ...] = (
+    Measure(
+        name="clipping_ratio",
+        unit="share",
+        meaning="samples on flat tops",
+        reason="clipping",
+        since=1,
+        measure=_clipping_ratio,
+        limits=(Limit(key="max_clipping_ratio", lowest=0, highest=1),),
+    ),
+    Measure(
+        name="silence_ratio",
+        unit="share",
+        meaning="frames of 20 ms more than 40 dB below the loudest one, or below -70 dBFS",
+        reason="silence_ratio",
+        since=1,
+        measure=_silence_ratio,
+        limits=(Limit(key="max_silence_ratio", lowest=0, highest=1),),
+    ),
+    Measure(
+        name="snr_db",
+        unit="dB",
+        meaning="energy above the noise over energy of the noise, -20 to 100; 0 for silence",
+        reason="snr",
+        since=1,
+        measure=_snr_db,
+        limits=(Limit(key="min_snr_db"),),
+    ),
+    Measure(
+        name="bandwidth_hz",
+        unit="Hz",
+        meaning="frequency below which 99 % of the energy lies, DC left out; 0 for silence",
+        reason="bandwidth",
+        since=1,
+        measure=_bandwidth_hz,
+        limits=(Limit(key="min_bandwidth_hz", lowest=0),),
+    ),
+)
