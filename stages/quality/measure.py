@@ -1,4 +1,7 @@
-"""Measures of a clip: each is declared once, and all that is said or done about it follows."""
+"""Measures of a clip: each is declared once, and all that is said or done about it follows.
+
+Tested by tests/stages/quality/test_config.py.
+"""
 
 from __future__ import annotations
 
