@@ -1,4 +1,7 @@
-"""Errors that end a run, in the kinds that a user has to tell apart."""
+"""Errors that end a run, in the kinds that a user has to tell apart.
+
+Tested by tests/pipeline/test_cli.py.
+"""
 
 from __future__ import annotations
 

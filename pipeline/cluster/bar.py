@@ -1,4 +1,7 @@
-"""A progress bar on a terminal, a line now and then in a log."""
+"""A progress bar on a terminal, a line now and then in a log.
+
+Tested by tests/pipeline/tools/test_fetch.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The environment in which data was made: libraries, machine, threads."""
+"""The environment in which data was made: libraries, machine, threads.
+
+Tested by tests/pipeline/extract/test_command.py, tests/pipeline/convert/test_folder.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A connection to Ray: to a cluster, or to one on this machine that ends with the command."""
+"""A connection to Ray: to a cluster, or to one on this machine that ends with the command.
+
+Tested by tests/pipeline/cluster/test_ray_graph.py.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 A round is one pass over the tasks that are left. A task that failed on a storage fault is tried
 again. When workers keep dying on a task, its songs are tried one by one, and those that kill a
 worker alone are quarantined.
+
+Tested by tests/pipeline/cluster/test_ray_graph.py.
 """
 
 from __future__ import annotations

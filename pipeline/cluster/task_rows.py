@@ -1,4 +1,7 @@
-"""Rows of the graph: a task goes in, its result comes out."""
+"""Rows of the graph: a task goes in, its result comes out.
+
+Tested by tests/pipeline/cluster/test_ray_graph.py.
+"""
 
 from __future__ import annotations
 

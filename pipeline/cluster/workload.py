@@ -1,4 +1,7 @@
-"""The tasks of a run as a cluster sees them: the workers' job, operators, memory, devices."""
+"""The tasks of a run as a cluster sees them: the workers' job, operators, memory, devices.
+
+Tested by tests/pipeline/cluster/test_ray_graph.py.
+"""
 
 from __future__ import annotations
 

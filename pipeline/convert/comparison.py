@@ -1,7 +1,7 @@
 """Comparison of a converted song with its source, both read back from their files.
 
 Whole songs are measured, in blocks. Of a long song a part is played and a part drawn.
-tests/pipeline/convert/test_page.py covers this module.
+Tested by tests/pipeline/convert/test_page.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The ledger of a conversion: one file for every song, written once its output is durable."""
+"""The ledger of a conversion: one file for every song, written once its output is durable.
+
+Tested by tests/pipeline/convert/test_folder.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The task of a conversion in a worker: one song, from its file to its entry in the ledger."""
+"""The task of a conversion in a worker: one song, from its file to its entry in the ledger.
+
+Tested by tests/pipeline/convert/test_folder.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The result of a converted song, for summaries and pages."""
+"""The result of a converted song, for summaries and pages.
+
+Tested by tests/pipeline/convert/test_command.py, tests/pipeline/convert/test_page.py.
+"""
 
 from __future__ import annotations
 

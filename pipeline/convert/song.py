@@ -4,6 +4,8 @@
     quantise -> units -> controls -> synthesizer -> enhancer -> join -> file    (piece by piece)
 
 The stages are those of extraction, with the settings that made the voice's own clips.
+
+Tested by tests/pipeline/convert/test_command.py.
 """
 
 from __future__ import annotations

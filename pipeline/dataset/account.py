@@ -1,4 +1,7 @@
-"""The balance of a dataset: plan, ledgers and rows."""
+"""The balance of a dataset: plan, ledgers and rows.
+
+Tested by tests/pipeline/extract/test_command.py, tests/pipeline/dataset/test_shards.py.
+"""
 
 from __future__ import annotations
 

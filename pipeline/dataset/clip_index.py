@@ -1,6 +1,6 @@
 """The index of a dataset's clips for trainers, made from footers and narrow columns.
 
-tests/pipeline/dataset/test_shard_dataset.py covers this module.
+Tested by tests/pipeline/dataset/test_shard_dataset.py.
 """
 
 from __future__ import annotations

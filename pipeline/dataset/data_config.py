@@ -1,6 +1,6 @@
 """Settings of training data, apart from the examples so that reading them does not import torch.
 
-tests/pipeline/train/test_config.py covers this module.
+Tested by tests/pipeline/train/test_config.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Clips of a table, decoded to samples.
 
-tests/pipeline/extract/test_pitch_columns.py covers this module.
+Tested by tests/pipeline/extract/test_pitch_columns.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Random choices for a clip (where it is cropped, how it is augmented) come from a hash of seed, epoch
 and clip id: they are the same with any number of workers and after a resume.
-tests/pipeline/dataset/test_shard_dataset.py covers this module.
+Tested by tests/pipeline/dataset/test_shard_dataset.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Folders of datasets, on any file system that pyarrow knows.
 
-tests/pipeline/dataset/test_shard_dataset.py and test_unit_frames.py cover this module.
+Tested by tests/pipeline/dataset/test_shard_dataset.py, tests/pipeline/dataset/test_unit_frames.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The ledger: one entry for every song, in the footer of the shard that its task wrote."""
+"""The ledger: one entry for every song, in the footer of the shard that its task wrote.
+
+Tested by tests/pipeline/extract/test_command.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The shard format: its versions, columns and identities. docs/shards.md specifies it."""
+"""The shard format: its versions, columns and identities. docs/shards.md specifies it.
+
+Tested by tests/pipeline/dataset/test_shards.py, tests/pipeline/dataset/test_shards_doc.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Reading a dataset back: does every shard hold what its footer and the plan say?"""
+"""Reading a dataset back: does every shard hold what its footer and the plan say?
+
+Tested by tests/pipeline/dataset/test_shards.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Clips of a task: sliced from its songs, or taken over from the shard of another dataset."""
+"""Clips of a task: sliced from its songs, or taken over from the shard of another dataset.
+
+Tested by tests/pipeline/extract/test_from_dataset.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The files that describe a dataset: dataset.json for programs, README.md for people."""
+"""The files that describe a dataset: dataset.json for programs, README.md for people.
+
+Tested by tests/pipeline/extract/test_command.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The songs of a corpus as the input of an extraction."""
+"""The songs of a corpus as the input of an extraction.
+
+Tested by tests/pipeline/extract/test_command.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The job of an extraction: everything that its workers get."""
+"""The job of an extraction: everything that its workers get.
+
+Tested by tests/pipeline/extract/test_command.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Checks of models and codebooks, made before anything is written."""
+"""Checks of models and codebooks, made before anything is written.
+
+Tested by tests/pipeline/extract/test_config.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The tasks of an extraction as a workload: their operators, memory and devices."""
+"""The tasks of an extraction as a workload: their operators, memory and devices.
+
+Tested by tests/pipeline/cluster/test_ray_graph.py.
+"""
 
 from __future__ import annotations
 

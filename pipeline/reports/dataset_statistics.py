@@ -2,7 +2,7 @@
 
 Shards are read one after the other, scalar columns and f0 only. Histograms and a few numbers per
 clip stay in memory. Audio is read for the chosen clips only.
-tests/pipeline/reports/test_dataset_page.py covers this module.
+Tested by tests/pipeline/reports/test_dataset_page.py.
 """
 
 from __future__ import annotations

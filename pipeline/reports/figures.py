@@ -1,6 +1,8 @@
 """Figures of matplotlib as pictures in the colours of the page, light and dark.
 
 tests/pipeline/reports/test_dataset_page.py and tests/pipeline/convert/test_page.py look at them.
+
+Tested by tests/pipeline/reports/test_dataset_page.py, tests/pipeline/convert/test_page.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Pictures of mel spectrograms: 160 bands of the HTK scale from 50 Hz to 8 kHz.
 
 tests/pipeline/reports/test_dataset_page.py looks at them.
+
+Tested by tests/pipeline/reports/test_dataset_page.py, tests/pipeline/convert/test_page.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The balance of a run: planned songs against the latest ledger entry of each."""
+"""The balance of a run: planned songs against the latest ledger entry of each.
+
+Tested by tests/pipeline/extract/test_command.py.
+"""
 
 from __future__ import annotations
 

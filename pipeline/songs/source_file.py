@@ -1,4 +1,7 @@
-"""The file of a song: its hash, whether it changed, whether its storage is mounted."""
+"""The file of a song: its hash, whether it changed, whether its storage is mounted.
+
+Tested by tests/pipeline/extract/test_command.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Files that are written whole or not at all, and faults of the storage."""
+"""Files that are written whole or not at all, and faults of the storage.
+
+Tested by tests/pipeline/dataset/test_shards.py, tests/pipeline/test_cli.py.
+"""
 
 from __future__ import annotations
 

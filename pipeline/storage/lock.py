@@ -1,4 +1,7 @@
-"""One process at a time in a folder."""
+"""One process at a time in a folder.
+
+Tested by tests/pipeline/cluster/test_resumable_run.py.
+"""
 
 from __future__ import annotations
 

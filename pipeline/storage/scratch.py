@@ -1,4 +1,7 @@
-"""Scratch folders for decoded audio."""
+"""Scratch folders for decoded audio.
+
+Tested by tests/pipeline/extract/test_plan_changes.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The log of a run that goes step by step: a line a step."""
+"""The log of a run that goes step by step: a line a step.
+
+Tested by tests/pipeline/train/test_run_folder.py.
+"""
 
 from __future__ import annotations
 

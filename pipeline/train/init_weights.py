@@ -1,6 +1,6 @@
 """Initial weights of a new run, taken from a Cantor or so-vits-svc voice.
 
-tests/pipeline/train/test_trainer.py covers this module.
+Tested by tests/pipeline/train/test_trainer.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The processes that train together: one, or those of torch.distributed.
 
-tests/pipeline/train/test_trainer.py covers this module.
+Tested by tests/pipeline/train/test_trainer.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The settings that a run's numbers depend on; a run resumes only with the same ones.
 
-tests/pipeline/train/test_trainer.py covers this module.
+Tested by tests/pipeline/train/test_trainer.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The output of a run: log, TensorBoard, validation and checkpoints. One process writes it.
 
-tests/pipeline/train/test_trainer.py covers this module.
+Tested by tests/pipeline/train/test_trainer.py.
 """
 
 from __future__ import annotations

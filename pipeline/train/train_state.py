@@ -1,6 +1,6 @@
 """The state of a run: networks, their optimizers and average, and the number of steps done.
 
-tests/pipeline/train/test_trainer.py covers this module.
+Tested by tests/pipeline/train/test_trainer.py.
 """
 
 from __future__ import annotations

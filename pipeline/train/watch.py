@@ -1,6 +1,6 @@
 """Display of a running training: on a terminal, in a driver elsewhere, or nowhere.
 
-tests/pipeline/train/test_trainer.py covers this module.
+Tested by tests/pipeline/train/test_trainer.py.
 """
 
 from __future__ import annotations
