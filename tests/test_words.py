@@ -16,7 +16,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_YET = ("pipeline/", "stages/quality.py", "stages/pitch_quality.py", "tests/pipeline/")
+NOT_YET = (  # these are being rewritten
+    "pipeline/cli.py",
+    "pipeline/convert/",
+    "pipeline/extract/summary.py",
+    "pipeline/settings.py",
+    "pipeline/tools/",
+    "tests/pipeline/",
+)
 FILES = [
     path
     for room in ("models", "stages", "pipeline", "benchmarks", "examples", "tests")

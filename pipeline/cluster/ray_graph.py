@@ -66,7 +66,7 @@ def plan_pools(
     A resumed run keeps the threads of its first part where the settings leave them open, so that
     the rest has the same bits, unless no such worker fits.
 
-    Raises: UserError: when not even one worker fits; the message has the numbers.
+    Raises: UserError: when not even one worker fits.
     """
     needs, workers = workload.needs, workload.job.config.workers
     longest = max(tasks.values(), key=_believable_minutes)
@@ -184,7 +184,7 @@ def living_nodes() -> list[dict[str, Any]]:
 def check_nodes(dataset: Path, corpus: Path, weights: Collection[WeightFile] = ()) -> None:
     """Have every node read a token from DATASET, open CORPUS and compare the files of weights.
 
-    Raises: UserError: when a node cannot; the message names it.
+    Raises: UserError: when a node cannot (the message names it).
     """
     token = secrets.token_hex(8)
     path = dataset / ".tmp" / f"token-{token}"

@@ -20,12 +20,12 @@ from pipeline.dataset.ledger import SongEntry
 
 @dataclass
 class Account(Balance[SongEntry]):
-    """Of a dataset."""
+    """The balance of a dataset."""
 
     shards: int = 0
 
     def dropped_s(self) -> dict[str, float]:
-        """Seconds left out of readable songs, by reason."""
+        """Sum the seconds left out of readable songs, by reason."""
         seconds: dict[str, float] = defaultdict(float)
         for entry in self.entries.values():
             for drop in entry.dropped:
@@ -45,7 +45,7 @@ class Account(Balance[SongEntry]):
         return sum(entry.kept_s for entry in self.entries.values()) / 3600
 
     def duplicates(self) -> list[list[str]]:
-        """Songs of one content under several names."""
+        """Group the names of songs with the same content."""
         names: dict[str, list[str]] = defaultdict(list)
         for entry in self.entries.values():
             if entry.sha256 is not None and entry.size > 0:
@@ -54,10 +54,10 @@ class Account(Balance[SongEntry]):
 
 
 def balance_dataset(tasks: Sequence[Task], footers: Iterable[tuple[Footer, int]]) -> Account:
-    """Balance of the plan against (footer, rows of the shard) of every committed shard.
+    """Balance the plan against (footer, rows of the shard) of every committed shard.
 
     planned songs = kept + filtered + quarantined; decoded seconds = kept + dropped for each song;
-    clips in ledgers = rows. What does not balance stands in `problems`.
+    clips in ledgers = rows. `problems` lists what does not balance.
     """
     account = Account(planned=len({song.song_id for task in tasks for song in task.songs}))
     by_task = {task.index: task for task in tasks}

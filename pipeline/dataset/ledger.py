@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SongEntry:
-    """What became of one song. Seconds are of the resampled song."""
+    """The outcome of one song. Seconds are of the resampled song."""
 
     song_id: str
     speaker: str

@@ -1,4 +1,4 @@
-"""Reading a dataset back: does every shard hold what its footer and the plan say?
+"""Verification of a dataset: every shard must hold what its footer and the plan say.
 
 Tested by tests/pipeline/dataset/test_shards.py.
 """
@@ -45,7 +45,7 @@ _MOST_PROBLEMS = 20  # of one shard
 
 @dataclass
 class Verification:
-    """What `verify` found. The dataset is whole when `problems` is empty."""
+    """The result of `verify`. The dataset is complete and sound when `problems` is empty."""
 
     account: Account
     shards: int = 0
@@ -58,7 +58,7 @@ def verify(dataset: Path, source: Path | None = None) -> Verification:
     """Read every byte of every shard: checksums, schema, rows, ledger, audio, contours, units.
 
     source: the corpus; its files are hashed and compared with the ledger too.
-    Raises: UserError when `dataset` is not one of ours, or of another format.
+    Raises: UserError: when `dataset` is not a dataset of Cantor, or has another format.
     """
     info = read_supported_info(dataset)
     tasks = load_plan(dataset)
@@ -129,7 +129,7 @@ def _check_shard(path: Path) -> tuple[Footer, set[str], float, list[str]] | User
 
 
 def _check_metadata(file: pq.ParquetFile, footer: Footer) -> list[str]:
-    """What the Parquet footer says of columns, features and rows, against the format."""
+    """Compare the columns, features and rows in the Parquet footer with the format."""
     expected = shard_schema(
         footer.encoders, footer.sample_rate, footer.xvector, footer.schema_version
     )
@@ -161,7 +161,7 @@ def _has_nulls(table: pa.Table) -> bool:
 
 
 def _statistics(metadata: pq.FileMetaData, number: int) -> list[tuple[Any, ...]]:
-    """By column of a row group: what readers go by, without reading it."""
+    """Return the statistics of each column of a row group, by which readers skip row groups."""
     group = metadata.row_group(number)
     found: list[tuple[Any, ...]] = []
     for i in range(group.num_columns):
@@ -174,7 +174,7 @@ def _statistics(metadata: pq.FileMetaData, number: int) -> list[tuple[Any, ...]]
 
 
 def _statistics_of(table: pa.Table, footer: Footer) -> list[tuple[Any, ...]]:
-    """The same of a table, by writing it again."""
+    """Return the statistics that a table has when it is written again."""
     sink = io.BytesIO()
     with shard_writer(sink, footer) as writer:
         writer.write_table(table.cast(writer.schema))
@@ -236,13 +236,16 @@ def _compare_source(dataset: Path, source: Path, account: Account) -> list[str]:
 
 
 def check_export(path: Path) -> None:
-    """Raises UserError when `export_ledger` would not write a file of this name."""
+    """Check that `export_ledger` can write a file of this name.
+
+    Raises: UserError: when it ends in neither .csv nor .parquet.
+    """
     if path.suffix not in (".csv", ".parquet"):
         raise UserError(f"{path}: the ledger is written as .csv or .parquet")
 
 
 def export_ledger(account: Account, path: Path) -> None:
-    """Write one row a song to a .csv or .parquet file; its folder is made."""
+    """Write one row for each song to a .csv or .parquet file; create its folder."""
     check_export(path)
     entries: list[SongEntry] = sorted(account.entries.values(), key=lambda e: (e.status, e.song_id))
     table = pd.DataFrame([entry_record(entry) for entry in entries])

@@ -30,7 +30,7 @@ _OF_A_METHOD = {"voicing_threshold", "checkpoint", "ensemble", "crepe_hop_ms"}
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """How songs are grouped into tasks."""
+    """Settings for the grouping of songs into tasks."""
 
     task_minutes: float | None = None  # None: a function of the corpus' minutes alone
 
@@ -93,12 +93,12 @@ class ExtractConfig(ChainConfig):
 def load_config(
     path: Path | None = None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None
 ) -> ExtractConfig:
-    """Defaults, then `base`, then the YAML file at `path`, then `key=value` overrides.
+    """Merge the defaults, `base`, the YAML file at `path` and `key=value` overrides, in this order.
 
-    base: sections of another run. An encoder of another name there leaves none of its settings to
-    this one's, another method of f0 none of what it means by itself, and `encoders.NAME=null`
-    leaves one out.
-    Raises: UserError naming the key or the line that is wrong.
+    base: sections of another run. Settings of its encoder do not apply to an encoder of another
+    name, nor settings of its f0 method to another method; `encoders.NAME=null` removes an encoder.
+
+    Raises: UserError: when a key or a line is wrong (the message names it).
     """
     given = read_settings(ExtractConfig, path, overrides)
     before = check_settings(ExtractConfig, copy.deepcopy(dict(base or {})), "the source")
@@ -114,13 +114,13 @@ def load_config(
 
 
 def of_the_same_method(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of f0 as they were, without those that another method than the given one had."""
+    """Return the settings of f0 without those that only apply to another method than the given."""
     same = given.get("method", before.get("method")) == before.get("method")
     return {key: v for key, v in before.items() if same or key not in _OF_A_METHOD}
 
 
 def _make_paths_absolute(sections: dict[str, Any]) -> None:
-    """In place: workers of a cluster, and a later `--from`, start in other folders."""
+    """Change paths in place: workers of a cluster, and a later `--from`, start in other folders."""
     for section in [*sections.values(), *sections.get("encoders", {}).values()]:
         for key in ("checkpoint", "codebook"):
             if isinstance(section.get(key), str):
@@ -136,7 +136,7 @@ def to_yaml(config: ExtractConfig) -> str:
 def fingerprinted(
     config: ExtractConfig, weights: Mapping[str, WeightFile] | None = None
 ) -> dict[str, Any]:
-    """The part of the settings that changes the output, checkpoints by their SHA-256.
+    """Return the part of the settings that changes the output, checkpoints by their SHA-256.
 
     weights: those of `config.weight_paths`, if they have been read already.
     """

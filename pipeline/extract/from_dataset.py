@@ -1,6 +1,6 @@
-"""Units or f0 anew from the shards of a dataset, its audio taken over as it is: `extract --from`.
+"""`extract --from`: new units or f0 from the shards of another dataset, with the same audio.
 
-A shard of the other dataset is a task of the new one, of the same index, split and songs.
+Each shard of the other dataset is a task of the new one, with the same index, split and songs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ class SourceDataset:
 
 
 def read_source(dataset: Path) -> SourceDataset:
-    """Raises: UserError when `dataset` is none of ours."""
+    """Read the settings of a dataset.
+
+    Raises: UserError: when `dataset` is not a dataset of Cantor.
+    """
     dataset = dataset.absolute()
     info = read_dataset_info(dataset)
     require_supported(dataset, info, oldest=1)
@@ -60,9 +63,9 @@ def read_source(dataset: Path) -> SourceDataset:
 def config_from(
     source: SourceDataset, path: Path | None, overrides: Sequence[str]
 ) -> ExtractConfig:
-    """The source's settings, then the YAML file at `path`, then `key=value` overrides.
+    """Merge the source's settings, the YAML file at `path` and `key=value` overrides, in order.
 
-    Raises: UserError for what is wrong, and for settings of the audio, which stays as it is.
+    Raises: UserError: when a setting is wrong, or belongs to the audio, which cannot change.
     """
     config = load_config(path, overrides, source.base)
     before = flatten(source.config)
@@ -77,7 +80,7 @@ def config_from(
 
 @dataclass(frozen=True)
 class Reading:
-    """What a run takes over from the source, and what it has to load for the rest."""
+    """The columns that a run takes over from the source, and the weights for the others."""
 
     source: SourceDataset
     encoders: dict[str, EncoderConfig]
@@ -91,10 +94,11 @@ class Reading:
 
 
 def compare(source: SourceDataset, config: ExtractConfig) -> Reading:
-    """What of `config` the source has already: the columns that its settings would make again.
+    """Find the columns of the source that `config` would produce again.
 
-    Checkpoints of such columns need not be there any more.
-    Raises: UserError when that is everything, and for weights that cannot be read.
+    Checkpoints of such columns need not exist any more.
+
+    Raises: UserError: when there is no other column, or when weights cannot be read.
     """
     before, now = counted(source.config), counted(config)
     known: dict[str, WeightFile] = {}
@@ -126,7 +130,7 @@ def compare(source: SourceDataset, config: ExtractConfig) -> Reading:
 
 
 def _counterparts(before: ExtractConfig, now: ExtractConfig) -> dict[str, str]:
-    """The source's section for each section that makes columns; "" where it has none."""
+    """Return the source's section for each section that makes columns, or "" for none."""
     sections = {encoder.name: section for section, encoder in before.all_encoders.items()}
     found = {"f0": "f0"}
     if now.xvector.checkpoint is not None or before.xvector.checkpoint is not None:
@@ -140,7 +144,7 @@ def _same(before: dict[str, Any], now: dict[str, Any], section: str) -> bool:
 
 
 def _part(settings: Mapping[str, Any], section: str) -> dict[str, Any]:
-    """What is set in a section. The name of an encoder is not, since sections are paired by it."""
+    """Return the settings in a section, without the name, by which sections are paired."""
     start = f"{section}."
     keys = {key: value for key, value in settings.items() if section and key.startswith(start)}
     keys.pop("encoder.name", None)

@@ -1,4 +1,4 @@
-"""The files of weights that a run reads: checkpoints and codebooks, known by their content."""
+"""The files of weights that a run reads: checkpoints and codebooks, identified by SHA-256."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ class WeightFile:
 def read_weights(
     paths: Mapping[str, str], known: Mapping[str, WeightFile] | None = None
 ) -> dict[str, WeightFile]:
-    """Weights by the key that names their path, each path hashed once. Imports torch.
+    """Hash the weights, by the key that names their path, each path once. Imports torch.
 
-    known: those that need not be there, because what they made is taken over.
-    Raises: UserError naming the key and what cannot be read.
+    known: weights that need not exist, because the columns made with them are taken over.
+
+    Raises: UserError: when a file cannot be read (the message names the key).
     """
     found = dict(known or {})
     if not paths.keys() - found.keys():
@@ -53,7 +54,7 @@ def read_weights(
 
 
 def size_and_mtime(path: str) -> tuple[int, int]:
-    """Bytes, and when the youngest changed, of a file or of all files of a folder."""
+    """Return the bytes of a file or of all files of a folder, and the time of the last change."""
     here = Path(path)
     files = [file for file in here.iterdir() if file.is_file()] if here.is_dir() else [here]
     stats = [file.stat() for file in files]
@@ -61,10 +62,11 @@ def size_and_mtime(path: str) -> tuple[int, int]:
 
 
 def require_unchanged(key: str, weights: WeightFile) -> None:
-    """In a worker, which may be another machine: are these the weights that the run began with?
+    """Check in a worker, which may be on another machine, that the weights have not changed.
 
-    The content is read only where size or time differ.
-    Raises: UserError.
+    The content is read only if the size is the same and the time is not.
+
+    Raises: UserError: when they changed since the run began, or are not there.
     """
     from models.checkpoint import sha256_of
 
@@ -86,7 +88,10 @@ def require_unchanged(key: str, weights: WeightFile) -> None:
 
 
 def require_safetensors(out: Path) -> None:
-    """Raises UserError where `out` cannot be a file to write in that format."""
+    """Check that `out` can be a file to write in the safetensors format.
+
+    Raises: UserError: when it is a folder, has another suffix, or lies in a file.
+    """
     if out.is_dir():
         raise UserError(
             f"{out} is a folder; name the file to write, such as {out / 'a.safetensors'}"

@@ -4,7 +4,7 @@ In each frame the partials of the first series are taken out of the spectrum; wh
 over the partials of every other pitch, as in A. Klapuri, "Multiple fundamental frequency estimation
 by summing harmonic amplitudes", ISMIR 2006.
 
-Tested by tests/stages/test_pitch_quality.py.
+Tested by tests/stages/quality/test_pitch.py.
 """
 
 from __future__ import annotations
