@@ -1,7 +1,7 @@
-"""Settings in general: a frozen dataclass of sections, filled from YAML files and key=value words.
+"""Settings: frozen dataclasses, filled from YAML files and key=value overrides.
 
-A schema is a dataclass. Each of its fields is a section, itself a dataclass, or sections by name
-(`dict[str, Section]`), which words write as section.name.key=value.
+A schema is a dataclass whose fields are sections. A section is a dataclass, or a dictionary of
+named ones (`dict[str, Section]`), whose keys are written section.name.key=value.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from pipeline.errors import UserError
 T = TypeVar("T")
 Hints = Mapping[str, Any]
 
-_WORDS = {int: "whole numbers", float: "numbers", str: "texts"}
+_WORDS = {int: "whole numbers", float: "numbers", str: "strings"}
 
 
 def load_settings(schema: type[T], path: Path | None = None, overrides: Sequence[str] = ()) -> T:
-    """Defaults, then the YAML file at `path`, then `key=value` overrides.
+    """Read settings: defaults, then the YAML file at `path`, then `key=value` overrides.
 
-    Raises: UserError naming the key or the line that is wrong.
+    Raises: UserError: when a key, a value or a line is wrong; the message names it.
     """
     return build_settings(schema, read_settings(schema, path, overrides))
 
@@ -39,24 +39,25 @@ def load_settings(schema: type[T], path: Path | None = None, overrides: Sequence
 def read_settings(
     schema: type[Any], path: Path | None = None, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What the file gives, and over it what the overrides give, by section: no defaults.
+    """Return the values of the file, updated with the overrides, by section and without defaults.
 
-    An override `section.name=null` of sections by name is None.
-    Raises: UserError.
+    An override `section.name=null` of a named section is None.
+    Raises: UserError: when a key, a value or a line is wrong.
     """
     file = {} if path is None else check_settings(schema, _read_yaml(path), str(path))
     words = check_settings(schema, _parse_overrides(schema, overrides), "override")
-    with _in_words():
-        both: Any = OmegaConf.to_container(OmegaConf.merge(file, words))
-    return dict(both)
+    with _faults_as_user_errors():
+        merged: Any = OmegaConf.to_container(OmegaConf.merge(file, words))
+    return dict(merged)
 
 
 def check_settings(schema: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]:
-    """`values`, after refusing unknown keys (with a suggestion), wrong lists and interpolations.
+    """Check `values`, change them in place and return them.
 
-    In place: an empty section becomes {}, lists become tuples, numbers that stand for words become
-    words. where: for the message.
-    Raises: UserError.
+    An empty section becomes {}, lists become tuples, and numbers become strings if the key takes
+    certain strings only. where: origin of the values, for messages.
+    Raises: UserError: when there is an unknown key (with a suggestion), a wrong list or an
+    interpolation.
     """
     known = _sections(schema)
     for name, entries in values.items():
@@ -73,16 +74,16 @@ def check_settings(schema: type[Any], values: dict[str, Any], where: str) -> dic
 
 
 def build_settings(schema: type[T], *layers: Mapping[str, Any]) -> T:
-    """The defaults, and each layer of checked settings over those before it.
+    """Build the settings from defaults and layers of checked values; later layers win.
 
-    Raises: UserError.
+    Raises: UserError: when a value has the wrong type or is out of range.
     """
-    with _in_words():
+    with _faults_as_user_errors():
         merged = OmegaConf.merge(OmegaConf.structured(schema), *layers)
         values: Any = OmegaConf.to_container(merged)
         for key, value in _flat(schema, values).items():
             if any(
-                isinstance(number, float) and not math.isfinite(number) for number in _in(value)
+                isinstance(number, float) and not math.isfinite(number) for number in _leaves(value)
             ):
                 raise UserError(f"{key} is {value}; it must be a finite number")
         settings: T = _build(schema, values)
@@ -90,27 +91,27 @@ def build_settings(schema: type[T], *layers: Mapping[str, Any]) -> T:
 
 
 def flatten(settings: Any) -> dict[str, Any]:
-    """`{"slice.threshold_db": -40.0, ..., "encoders.log-mel.device": "auto"}` for every key.
+    """Return every key with its value: `{"slice.threshold_db": -40.0, ...}`.
 
-    Tuples as lists, as JSON gives them back.
+    Tuples become lists, as they are after JSON.
     """
     return _flat(type(settings), dataclasses.asdict(settings))
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
-    """Sections as a YAML file, which `load_settings` reads back; a list is one line."""
+    """Write sections as YAML, which `load_settings` reads; a list is one line."""
     return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def suggest(word: str, known: Iterable[object]) -> str:
-    """Words after an unknown one: the nearest known, or all of them."""
+    """Return the end of a message about an unknown word: the nearest known word, or all."""
     names = sorted(str(each) for each in known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f" (did you mean '{close[0]}'?)" if close else f" (known: {', '.join(names)})"
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Tuples in brackets on one line."""
+    """A dumper that writes tuples in brackets on one line."""
 
 
 _Dumper.add_representer(
@@ -122,8 +123,8 @@ _Dumper.add_representer(
 
 
 @contextmanager
-def _in_words() -> Iterator[None]:
-    """Faults of OmegaConf, and values that a schema refuses, as UserError."""
+def _faults_as_user_errors() -> Iterator[None]:
+    """Turn errors of OmegaConf, and values that a schema refuses, into UserError."""
     try:
         yield
     except OmegaConfBaseException as error:
@@ -135,21 +136,21 @@ def _in_words() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Section:
-    keys: Hints  # of the section, or of each of those by name
+    keys: Hints  # keys of the section, or of each named section
     by_name: bool
 
 
 def _sections(schema: type[Any]) -> dict[str, _Section]:
-    found = {}
+    sections = {}
     for name, hint in get_type_hints(schema).items():
         by_name = get_origin(hint) is dict
         section = get_args(hint)[1] if by_name else hint
-        found[name] = _Section(get_type_hints(section), by_name)
-    return found
+        sections[name] = _Section(get_type_hints(section), by_name)
+    return sections
 
 
 def _build(kind: type[T], values: Mapping[str, Any]) -> T:
-    """`kind` of plain values. OmegaConf's own leaves lists inside of tuples."""
+    """Build `kind` from plain values. OmegaConf's own conversion leaves lists inside tuples."""
     hints = get_type_hints(kind)
     return kind(**{name: _as(hints[name], value) for name, value in values.items()})
 
@@ -170,11 +171,11 @@ def _lists(value: Any) -> Any:
     return list(map(_lists, value)) if isinstance(value, list | tuple) else value
 
 
-def _in(value: Any) -> Iterator[Any]:
-    """The value, or those in it where it is a list."""
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield the value, or the values in it if it is a list."""
     if isinstance(value, list | tuple):
         for each in value:
-            yield from _in(each)
+            yield from _leaves(each)
     else:
         yield value
 
@@ -195,8 +196,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         loaded = OmegaConf.load(path)
     except FileNotFoundError as error:
-        raise UserError(f"there is no configuration file {path}") from error
-    except OSError as error:  # OmegaConf also raises it, without strerror, for a lone number
+        raise UserError(f"the configuration file {path} does not exist") from error
+    except OSError as error:  # OmegaConf also raises it, without strerror, for a single number
         raise UserError(f"cannot read settings from {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
@@ -205,7 +206,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OmegaConfBaseException as error:  # null as a key
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
     if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path} must hold `section: {{key: value}}`, not a list")
+        raise UserError(f"{path} must have `section: {{key: value}}`, not a list")
     return dict(OmegaConf.to_container(loaded, resolve=False))  # type: ignore[arg-type]
 
 
@@ -233,15 +234,15 @@ def _parse_overrides(schema: type[Any], overrides: Sequence[str]) -> dict[str, A
         if before is not value:
             both = isinstance(before, dict) and isinstance(value, dict)
             if not both or before.keys() & value.keys():
-                raise UserError(f"'{item}' gives again what another setting gives")
+                raise UserError(f"'{item}' sets a key that another override sets; give one of them")
             before |= value
     return nested
 
 
 def _check_named(schema: type[Any], section: str, named: Any, where: str) -> None:
-    """Of sections by name: settings by the name; an override of null leaves one out."""
+    """Check the settings of named sections. An override of null removes one."""
     if not isinstance(named, dict):
-        raise UserError(f"{where}: '{section}' must hold `name: {{key: value}}`, not {named!r}")
+        raise UserError(f"{where}: '{section}' must have `name: {{key: value}}`, not {named!r}")
     for name, entries in named.items():
         _refuse_other_than_text(name, f"{where}: in '{section}', the name")
         if entries is not None:
@@ -253,7 +254,7 @@ def _check_named(schema: type[Any], section: str, named: Any, where: str) -> Non
 
 def _check_keys(schema: type[Any], section: str, entries: Any, known: Hints, where: str) -> None:
     if not isinstance(entries, dict):
-        raise UserError(f"{where}: '{section}' must hold keys, not {entries!r}")
+        raise UserError(f"{where}: '{section}' must have keys, not {entries!r}")
     for name, value in entries.items():
         _refuse_other_than_text(name, f"{where}: in '{section}', the key")
         full = f"{section}.{name}"
@@ -261,9 +262,9 @@ def _check_keys(schema: type[Any], section: str, entries: Any, known: Hints, whe
             every = [f"{s}.{n}" for s, at in _sections(schema).items() for n in _own_keys(at)]
             every += [f"{section}.{n}" for n in known]
             raise UserError(f"{where}: unknown key '{full}'{suggest(full, every)}")
-        if any(isinstance(each, str) and "${" in each for each in _in(value)):
-            raise UserError(f"{where}: {full} holds '${{'; interpolation is not supported")
-        if any(each == "???" for each in _in(value)):  # OmegaConf would pass over it
+        if any(isinstance(each, str) and "${" in each for each in _leaves(value)):
+            raise UserError(f"{where}: {full} has '${{'; interpolation is not supported")
+        if any(each == "???" for each in _leaves(value)):  # OmegaConf would treat it as missing
             raise UserError(f"{where}: {full} is '???'; give it a value or leave it out")
         entries[name] = _of_kind(known[name], value, f"{where}: {full}")
 
@@ -273,7 +274,7 @@ def _own_keys(section: _Section) -> Iterable[str]:
 
 
 def _of_kind(hint: Any, value: Any, what: str) -> Any:
-    """`value` as `hint` wants it, as far as OmegaConf has no words for it."""
+    """Convert `value` where `hint` is a tuple or a literal, which OmegaConf reports unclearly."""
     options = [hint]
     if get_origin(hint) in (Union, types.UnionType):
         options = list(get_args(hint))
@@ -288,14 +289,17 @@ def _of_kind(hint: Any, value: Any, what: str) -> Any:
 
 
 def _tuple_of(hint: Any, value: Any, what: str) -> tuple[Any, ...]:
-    """Raises UserError unless `value` is a list of what `hint`, a tuple's, holds."""
+    """Convert a list to the tuple type `hint`.
+
+    Raises: UserError: when it is not such a list.
+    """
     if not isinstance(value, list | tuple):
         raise UserError(f"{what} must be a list in brackets, [a, b], not {value!r}")
     kinds = get_args(hint)
     if kinds[-1] is ...:
         kinds = (kinds[0],) * len(value)
     elif len(kinds) != len(value):
-        raise UserError(f"{what} must hold {len(kinds)} {_WORDS[kinds[0]]}, not {len(value)}")
+        raise UserError(f"{what} must have {len(kinds)} {_WORDS[kinds[0]]}, not {len(value)}")
     return tuple(_member(kind, each, what) for kind, each in zip(kinds, value, strict=True))
 
 
@@ -313,7 +317,7 @@ def _member(kind: Any, value: Any, what: str) -> Any:
         return value
     accepted = (int, float) if kind is float else (kind,)
     if type(value) not in accepted:
-        raise UserError(f"{what} must hold {_WORDS[kind]}, not {value!r}")
+        raise UserError(f"{what} must have {_WORDS[kind]}, not {value!r}")
     return kind(value)
 
 

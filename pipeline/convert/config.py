@@ -1,4 +1,4 @@
-"""Every setting of `convert`: the stages that made the voice's clips, and what is asked of it."""
+"""The settings of `convert`: the stages that made the voice's clips, and the conversion's own."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from stages.units import EncoderConfig
 
 @dataclass(frozen=True, kw_only=True)
 class VoiceConfig:
-    """Who sings, and how freely.
+    """Settings of the singer.
 
-    mix: of several speakers, "ann=0.7,ben=0.3", or a CSV file of weights over time.
-    noise_scale: of the chance in the latents; 0 is the mean of what the network would sing.
+    mix: several speakers, "ann=0.7,ben=0.3", or a CSV file of weights over time.
+    noise_scale: scale of the latent noise; 0 sings the mean.
     """
 
     speaker: str | None = None
@@ -40,14 +40,16 @@ class VoiceConfig:
     def __post_init__(self) -> None:
         require_at_least(0, "voice.noise_scale", self.noise_scale)
         if self.speaker is not None and self.mix is not None:
-            raise ValueError("voice.speaker and voice.mix are both given; one says who sings")
+            raise ValueError("voice.speaker and voice.mix are both set; give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PitchConfig:
-    """transpose: semitones, or "auto": as many whole ones as bring the song to the speaker's range.
+    """Settings of the melody.
 
-    predict: the melody is the voice's own guess (for speech); the song's says how high it is.
+    transpose: semitones, or "auto": as many whole semitones as bring the song into the speaker's
+      range.
+    predict: the voice predicts the melody (for speech), at the pitch level of the song.
     """
 
     transpose: str = "0"
@@ -59,7 +61,8 @@ class PitchConfig:
                 semitones = float(self.transpose)
             except ValueError:
                 raise ValueError(
-                    f"pitch.transpose is '{self.transpose}'; it is a number of semitones, or auto"
+                    f"pitch.transpose is '{self.transpose}'; it must be a number of semitones, or "
+                    "auto"
                 ) from None
             if not -MOST_SEMITONES <= semitones <= MOST_SEMITONES:
                 raise ValueError(
@@ -73,10 +76,10 @@ MOST_SEMITONES = 36
 
 @dataclass(frozen=True, kw_only=True)
 class JoinConfig:
-    """How the pieces of a song meet.
+    """Settings for joining the pieces of a song.
 
-    pad_ms: what the networks see of the song beyond each end of a piece.
-    crossfade_ms: over which one piece goes over into the next.
+    pad_ms: context on each side of a piece that the networks see.
+    crossfade_ms: overlap over which neighbouring pieces are cross-faded.
     """
 
     pad_ms: int = 500
@@ -86,22 +89,22 @@ class JoinConfig:
         require_at_least(0, "join.crossfade_ms", self.crossfade_ms)
         if not self.pad_ms >= self.crossfade_ms:
             raise ValueError(
-                f"join.pad_ms is {self.pad_ms}; it must be join.crossfade_ms, "
-                f"{self.crossfade_ms}, or more"
+                f"join.pad_ms is {self.pad_ms}; it must be at least join.crossfade_ms, "
+                f"{self.crossfade_ms}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnhancerConfig:
-    """A vocoder that sings the voice's output again.
+    """Settings of a vocoder that renders the voice's output again.
 
-    checkpoint: the NSF-HiFiGAN of the community, a file with its config.json beside it.
-    adaptive_key: semitones that it is lifted by where the song goes beyond what it was trained on.
-    silence_front: seconds at the beginning of the song that it leaves silent.
+    checkpoint: the community's NSF-HiFiGAN, with its config.json in the same folder.
+    adaptive_key: semitones to raise its range by, for songs higher than its training data.
+    silence_front: seconds at the start of the song that it leaves silent.
     """
 
     checkpoint: str | None = None
-    adaptive_key: float | None = 0.0  # None: as high as the song needs
+    adaptive_key: float | None = 0.0  # None: as many as the song needs
     silence_front: float = field(default=0.0, metadata={"neutral": 0.0})
 
     def __post_init__(self) -> None:
@@ -114,15 +117,15 @@ class EnhancerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """sample_rate: Hz; None: the voice's. envelope: 0 keeps the loudness that the voice sings
-    with, 1 gives it the song's from moment to moment.
+    """Settings of the output file.
+
+    sample_rate: Hz; None: the voice's. format: of the songs of a folder; a single song's is the
+    suffix of its file. envelope: 0 keeps the voice's loudness, 1 follows the song's loudness.
     """
 
     sample_rate: int | None = None
     channels: Literal["mono", "dual"] = "mono"
-    format: Literal["wav", "flac", "ogg", "mp3"] = (
-        "wav"  # of songs of a folder; a file's is its suffix
-    )
+    format: Literal["wav", "flac", "ogg", "mp3"] = "wav"
     subtype: Literal["PCM_16", "PCM_24", "FLOAT"] = "PCM_16"
     envelope: float = field(default=0.0, metadata={"neutral": 0.0})
 
@@ -137,7 +140,7 @@ class OutputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """Where the networks run."""
+    """Device and runtime of the networks."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backend: Literal["torch", "onnx"] = "torch"
@@ -145,7 +148,7 @@ class ComputeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Every setting of `convert`. The first sections are those of `extract`."""
+    """Every setting of `convert`. The sections up to encoder are those of `extract`."""
 
     audio: AudioConfig = field(default_factory=AudioConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
@@ -164,7 +167,7 @@ class ConvertConfig:
     workers: WorkersConfig = field(default_factory=WorkersConfig)
 
 
-# Where a voice does not say how its clips were made: as so-vits-svc makes them.
+# For voices that do not state how their clips were made: so-vits-svc's settings.
 _SOVITS: dict[str, Any] = {
     "loudness": {"mode": "peak"},
     "f0": {"method": "fcpe"},
@@ -174,18 +177,20 @@ _SOVITS: dict[str, Any] = {
 def convert_config(
     voice: Voice, path: Path | None = None, overrides: Sequence[str] = ()
 ) -> ConvertConfig:
-    """The voice's own settings, then the YAML file at `path`, then `key=value` overrides.
+    """Read settings: the voice's, then the YAML file at `path`, then `key=value` overrides.
 
-    Raises: UserError for what is wrong, and for settings that the voice cannot sing with.
+    Raises: UserError: when a setting is wrong, or the voice cannot sing with it.
     """
-    base = _of_the_voice(voice)
+    base = _voice_settings(voice)
     given = read_settings(ConvertConfig, path, overrides)
     before = check_settings(ConvertConfig, base, "the voice")
     before["f0"] = of_the_same_method(before["f0"], given.get("f0", {}))
     config = build_settings(ConvertConfig, before, given)
     _refuse_other_identity(voice, config)
     if config.pitch.predict and not voice.config.predict_f0:
-        raise UserError("pitch.predict is true, but this voice was built without a pitch predictor")
+        raise UserError(
+            "pitch.predict is true, but this voice has no pitch predictor; set it to false"
+        )
     try:
         stream_resampler(
             voice.sample_rate, config.output.sample_rate or voice.sample_rate, config.resample
@@ -195,7 +200,7 @@ def convert_config(
     return config
 
 
-def _of_the_voice(voice: Voice) -> dict[str, Any]:
+def _voice_settings(voice: Voice) -> dict[str, Any]:
     stated: Mapping[str, Any] = voice.extraction or _SOVITS
     base = {section: dict(values) for section, values in stated.items()}
     base.setdefault("audio", {})["sample_rate"] = voice.sample_rate
@@ -212,6 +217,6 @@ def _refuse_other_identity(voice: Voice, config: ConvertConfig) -> None:
         ("f0.interpolate", config.f0.interpolate, False),
         ("encoder.codebook", config.encoder.codebook, None),
     )
-    for key, asked, own in pairs:
-        if asked != own:
-            raise UserError(f"{key} cannot be {asked}: this voice was trained with {own}")
+    for key, value, own in pairs:
+        if value != own:
+            raise UserError(f"{key} cannot be {value}: this voice was trained with {own}")

@@ -1,4 +1,4 @@
-"""A mix of a voice's speakers: constant weights, or a CSV file of weights that change over time."""
+"""A mix of a voice's speakers: constant weights, or a CSV file of weights over time."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _HOW = f"write ann=0.7,ben=0.3, or the path of a CSV file with the columns {_TIM
 
 @dataclass(frozen=True, eq=False)
 class SpeakerMix:
-    """How much of each speaker sings, when. The weights of a moment sum to 1.
+    """Weights of the speakers over time. Each row sums to 1.
 
-    shares: (R, S), one row for each time. times_s: (R,) ascending; None: R is 1, for all time.
+    shares: (R, S), one row for each time. times_s: (R,) ascending; None: one row for all times.
     """
 
     shares: NDArray[np.float64]
@@ -32,9 +32,9 @@ class SpeakerMix:
     def weights(
         self, start_frame: int, frames: int, frames_per_second: float
     ) -> NDArray[np.float32]:
-        """Of the `frames` from `start_frame` of the song on: (F, S); of a constant mix (S,).
+        """Return the weights of the frames from `start_frame` on, (F, S); (S,) for a constant mix.
 
-        Linear between two times, constant before the first and after the last.
+        They are linear between two times, and constant before the first and after the last.
         """
         if self.times_s is None:
             return np.asarray(self.shares[0], np.float32)
@@ -46,19 +46,19 @@ class SpeakerMix:
 
 
 def is_mix_file(text: str) -> bool:
-    """`text` is the path of a CSV file, and no weights."""
+    """Return whether `text` is the path of a CSV file and not a list of weights."""
     return text.lower().endswith(".csv") or "=" not in text
 
 
 def read_mix(text: str, speakers: Sequence[str], rows: int | None = None) -> SpeakerMix:
-    """The mix that `text` asks for: "ann=0.7,ben=0.3" or the path of a CSV file.
+    """Read a mix: "ann=0.7,ben=0.3" or the path of a CSV file.
 
-    The file has a header, `time_s,ann,ben`, and rows of later and later times; weights are of any
-    scale, speakers without a column have none. Separators are commas, semicolons or tabs; with
+    The file has a header, `time_s,ann,ben`, and rows with ascending times. Weights may have any
+    scale; speakers without a column get 0. Separators are commas, semicolons or tabs; with
     semicolons and tabs a number may have a decimal comma.
 
-    speakers: of the voice, in order. rows: S, those of its embedding, where it has more of them.
-    Raises: UserError naming what is wrong and, in a file, its line.
+    speakers: the voice's, in order. rows: S, the rows of its embedding if there are more.
+    Raises: UserError: when the mix is wrong; the message names the line of a file.
     """
     width = len(speakers) if rows is None else rows
     if is_mix_file(text):
@@ -86,8 +86,7 @@ def _read_file(path: Path, speakers: Sequence[str], width: int) -> SpeakerMix:
         times.append(_number(time, _TIME, where))
         if len(times) > 1 and not times[-1] > times[-2]:
             raise UserError(
-                f"{where}: {_TIME} is {time} after {times[-2]:g}; every row must be later than the "
-                f"one before it"
+                f"{where}: {_TIME} is {time} after {times[-2]:g}; times must be ascending"
             )
         numbers = [_number(cell, name, where) for cell, name in zip(cells, names, strict=True)]
         shares.append(_shares(numbers, columns, width, where))
@@ -97,7 +96,7 @@ def _read_file(path: Path, speakers: Sequence[str], width: int) -> SpeakerMix:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Where each line is, in words, and its cells: the header, then as many in every row."""
+    """Yield the position (for messages) and the cells of the header and of every row."""
     text = _text(path)
     header, _, _ = text.partition("\n")
     starts = {each: header.partition(each)[0].strip(' "\r') for each in _SEPARATORS}
@@ -120,19 +119,19 @@ def _lines(path: Path) -> Iterator[tuple[str, list[str]]]:
             names = names or cells
             if len(cells) != len(names):
                 raise UserError(
-                    f"{where} has {len(cells)} cells, and the header has {len(names)}; every row "
-                    f"needs a time and a weight for each speaker"
+                    f"{where} has {len(cells)} cells, but the header has {len(names)}; every row "
+                    "needs a time and a weight for each speaker"
                 )
             yield where, cells
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num} is no line of CSV: {error}") from error
+        raise UserError(f"{path}, line {reader.line_num} is not valid CSV: {error}") from error
 
 
 def _text(path: Path) -> str:
     try:
         return path.read_text("utf-8-sig")
     except FileNotFoundError as error:
-        raise UserError(f"voice.mix: there is no file '{path}'; {_HOW}") from error
+        raise UserError(f"voice.mix: the file '{path}' does not exist; {_HOW}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8; save it as 'CSV UTF-8'") from error
     except OSError as error:
@@ -140,13 +139,13 @@ def _text(path: Path) -> str:
 
 
 def _columns(names: Sequence[str], speakers: Sequence[str], where: str) -> list[int]:
-    """Which speakers these are."""
+    """Return the positions of the named speakers."""
     if not names:
         raise UserError(f"{where} names no speaker; this voice has {', '.join(speakers)}")
     for name in names:
         if name not in speakers:
             raise UserError(
-                f"{where}: '{name}' is no speaker of this voice; it has {', '.join(speakers)}"
+                f"{where}: '{name}' is not a speaker of this voice; it has {', '.join(speakers)}"
             )
         if names.count(name) > 1:
             raise UserError(f"{where} names '{name}' more than once; give one weight to each")
@@ -166,11 +165,11 @@ def _number(text: str, name: str, where: str) -> float:
 def _shares(
     numbers: Sequence[float], columns: Sequence[int], width: int, where: str
 ) -> NDArray[np.float64]:
-    """Weights (S,) that sum to 1."""
+    """Scale weights to a sum of 1, (S,)."""
     if min(numbers) < 0:
         raise UserError(f"{where}: a weight is {min(numbers):g}; it must be 0 or more")
     if max(numbers) == 0:
-        raise UserError(f"{where}: all weights are 0, so nobody sings; give one to somebody")
+        raise UserError(f"{where}: all weights are 0; give at least one speaker a weight")
     shares = np.zeros(width)
     shares[columns] = np.array(numbers) / max(numbers)  # their sum may be infinite
     return np.asarray(shares / shares.sum())

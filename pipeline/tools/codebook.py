@@ -17,6 +17,7 @@ from pipeline.cluster.device import choose_device
 from pipeline.dataset.unit_frames import UnitDataConfig, UnitFrames, find_units
 from pipeline.errors import UserError
 from pipeline.extract.from_dataset import read_source
+from pipeline.reports.command_summary import Summary
 from pipeline.storage.weight_files import require_safetensors
 from stages.units import EncoderSettings
 
@@ -171,17 +172,26 @@ def _refuse_few(parts: list[UnitFrames], clusters: int) -> None:
             )
 
 
-def show_fits(console: Console, fits: list[Fit], out: Path) -> None:
-    """Print frames, ids used and the share of the variance that the centres explain."""
-    for f in fits:
-        of = f"{f.codebook.speaker}: " if f.codebook.speaker is not None else ""
-        clusters = len(f.codebook.centroids)
-        explained = 1 - f.inertia / f.variance if f.variance > 0 else 1.0
-        console.print(
-            f"{of}{f.frames} frames, {f.used} of {clusters} ids used, mean squared distance "
-            f"{f.inertia:.4g} ({explained:.1%} of the variance explained)",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-    console.print(f"codebook at {out}", markup=False, highlight=False, soft_wrap=True)
+def codebook_summary(fits: list[Fit], out: Path) -> Summary:
+    """Return frames, ids used and the share of the variance that the centres explain."""
+    figures = [
+        {
+            "speaker": f.codebook.speaker,
+            "encoder": f.codebook.encoder,
+            "frames": f.frames,
+            "clusters": len(f.codebook.centroids),
+            "used": f.used,
+            "inertia": f.inertia,
+            "variance_explained": 1 - f.inertia / f.variance if f.variance > 0 else 1.0,
+        }
+        for f in fits
+    ]
+    lines = [
+        f"{'' if f['speaker'] is None else str(f['speaker']) + ': '}{f['frames']} frames, "
+        f"{f['used']} of {f['clusters']} ids used, mean squared distance {f['inertia']:.4g} "
+        f"({f['variance_explained']:.1%} of the variance explained)"
+        for f in figures
+    ]
+    return Summary(
+        parts=[*lines, f"codebook at {out}"], figures={"file": str(out), "codebooks": figures}
+    )

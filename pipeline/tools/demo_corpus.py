@@ -1,11 +1,11 @@
-"""A small corpus of sung phrases with known f0, for the demo and the tests. Deterministic.
+"""`demo-corpus`: a small, deterministic corpus of sung phrases with known f0, for demo and tests.
 
 FOLDER/bass/song-01.flac ...      three speakers; 44.1, 48 and 22.05 kHz; mono and stereo;
 FOLDER/alto/...                   wav, flac and ogg
-FOLDER/bass/damaged.flac          cut off, and noise where a frame should be
-FOLDER/soprano/silent.wav         no voice at all
+FOLDER/bass/damaged.flac          truncated, with noise in place of a frame
+FOLDER/soprano/silent.wav         no voice
 FOLDER/.truth/bass/song-01.csv    time_s,f0_hz every 5 ms, 0 = unvoiced
-FOLDER/.truth/corpus.json         what made this folder, and the hash of every file
+FOLDER/.truth/corpus.json         how this folder was made, and the hash of every file
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ class _Song:
 
 
 def make_demo_corpus(folder: Path, minutes: float = 3.0, seed: int = 0) -> Path:
-    """Write the corpus described above, `minutes` of it sung; same arguments, same bytes.
+    """Write the corpus with `minutes` of singing; the same arguments give the same bytes.
 
-    A folder that holds exactly this corpus already is left as it is, so that its files keep their
-    times; one that holds another demo corpus is replaced.
-    Raises: UserError when `folder` holds anything that this function did not write.
+    A folder that already has exactly this corpus is left alone, so its files keep their times.
+    Another demo corpus is replaced.
+    Raises: UserError: when `folder` has a file that this function did not write.
     """
     if not 0.2 <= minutes <= 600:
-        raise UserError(f"a demo corpus lasts 0.2 to 600 minutes, not {minutes}")
+        raise UserError(f"--minutes is {minutes}; it must lie in 0.2 to 600")
     if seed < 0:
-        raise UserError(f"the seed of a demo corpus is 0 or more, not {seed}")
+        raise UserError(f"--seed is {seed}; it must be 0 or more")
     recipe = {
         "made_by": "cantor demo-corpus",
         "version": _VERSION,
@@ -80,7 +80,7 @@ def make_demo_corpus(folder: Path, minutes: float = 3.0, seed: int = 0) -> Path:
     songs = _songs(minutes, seed)
     names = [song.song_id for song in songs] + [_truth_name(song.song_id) for song in songs]
     names += ["bass/damaged.flac", "soprano/silent.wav"]
-    # Named before they are written: a folder left half-made can be cleared and made again.
+    # The marker comes first, so that an incomplete folder can be cleared and made again.
     _write(folder / _MARKER, _marker(recipe, dict.fromkeys(sorted(names))))
     sha256 = {}
     for name, data in _files(songs, seed):
@@ -93,7 +93,7 @@ def make_demo_corpus(folder: Path, minutes: float = 3.0, seed: int = 0) -> Path:
 def read_truth(
     folder: Path, song_id: str
 ) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.float64]]]:
-    """Times in s and f0 in Hz (0 = unvoiced), both (N,), of a song of a demo corpus."""
+    """Return times in s and f0 in Hz (0 = unvoiced), both (N,), of a song of a demo corpus."""
     table = np.loadtxt(folder / _truth_name(song_id), delimiter=",", skiprows=1, ndmin=2)
     return table[:, 0], table[:, 1]
 
@@ -103,7 +103,7 @@ def _truth_name(song_id: str) -> str:
 
 
 def _songs(minutes: float, seed: int) -> list[_Song]:
-    """Every format at every rate among the first nine, mono and stereo by turns."""
+    """Plan the songs: every format at every rate among the first nine, mono and stereo in turn."""
     each_s = minutes * 60 / len(VOICES)
     count = max(len(_FORMATS), math.ceil(each_s / _LONGEST_SONG_S))
     rng = np.random.default_rng(seed)
@@ -128,7 +128,7 @@ def _songs(minutes: float, seed: int) -> list[_Song]:
 
 
 def _files(songs: list[_Song], seed: int) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of all files but the marker."""
+    """Yield names and contents of all files except the marker."""
     rng = np.random.default_rng([seed, 1])
     damaged = b""
     for song in songs:
@@ -150,10 +150,10 @@ def _files(songs: list[_Song], seed: int) -> Iterator[tuple[str, bytes]]:
 
 
 def _stereo(wav: Array, sample_rate: int) -> Array:
-    """(T,) -> (T, 2): the voice in the middle, soft early reflections that differ by side.
+    """Turn (T,) into (T, 2): the voice in the centre, and soft early reflections on each side.
 
-    They arrive together with at most a tenth of the voice's level, so the mean of both channels
-    has the pitch of the voice.
+    The reflections of a side sum to at most a tenth of the voice's level, so the mean of both
+    channels has the pitch of the voice.
     """
     sides = []
     for delays_ms in ((11.0, 23.0), (14.0, 19.0)):
@@ -173,7 +173,7 @@ def _truth_csv(sung: FormantSong) -> bytes:
 
 
 def _encode(wav: Array, sample_rate: int, suffix: str, subtype: str) -> bytes:
-    """wav: (T,) or (T, channels)."""
+    """Encode wav, (T,) or (T, channels), as a file of the format `suffix`."""
     buffer = io.BytesIO()
     channels = 1 if wav.ndim == 1 else wav.shape[1]
     with sf.SoundFile(buffer, "w", sample_rate, channels, subtype, format=suffix.upper()) as file:
@@ -184,7 +184,7 @@ def _encode(wav: Array, sample_rate: int, suffix: str, subtype: str) -> bytes:
 
 
 def _with_ogg_serial(data: bytes, serial: int) -> bytes:
-    """An Ogg stream with this serial number: libsndfile draws one from the clock.
+    """Set the serial number of an Ogg stream; libsndfile takes one from the clock.
 
     RFC 3533, section 6: pages of 27 bytes, a table of segment lengths and the segments; the serial
     number is at byte 14, a CRC of the page with zeros in its place at byte 22.
@@ -206,9 +206,9 @@ _BITS_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def _ogg_crc(page: bytes) -> int:
-    """CRC-32 of polynomial 0x04c11db7, most significant bit first, beginning and ending with 0.
+    """Return the CRC-32 of polynomial 0x04c11db7, most significant bit first, without inversion.
 
-    zlib's is the same with all bits reversed, beginning and ending with ones.
+    zlib's is the same with all bits reversed, and inverted at the start and the end.
     """
     mirrored = zlib.crc32(page.translate(_BITS_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{mirrored:032b}"[::-1], 2)
@@ -235,11 +235,11 @@ def _read_marker(folder: Path) -> dict[str, Any] | None:
 
 
 def _present(folder: Path) -> list[str]:
-    """Every file under `folder`, by its name relative to it."""
-    found = []
+    """Return the paths of all files under `folder`, relative to it."""
+    paths: list[str] = []
     for parent, _, names in os.walk(folder):
-        found += [(Path(parent) / name).relative_to(folder).as_posix() for name in names]
-    return sorted(found)
+        paths += [(Path(parent) / name).relative_to(folder).as_posix() for name in names]
+    return sorted(paths)
 
 
 def _is_made(folder: Path, recipe: dict[str, Any]) -> bool:
@@ -254,7 +254,10 @@ def _is_made(folder: Path, recipe: dict[str, Any]) -> bool:
 
 
 def _clear(folder: Path) -> None:
-    """Make `folder` empty if it holds only a demo corpus."""
+    """Empty `folder` if it has nothing but a demo corpus.
+
+    Raises: UserError: when it has another file, or is one.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder for the demo corpus")
     marker = _read_marker(folder)
@@ -263,7 +266,7 @@ def _clear(folder: Path) -> None:
     strange = sorted(set(present) - ours)
     if strange:
         raise UserError(
-            f"{folder} holds {strange[0]}, which is no part of a demo corpus; name another folder"
+            f"{folder} has {strange[0]}, which is not part of a demo corpus; name another folder"
         )
     for name in sorted(present, key=lambda name: name == _MARKER):  # the marker last
         (folder / name).unlink()

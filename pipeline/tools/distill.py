@@ -20,7 +20,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from models.checkpoint import CheckpointError, read_safetensors, save_safetensors, sha256_of
@@ -37,6 +36,7 @@ from pipeline.dataset.shards import read_supported_info
 from pipeline.errors import UserError
 from pipeline.extract.from_dataset import read_source
 from pipeline.fingerprint import differences, neutral_values
+from pipeline.reports.command_summary import Summary, text_table
 from pipeline.storage.lock import lock
 from pipeline.storage.step_log import StepLog
 from pipeline.storage.weight_files import require_safetensors
@@ -179,19 +179,31 @@ def _checkpoint_path(teacher: TeacherConfig) -> Path:
     return Path(teacher.checkpoint).expanduser()
 
 
-def show_student(console: Console, outcome: DistillOutcome, out: Path) -> None:
-    table = Table(show_header=False)
-    table.add_row("teacher", f"{outcome.teacher_size:,} parameters")
-    table.add_row("student", f"{outcome.student_size:,} parameters")
-    table.add_row("sparsity", f"{outcome.sparsity:.1%}, without the final projections")
-    table.add_row("channels", " ".join(str(c) for c, _, _ in outcome.config.stem))
-    table.add_row("heads", " ".join(str(s.heads) for s in outcome.config.layers))
-    table.add_row("feed-forward", " ".join(str(s.feed_forward) for s in outcome.config.layers))
-    table.add_row("loss", f"{outcome.first_loss:.4f} at first, {outcome.last_loss:.4f} at last")
-    console.print(table)
-    console.print(
-        f"use it with: encoder.name=dphubert encoder.checkpoint={out}", markup=False, soft_wrap=True
-    )
+def student_summary(outcome: DistillOutcome, out: Path) -> Summary:
+    """Return sizes, sparsity, remaining widths and losses of the student."""
+    layers = outcome.config.layers
+    figures = {
+        "file": str(out),
+        "teacher_parameters": outcome.teacher_size,
+        "student_parameters": outcome.student_size,
+        "sparsity": outcome.sparsity,
+        "channels": [channels for channels, _, _ in outcome.config.stem],
+        "heads": [layer.heads for layer in layers],
+        "feed_forward": [layer.feed_forward for layer in layers],
+        "first_loss": outcome.first_loss,
+        "last_loss": outcome.last_loss,
+    }
+    rows = [
+        ("teacher", f"{outcome.teacher_size:,} parameters"),
+        ("student", f"{outcome.student_size:,} parameters"),
+        ("sparsity", f"{outcome.sparsity:.1%}, without the final projections"),
+        ("channels", " ".join(str(channels) for channels, _, _ in outcome.config.stem)),
+        ("heads", " ".join(str(layer.heads) for layer in layers)),
+        ("feed-forward", " ".join(str(layer.feed_forward) for layer in layers)),
+        ("loss", f"{outcome.first_loss:.4f} at first, {outcome.last_loss:.4f} at last"),
+    ]
+    use = f"use it with: encoder.name=dphubert encoder.checkpoint={out}"
+    return Summary(parts=[text_table(rows), use], figures=figures)
 
 
 def _train(

@@ -1,7 +1,7 @@
-"""`fetch-encoder`: the one command that uses the network. Files arrive whole and as known, or not.
+"""`fetch-encoder`: download a checkpoint and verify it. No other command uses the network.
 
-A file grows as NAME.part, beside NAME.part.json (which version of the file it is part of), and gets
-its name when its SHA-256 is right. A SHA-256 that was accepted unseen lies in NAME.sha256.json.
+A download is NAME.part, with the version of the remote file in NAME.part.json, and is renamed once
+its SHA-256 is right. NAME.sha256.json holds a SHA-256 that was accepted with --accept-first.
 """
 
 from __future__ import annotations
@@ -35,14 +35,17 @@ from pipeline.tools.known_checkpoints import CHECKPOINTS, KnownCheckpoint, Remot
 
 _BLOCK = 1 << 20
 _LONGEST_PAUSE_S = 60.0
-_PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be better next time
-_SPILL_S = 0.2  # how long to wait for bytes that the server did not announce
+_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)  # statuses worth a retry
+_SPILL_S = 0.2  # how long to wait for bytes beyond the announced length
 
 
 @dataclass(frozen=True, kw_only=True)
 class FetchOptions:
-    """What `fetch-encoder` can be told. accept_first: take a file whose SHA-256 nobody states, and
-    hold it to what came. retries: in a row, without a byte more than before."""
+    """Options of `fetch-encoder`.
+
+    accept_first: trust the first download of a file without a published SHA-256, and check later
+    ones against it. retries: attempts in a row that bring no new bytes.
+    """
 
     to: Path = Path("checkpoints")
     sha256: str | None = None
@@ -60,7 +63,7 @@ class FetchOptions:
 
 
 class _Broken(Exception):
-    """The connection or the server failed in a way that may pass. wait_s: what the server asks."""
+    """A transient failure of connection or server. wait_s: delay that the server asks for."""
 
     def __init__(self, why: str, wait_s: float = 0.0) -> None:
         super().__init__(why)
@@ -68,21 +71,22 @@ class _Broken(Exception):
 
 
 class _StartOver(Exception):
-    """What was fetched so far is not the beginning of what the server has now."""
+    """The partial download is not the start of the server's present file."""
 
 
 def fetch_encoder(name: str, options: FetchOptions, console: Console) -> Path:
-    """Fetch a checkpoint of the table into `options.to`; the file, or the folder of several.
+    """Fetch a known checkpoint into `options.to`, and return its file, or its folder of files.
 
-    Raises: UserError for what the user can put right, a wrong SHA-256 among it, StorageFault for a
-    full disk. What was fetched until a fault stays as NAME.part, except where it is wrong.
+    After a fault NAME.part stays for the next attempt, unless its content is wrong.
+    Raises: UserError: when the download fails or has a wrong SHA-256; StorageFault: when the disk
+    is full.
     """
     checkpoint = _known(name)
     several = len(checkpoint.files) > 1
     if several and (options.url is not None or options.sha256 is not None):
-        raise UserError(f"{name} is a folder of several files; --url and --sha256 are for one")
+        raise UserError(f"{name} has several files; --url and --sha256 apply to one file only")
     if options.to.exists() and not options.to.is_dir():
-        raise UserError(f"--to is {options.to}, a file; name a folder")
+        raise UserError(f"--to {options.to} is a file; name a folder")
     folder = options.to / name if several else options.to
     for file in checkpoint.files:
         _fetch(replace(file, url=options.url or file.url), folder, options, console)
@@ -94,10 +98,12 @@ def _known(name: str) -> KnownCheckpoint:
         return CHECKPOINTS[name]
     by_encoder = [key for key, known in CHECKPOINTS.items() if name in known.encoders]
     if by_encoder:
-        raise UserError(f"'{name}' runs with any of these: {', '.join(by_encoder)}; name one")
+        raise UserError(
+            f"'{name}' is an encoder with these checkpoints: {', '.join(by_encoder)}; name one"
+        )
     close = difflib.get_close_matches(name, CHECKPOINTS, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else "--list names them all"
-    raise UserError(f"no checkpoint '{name}' is known; {hint}")
+    hint = f"did you mean '{close[0]}'?" if close else "--list prints the names"
+    raise UserError(f"'{name}' is not a known checkpoint; {hint}")
 
 
 def _fetch(file: RemoteFile, folder: Path, options: FetchOptions, console: Console) -> None:
@@ -106,14 +112,14 @@ def _fetch(file: RemoteFile, folder: Path, options: FetchOptions, console: Conso
     expected = _expected(file, record, options)
     if target.exists():
         _check_present(target, expected, record, options)
-        console.print(f"{target} is there and as it should be", markup=False, soft_wrap=True)
+        console.print(f"{target} exists and is intact", markup=False, soft_wrap=True)
         return
     if file.url is None:
-        raise UserError(f"no public address of {file.name} is known; give one with --url")
+        raise UserError(f"{file.name} has no public address; give one with --url")
     if expected is None and not options.accept_first:
         raise UserError(
-            f"nobody states the SHA-256 of {file.name}: give --sha256 HEX, or --accept-first to "
-            f"take what the server sends and hold the file to that from then on"
+            f"no SHA-256 is published for {file.name}; pass --sha256 HEX, or --accept-first to "
+            "trust this download and check later ones against it"
         )
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{file.name}.part"
@@ -121,15 +127,15 @@ def _fetch(file: RemoteFile, folder: Path, options: FetchOptions, console: Conso
         resumed = part.stat().st_size > 0
         _download(file, part, out, expected, options, console)
         actual = _hash(part)
-        if resumed and expected not in (None, actual):  # it may have begun as another file
+        if resumed and expected not in (None, actual):  # the first part may be of another file
             _empty(out, part)
             _download(file, part, out, expected, options, console)
             actual = _hash(part)
         if expected is not None and actual != expected:
             _forget(part)
             raise UserError(
-                f"{file.url} is not the file that was expected: its SHA-256 is {actual}, and "
-                f"{expected} should be; it was not kept"
+                f"{file.url} is not the expected file: its SHA-256 is {actual}, not {expected}; "
+                "the download was deleted"
             )
         if expected is None:
             _write_record(record, file.url, actual, part.stat().st_size)
@@ -145,10 +151,10 @@ def _fetch(file: RemoteFile, folder: Path, options: FetchOptions, console: Conso
 
 
 def _expected(file: RemoteFile, record: Path, options: FetchOptions) -> str | None:
-    """The SHA-256 that the file must have: the user's, the table's, or what was accepted before."""
+    """Return the SHA-256 that the file must have: the user's, the table's, or an accepted one."""
     given = options.sha256.lower() if options.sha256 is not None else None
     if given is not None and options.url is None and file.sha256 not in (None, given):
-        raise UserError(f"--sha256 is {given}, but {file.name} is known by {file.sha256}")
+        raise UserError(f"--sha256 is {given}, but {file.name} has the published one {file.sha256}")
     return given or file.sha256 or _read_record(record)
 
 
@@ -157,20 +163,20 @@ def _check_present(target: Path, expected: str | None, record: Path, options: Fe
     if expected is None:
         if not options.accept_first:
             raise UserError(
-                f"{target} is there, and nobody states its SHA-256 ({actual}): --accept-first "
-                f"holds it to that from now on"
+                f"{target} exists, but no SHA-256 is published for it; pass --accept-first to "
+                f"trust it (SHA-256 {actual}) and check later downloads against it"
             )
         _write_record(record, None, actual, target.stat().st_size)
     elif actual != expected:
         raise UserError(
-            f"{target} is there, but its SHA-256 is {actual} and not {expected}: remove it to "
-            f"fetch it again"
+            f"{target} exists, but its SHA-256 is {actual}, not {expected}; remove it to fetch it "
+            "again"
         )
 
 
 @contextlib.contextmanager
 def _only_one(part: Path) -> Iterator[BinaryIO]:
-    """`part`, open to write to, held against a second process."""
+    """Open `part` for writing, locked against other processes."""
     with part.open("ab+") as out:
         try:
             fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -191,7 +197,7 @@ def _download(
     options: FetchOptions,
     console: Console,
 ) -> None:
-    """Make `part` whole, with as many connections as it takes."""
+    """Complete `part`, reconnecting after transient failures."""
     assert file.url is not None
     furthest, failures = 0, 0
     have = part.stat().st_size
@@ -203,7 +209,7 @@ def _download(
             except _StartOver:
                 advance(-part.stat().st_size)
                 _empty(out, part)
-                broken = _Broken("the file changed while it was fetched")
+                broken = _Broken("the file changed during the download")
             except _Broken as error:
                 broken = error
             have = part.stat().st_size
@@ -211,8 +217,8 @@ def _download(
             furthest = max(furthest, have)
             if failures > options.retries:
                 raise UserError(
-                    f"{file.url} could not be fetched: {broken} ({failures} times in a row); "
-                    f"{have} bytes are kept, and the same command goes on from there"
+                    f"{file.url} could not be fetched: {broken} ({failures} times in a row); run "
+                    f"the same command again to resume after {have} bytes"
                 )
             pause_s = options.first_pause_s * 2 ** max(0, failures - 1)
             time.sleep(min(max(pause_s, broken.wait_s), _LONGEST_PAUSE_S))
@@ -226,13 +232,13 @@ def _connect_and_read(
     options: FetchOptions,
     advance: Callable[[int], None],
 ) -> None:
-    """One connection: append to `part` what it lacks. Returns when the file is whole."""
+    """Append the missing bytes to `part` over one connection; return when it is complete."""
     assert file.url is not None
     version = _read_version(part, file.url)
     have = part.stat().st_size
     if have and version is None and not hash_is_known:
         advance(-have)
-        _empty(out, part)  # nothing would tell whether the rest is of the same file
+        _empty(out, part)  # without version or hash, a changed file would go unnoticed
         have = 0
     headers = {"User-Agent": "cantor", "Accept-Encoding": "identity"}
     if have:
@@ -242,7 +248,7 @@ def _connect_and_read(
     with _open(urllib.request.Request(file.url, headers=headers), options) as response:
         if response.status == 416:
             if _total(response.headers) == have and have:
-                return  # it was whole already
+                return  # it is complete already
             raise _StartOver
         _refuse_other_content(file.url, response)
         now = _version(response.headers)
@@ -263,16 +269,19 @@ def _connect_and_read(
             limit = total if total is not None else file.size
             if limit is not None and got > limit:
                 _forget(part, out)
-                raise UserError(f"{file.url} sends more than the {limit} bytes it should have")
+                raise UserError(f"{file.url} sends more than the expected {limit} bytes")
             _append(out, block)
             advance(len(block))
         whole = total if total is not None else file.size
         if whole is not None and got < whole:
-            raise _Broken(f"the connection broke off at {got} of {whole} bytes")
+            raise _Broken(f"the connection broke at {got} of {whole} bytes")
 
 
 def _open(request: urllib.request.Request, options: FetchOptions) -> Any:
-    """The answer: 200, 206 or 416. _Broken for what may pass, UserError for what will not."""
+    """Return the response: 200, 206 or 416.
+
+    Raises: _Broken: when a retry may help; UserError: when it will not.
+    """
     opener = urllib.request.build_opener(_Redirects)
     try:
         response = opener.open(request, timeout=options.timeout_s)
@@ -280,29 +289,32 @@ def _open(request: urllib.request.Request, options: FetchOptions) -> Any:
         if error.code == 416:
             return error  # it has status, headers and close too
         with error:
-            if error.code in _PASSING:
+            if error.code in _TRANSIENT:
                 wait = error.headers.get("Retry-After", "")
                 raise _Broken(
                     f"the server answers {error.code} {error.reason}",
                     float(wait) if wait.isdecimal() else 0.0,
                 ) from error
             raise UserError(
-                f"{request.full_url} cannot be had: the server answers {error.code} {error.reason}"
+                f"{request.full_url} cannot be fetched: the server answers {error.code} "
+                f"{error.reason}"
             ) from error
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
-            raise UserError(f"{request.full_url} is not to be trusted: {error.reason}") from error
+            raise UserError(
+                f"{request.full_url} has an invalid certificate: {error.reason}"
+            ) from error
         raise _Broken(f"no connection: {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
         raise _Broken(f"no connection: {error!r}") from error
     if response.status not in (200, 206):
         response.close()
-        raise UserError(f"{request.full_url} answers {response.status}, which is no file")
+        raise UserError(f"{request.full_url} answers {response.status}, not a file")
     return response
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but never from https to anything else."""
+    """A handler that follows redirects, but never from https to anything else."""
 
     def redirect_request(
         self,
@@ -315,13 +327,15 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     ) -> urllib.request.Request | None:
         target = urljoin(req.full_url, newurl)
         if urlsplit(req.full_url).scheme == "https" and urlsplit(target).scheme != "https":
-            raise UserError(f"{req.full_url} leads to {target}, which is not https: not followed")
+            raise UserError(
+                f"{req.full_url} redirects to {target}, which is not https; give another --url"
+            )
         _check_scheme(target)
         return super().redirect_request(req, fp, code, msg, headers, target)
 
 
 def _blocks(response: Any) -> Iterator[bytes]:
-    """What the server sends, beyond the announced length too, until it stops or breaks off."""
+    """Yield all bytes that the server sends, including any beyond the announced length."""
     source: Any = response if response.chunked or response.length is None else response.fp
     left = response.length if source is not response else None
     try:
@@ -332,11 +346,11 @@ def _blocks(response: Any) -> Iterator[bytes]:
             left = None if left is None else left - len(block)
             yield block
     except http.client.IncompleteRead as error:
-        raise _Broken(f"the connection broke off ({error})") from error
+        raise _Broken(f"the connection broke ({error})") from error
     except (OSError, http.client.HTTPException) as error:
-        raise _Broken(f"the connection broke off ({error!r})") from error
+        raise _Broken(f"the connection broke ({error!r})") from error
     with contextlib.suppress(OSError, AttributeError):
-        source.raw._sock.settimeout(_SPILL_S)  # no other way to learn of bytes beyond the length
+        source.raw._sock.settimeout(_SPILL_S)  # the only way to see bytes beyond the length
         if extra := source.read1(1):
             yield extra
 
@@ -345,29 +359,32 @@ def _refuse_other_content(url: str, response: Any) -> None:
     kind = response.headers.get_content_type() if "Content-Type" in response.headers else ""
     if kind in ("text/html", "application/xhtml+xml"):
         raise UserError(
-            f"{url} sends a web page in place of the file (it may ask to log in or to agree): "
-            f"fetch it with a browser, or give another --url"
+            f"{url} sends a web page instead of the file (perhaps a login or consent form); "
+            "download it with a browser, or give another --url"
         )
     coding = response.headers.get("Content-Encoding", "identity")
     if coding != "identity":
-        raise UserError(f"{url} sends the file with Content-Encoding {coding}, unasked")
+        raise UserError(
+            f"{url} sends an unsupported Content-Encoding, {coding}; give another --url"
+        )
 
 
 def _check_size(file: RemoteFile, total: int | None) -> None:
     if total is not None and file.size is not None and total != file.size:
-        raise UserError(f"{file.url} has {total} bytes; {file.name} is known to have {file.size}")
+        raise UserError(f"{file.url} has {total} bytes; {file.name} should have {file.size}")
 
 
 def _check_room(part: Path, wanted: int) -> None:
     free = shutil.disk_usage(part.parent).free
     if wanted > free:
         raise StorageFault(
-            f"{part} needs {wanted / 1e6:.0f} MB more, and {free / 1e6:.0f} MB are free; free some"
+            f"{part} needs {wanted / 1e6:.0f} MB more, but only {free / 1e6:.0f} MB are free; free "
+            "some space"
         )
 
 
 def _total(headers: Message) -> int | None:
-    """The size of the whole file, as the server states it."""
+    """Return the size of the whole file according to the server."""
     full = headers.get("Content-Range", "").rpartition("/")[2]
     if full:
         return int(full) if full.isdecimal() else None
@@ -381,7 +398,7 @@ def _range_start(headers: Message) -> int | None:
 
 
 def _version(headers: Message) -> str | None:
-    """What If-Range can hold: a strong ETag, else the date of the last change."""
+    """Return a value for If-Range: a strong ETag, else the date of the last change."""
     etag = headers.get("ETag")
     if etag is not None and not etag.startswith("W/"):
         return str(etag)
@@ -436,7 +453,7 @@ def _is_sha256(text: str) -> bool:
 
 def _check_scheme(url: str) -> None:
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-        raise UserError(f"'{url}' is no http(s) address")
+        raise UserError(f"'{url}' is not an http(s) address")
 
 
 def _read_record(record: Path) -> str | None:
@@ -445,9 +462,9 @@ def _read_record(record: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{record} is damaged: {error}; remove it to start anew") from error
+        raise UserError(f"{record} is damaged: {error}; remove it") from error
     if not isinstance(sha256, str) or not _is_sha256(sha256):
-        raise UserError(f"{record} holds no SHA-256; remove it to start anew")
+        raise UserError(f"{record} has no SHA-256; remove it")
     return sha256
 
 
@@ -464,16 +481,16 @@ def _write_record(record: Path, url: str | None, sha256: str, size: int) -> None
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems cannot
+        with contextlib.suppress(OSError):  # some network file systems do not support it
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def show_checkpoints(console: Console) -> None:
-    """The table: what can be fetched, how large it is, whether its SHA-256 is known."""
+def checkpoint_table() -> Table:
+    """Build the table of known checkpoints with size, hash and encoders."""
     table = Table(
-        Column("name", no_wrap=True),  # it has to be typed, so it is never cut
+        Column("name", no_wrap=True),  # never cut, because users type it
         Column("file", overflow="fold"),
         "MB",
         "SHA-256",
@@ -491,10 +508,11 @@ def show_checkpoints(console: Console) -> None:
                 ", ".join(known.encoders),
             )
             name = ""
-    console.print(table, highlight=False)
+    return table
 
 
-def show_use(console: Console, name: str, path: Path) -> None:
+def usage_line(name: str, path: Path) -> str:
+    """Return the setting that uses the checkpoint."""
     encoders = CHECKPOINTS[name].encoders
     use = f"encoder.name={encoders[-1]} encoder.checkpoint" if encoders else "xvector.checkpoint"
-    console.print(f"use it with {use}={path}", markup=False, highlight=False, soft_wrap=True)
+    return f"use it with {use}={path}"

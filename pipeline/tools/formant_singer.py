@@ -1,11 +1,11 @@
-"""A singer made of formulas: songs whose f0 is known exactly, for the demo and the tests.
+"""A synthetic singer: songs with exactly known f0, for the demo and the tests.
 
     score -> control curves (200 Hz) -> pulses + noise -> glottis and vocal tract -> song
 
 The source is a sum of harmonics up to 10 kHz in closed form (the band-limited impulse train of
 Stilson & Smith 1996), so its pitch is the control curve itself and nothing aliases. Each stretch of
 about 12 ms is filtered by the spectrum of a glottal pulse (KLGLOTT88, Klatt & Klatt 1990) and by a
-cascade of formant resonators (Klatt 1980), stretches cross-fading into each other.
+cascade of formant resonators (Klatt 1980), with cross-fades between stretches.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _CONTROL_HZ = 200.0
 _HIGHEST_HARMONIC_HZ = 10_000.0
 _PEAK = 0.5
 _FLOOR_DB = -76.0  # noise of the room, RMS
-_VOICED_ABOVE = 0.05  # voicing gain (0 to 1) from which on a frame counts as voiced
-_GROWLS_HZ = 0.9  # how often a growl swells
+_VOICED_ABOVE = 0.05  # voicing gain (0 to 1) above which a frame counts as voiced
+_GROWLS_HZ = 0.9  # rate at which a growl swells
 _BLOCK_FRAMES = 256
 
 # F1 to F3 in Hz of a man's vowels (Peterson & Barney 1952), and of two voiced consonants.
@@ -57,17 +57,17 @@ _MAJOR_SCALE = (0, 2, 4, 5, 7, 9, 11)
 
 @dataclass(frozen=True, kw_only=True)
 class FormantVoice:
-    """One singer.
+    """Settings of one singer.
 
     f0_min, f0_max: Hz, lowest and highest note; vibrato and drift go a little beyond.
     formant_scale: 1 is a man's vocal tract, larger a shorter one.
-    ring: 0 to 1, how far the upper formants gather at 3 kHz (the singer's formant).
-    breathiness: 0 to 1, noise of the breath in the voice.
-    growl: 0 to 1, how far every second pulse is louder and the ones between softer, as when the
-      folds above the glottis swing at half its rate: harmonics of f0 / 2, that come and go.
-    vibrato_hz, vibrato_cents: rate, and deviation to either side.
-    open_quotient: part of a period for which the glottis is open.
-    tilt_hz: the source falls by 6 dB an octave more from here on.
+    ring: 0 to 1, strength of the singer's formant (upper formants clustered at 3 kHz).
+    breathiness: 0 to 1, level of breath noise.
+    growl: 0 to 1, alternation of louder and softer pulses, as when the false vocal folds vibrate at
+      half the rate of the glottis; adds intermittent harmonics of f0 / 2.
+    vibrato_hz, vibrato_cents: rate, and deviation to each side.
+    open_quotient: share of a period for which the glottis is open.
+    tilt_hz: frequency above which the source falls by another 6 dB per octave.
     """
 
     name: str
@@ -114,7 +114,7 @@ VOICES = (BASS, ALTO, SOPRANO)
 
 @dataclass(frozen=True)
 class FormantSong:
-    """A song and the truth about its pitch."""
+    """A song with its true f0."""
 
     wav: Array  # (T,)
     f0: Array  # (F,) Hz at sample i * hop_length, 0 = unvoiced; F = T // hop_length
@@ -125,35 +125,35 @@ class FormantSong:
 @dataclass(frozen=True)
 class _Note:
     start_s: float
-    stop_s: float  # of the sound; in a phrase the next note begins here
+    stop_s: float  # end of the sound; within a phrase, the start of the next note
     semitone: float  # MIDI note number
     vowel: str
-    consonant: str  # at the beginning of the note; "" for none
-    first: bool  # of its phrase
+    consonant: str  # at the start of the note; "" for none
+    first: bool  # first note of its phrase
     gain: float
 
 
 @dataclass(frozen=True)
 class _Controls:
-    """Curves at `_CONTROL_HZ`, (K,) each; formants (K, 8)."""
+    """Control curves at `_CONTROL_HZ`, (K,) each; formants (K, 8)."""
 
     f0: Curve
     voicing: Curve  # gain of the pulses
-    breath: Curve  # gain of the noise that goes through the vocal tract
+    breath: Curve  # gain of the noise that passes the vocal tract
     formants: NDArray[np.float64]
 
 
 def sing(
     voice: FormantVoice, duration_s: float, sample_rate: int, seed: int, hop_length: int = 512
 ) -> FormantSong:
-    """A song of melodic phrases with rests between; the same arguments give the same samples.
+    """Sing melodic phrases with rests between them; the same arguments give the same samples.
 
-    Raises: ValueError for less than a second, and for rates that cannot carry the voice.
+    Raises: ValueError: when the duration is below 1 s or the sample rate below 8000 Hz.
     """
     if duration_s < 1:
-        raise ValueError(f"a song lasts at least 1 s, not {duration_s}")
+        raise ValueError(f"duration_s is {duration_s}; it must be 1 or more")
     if sample_rate < 8000:
-        raise ValueError(f"a singer needs 8000 Hz or more, not {sample_rate}")
+        raise ValueError(f"sample_rate is {sample_rate}; it must be 8000 Hz or more")
     rng = np.random.default_rng(seed)
     num_samples = round(duration_s * sample_rate)
     notes = _compose(voice, duration_s, rng)
@@ -165,7 +165,7 @@ def sing(
     cycles = np.cumsum(f0 / sample_rate)
     cycles -= cycles[0]
     white = rng.standard_normal(num_samples, dtype=np.float32)
-    # The breath is heard most while the glottis is open.
+    # Breath noise is strongest while the glottis is open.
     breath = _sampled(controls.breath, at) * white * (1 + 0.6 * np.cos(2 * np.pi * cycles))
     pulses = voicing * _harmonics(cycles, f0, sample_rate)
     if voice.growl:
@@ -187,7 +187,7 @@ def sing(
 
 
 def _compose(voice: FormantVoice, duration_s: float, rng: np.random.Generator) -> list[_Note]:
-    """Phrases of four to nine notes of a major scale, rests of 0.3 to 2 s between them."""
+    """Compose phrases of 4 to 9 notes of a major scale, with rests of 0.3 to 2 s between them."""
     lowest, highest = (69 + 12 * np.log2(hz / 440) for hz in (voice.f0_min, voice.f0_max))
     tonic = np.ceil(lowest) + rng.integers(0, 5)
     scale = [n for n in np.arange(np.ceil(lowest), highest) if (n - tonic) % 12 in _MAJOR_SCALE]
@@ -231,7 +231,7 @@ def _compose(voice: FormantVoice, duration_s: float, rng: np.random.Generator) -
 def _perform(
     voice: FormantVoice, notes: list[_Note], duration_s: float, rng: np.random.Generator
 ) -> _Controls:
-    """Glides, vibrato, drift, vowels and breath for the notes."""
+    """Turn notes into control curves: glides, vibrato, drift, vowels and breath."""
     n = int(np.ceil(duration_s * _CONTROL_HZ)) + 2
     t = np.arange(n) / _CONTROL_HZ
     pitch = np.full(n, notes[0].semitone)
@@ -245,7 +245,7 @@ def _perform(
         if note.first:
             pitch[since >= -0.3] = note.semitone
             pitch -= 1.2 * np.where(since >= 0, np.exp(-np.maximum(since, 0) / 0.07), 0)
-        else:  # a glide that ends a little after the beat, now and then a long one
+        else:  # a glide that ends shortly after the beat; one in four is long
             glide_s = rng.uniform(0.06, 0.14) if rng.random() < 0.75 else rng.uniform(0.2, 0.35)
             x = np.clip(since / min(glide_s, note.stop_s - note.start_s) + 0.3, 0, 1)
             pitch += (note.semitone - notes[i - 1].semitone) * x * x * (3 - 2 * x)
@@ -257,7 +257,7 @@ def _perform(
             opening = sounding & (since < 0.09)
             formants[opening] = _formants(voice, note.consonant)
             voicing[opening] = 0.3
-        if note.first:  # breathing in
+        if note.first:  # inhalation
             breath += 0.012 * np.exp(-0.5 * ((since + 0.17) / 0.06) ** 2)
     vibrato_hz = voice.vibrato_hz * (1 + 0.06 * _wander(n, 0.8, rng))
     turns = np.cumsum(vibrato_hz) / _CONTROL_HZ
@@ -277,7 +277,7 @@ def _perform(
 
 
 def _onset_s(note: _Note) -> float:
-    """How long after the beginning of the note the voice sets in."""
+    """Return the delay from the start of the note to the onset of voicing."""
     if note.consonant not in _NOISES:
         return 0.0
     _, _, closure_s, noise_s, _ = _NOISES[note.consonant]
@@ -285,14 +285,14 @@ def _onset_s(note: _Note) -> float:
 
 
 def _formants(voice: FormantVoice, vowel: str) -> NDArray[np.float64]:
-    """(8,) Hz."""
+    """Return the formants of a vowel, (8,) in Hz."""
     upper = (1 - voice.ring) * np.array(_UPPER_FORMANTS_HZ)
     upper += voice.ring * np.array(_RINGING_FORMANTS_HZ)
     return np.concatenate([_VOWELS[vowel], upper]) * voice.formant_scale
 
 
 def _wander(n: int, time_s: float, rng: np.random.Generator) -> Curve:
-    """(n,) noise of unit deviation that keeps its value for about `time_s`."""
+    """Return (n,) noise of unit deviation and a correlation time of about `time_s`."""
     sigma = time_s * _CONTROL_HZ / 2
     margin = int(4 * sigma) + 1
     noise = ndimage.gaussian_filter1d(rng.standard_normal(n + 2 * margin), sigma)
@@ -300,23 +300,23 @@ def _wander(n: int, time_s: float, rng: np.random.Generator) -> Curve:
 
 
 def _smooth(curve: Curve, width_s: float) -> Curve:
-    """A step becomes a slope of about `width_s`."""
+    """Smooth a curve, so that a step becomes a slope of about `width_s`."""
     return np.asarray(ndimage.gaussian_filter1d(curve, width_s * _CONTROL_HZ / 4, mode="nearest"))
 
 
 def _sampled(curve: Curve, at: Curve) -> Curve:
-    """`curve` at the fractional positions `at`, linearly."""
+    """Interpolate `curve` linearly at the fractional positions `at`."""
     return np.interp(at, np.arange(len(curve)), curve)
 
 
 def _harmonics(cycles: Curve, f0: Curve, sample_rate: int) -> Curve:
-    """Sum of cos(2 pi k cycles) over all harmonics k up to 10 kHz; (T,).
+    """Sum cos(2 pi k cycles) over all harmonics k up to 10 kHz; (T,).
 
     Closed form of the Dirichlet kernel: (sin((2n + 1) x) / sin(x) - 1) / 2 with x = pi cycles.
     """
     highest = min(_HIGHEST_HARMONIC_HZ, 0.45 * sample_rate)
     count = np.floor(highest / f0)
-    x = np.pi * (cycles - np.round(cycles))  # within -pi / 2 to pi / 2: no precision is lost
+    x = np.pi * (cycles - np.round(cycles))  # within -pi / 2 to pi / 2, where no precision is lost
     near = np.abs(x) < 1e-6
     safe = np.where(near, 1.0, x)
     kernel = np.where(near, 2 * count + 1, np.sin((2 * count + 1) * safe) / np.sin(safe))
@@ -326,10 +326,10 @@ def _harmonics(cycles: Curve, f0: Curve, sample_rate: int) -> Curve:
 def _vocal_tract(
     voice: FormantVoice, pulses: Curve, breath: Curve, controls: _Controls, sample_rate: int
 ) -> Curve:
-    """The source through glottis, mouth and lips, by overlap-add; (T,).
+    """Filter the source through glottis, mouth and lips by overlap-add; (T,).
 
-    Hann windows of two hops sum to one, and every stretch is convolved with the response that holds
-    at its middle; the transform leaves six hops (70 ms) for it to ring.
+    Hann windows of two hops sum to one. Every stretch is convolved with the response at its middle;
+    the transform leaves six hops (70 ms) for the response to decay.
     """
     hop = 2 ** round(np.log2(0.0116 * sample_rate))
     n_fft = 8 * hop
@@ -338,7 +338,7 @@ def _vocal_tract(
     hz = np.arange(n_fft // 2 + 1) * sample_rate / n_fft
     audible = int(np.searchsorted(hz, 1.1 * _HIGHEST_HARMONIC_HZ))
     above = _higher_poles(hz[:audible], voice.formant_scale)
-    middle = np.arange(n_frames) * hop * _CONTROL_HZ / sample_rate  # frame i starts a hop before
+    middle = np.arange(n_frames) * hop * _CONTROL_HZ / sample_rate  # frame i starts one hop earlier
     f0 = _sampled(controls.f0, middle)
     formants = np.stack([_sampled(column, middle) for column in controls.formants.T], axis=1)
 
@@ -366,10 +366,10 @@ def _vocal_tract(
 def _glottis(
     voice: FormantVoice, hz: NDArray[np.float64], f0: NDArray[np.float64]
 ) -> NDArray[np.complex64]:
-    """Spectra (F, bins) of the derivative of one glottal pulse, s^2 - s^3 for s from 0 to 1.
+    """Return spectra (F, bins) of the derivative of one glottal pulse, s^2 - s^3 for s in 0 to 1.
 
-    s is time over the open phase (open_quotient / f0), so each harmonic keeps its amplitude and
-    phase when the pitch moves. With I_n the integral of s^n exp(-jxs), it is 2 I_1 - 3 I_2.
+    s is time divided by the open phase (open_quotient / f0), so each harmonic keeps its amplitude
+    and phase when the pitch changes. With I_n the integral of s^n exp(-jxs), it is 2 I_1 - 3 I_2.
     """
     x = np.maximum(1e-2, 2 * np.pi * voice.open_quotient * hz / f0[:, None]).astype(np.float32)
     over_jx = np.asarray(-1j / x, dtype=np.complex64)
@@ -377,12 +377,12 @@ def _glottis(
     first = ((1 - end) * over_jx - end) * over_jx
     second = (2 * first - end) * over_jx
     tilt = 1 / (1 + 1j * hz / voice.tilt_hz)
-    # 4 brings the strongest harmonics to about one.
+    # The factor 4 brings the strongest harmonics to about 1.
     return np.asarray(4 * (2 * first - 3 * second) * tilt, dtype=np.complex64)
 
 
 def _resonances(hz: NDArray[np.float64], formants: NDArray[np.float64]) -> NDArray[np.complex64]:
-    """Responses (F, bins) of second-order resonators in cascade, each 1 at 0 Hz."""
+    """Return responses (F, bins) of second-order resonators in cascade, each 1 at 0 Hz."""
     s = (1j * hz).astype(np.complex64)
     s2 = s * s
     below = np.ones((len(formants), len(hz)), dtype=np.complex64)
@@ -393,10 +393,10 @@ def _resonances(hz: NDArray[np.float64], formants: NDArray[np.float64]) -> NDArr
 
 
 def _higher_poles(hz: NDArray[np.float64], scale: float) -> Array:
-    """Gain (bins,) of the formants above the eighth, without which the voice would sound muffled.
+    """Return the gain (bins,) of formants above the eighth; without it the voice sounds muffled.
 
     Fant's correction (1960) for the poles of a tube at 8.5, 9.5, ... kHz: sums of (f / F_k)^2 and
-    (f / F_k)^4 / 2 over them, by integrals; held from 7 kHz on, where the eighth is about to end.
+    (f / F_k)^4 / 2 over them, as integrals; constant above 7 kHz, near the eighth formant.
     """
     khz = np.minimum(hz / (1000 * scale), 7.0)
     return np.exp(khz**2 / 8 + khz**4 / 3072).astype(np.float32)
@@ -405,7 +405,7 @@ def _higher_poles(hz: NDArray[np.float64], scale: float) -> Array:
 def _add_consonants(
     wav: Curve, notes: list[_Note], sample_rate: int, rng: np.random.Generator
 ) -> None:
-    """Bursts and hisses, added to `wav` in place before the vowels of their notes."""
+    """Add bursts and hisses to `wav`, in place, before the vowels of their notes."""
     for note in notes:
         if note.consonant not in _NOISES:
             continue
@@ -420,6 +420,6 @@ def _add_consonants(
         spectrum *= np.exp(-0.5 * (np.log2(hz / centre) / octaves) ** 2)
         hiss = fft.irfft(spectrum, length)
         hiss *= level * note.gain / max(1e-9, 3 * float(hiss.std()))
-        rise = 0.5 if closure_s == 0 else 0.08  # a burst begins at once
+        rise = 0.5 if closure_s == 0 else 0.08  # a burst starts abruptly
         shape = np.interp(np.linspace(0, 1, length), [0, rise, 0.7, 1], [0, 1, 1, 0])
         wav[start : start + length] += hiss * shape

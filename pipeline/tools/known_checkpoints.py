@@ -1,7 +1,7 @@
-"""Where the encoders' checkpoints lie, and what is publicly known of their bytes.
+"""Addresses of the encoders' checkpoints, with their published sizes and hashes.
 
-A SHA-256 is here only where others have stated it for the file at this address: the publisher (RVC,
-OpenAI), or several independent projects that pin it. Where none is, `sha256` is None.
+A SHA-256 is listed only if others have published it for the file at this address: the publisher
+(RVC, OpenAI), or several independent projects that pin it. Otherwise `sha256` is None.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """url: None where there is no public address. size: in bytes."""
+    """A file to download. url: None if there is no public address. size: bytes."""
 
     name: str
     url: str | None
@@ -21,8 +21,10 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class KnownCheckpoint:
-    """encoders: the names in `encoder.name` that it serves; none for a speaker model. Several files
-    make a folder."""
+    """A checkpoint of one file, or of several files in a folder.
+
+    encoders: values of `encoder.name` that it is for; empty for a speaker model.
+    """
 
     files: tuple[RemoteFile, ...]
     encoders: tuple[str, ...]
@@ -55,7 +57,7 @@ CHECKPOINTS: dict[str, KnownCheckpoint] = {
         ),
         *_CONTENTVEC,
     ),
-    "contentvec-rvc": _one(  # the same network without the optimizer; RVC states the SHA-256
+    "contentvec-rvc": _one(  # the same network without the optimizer; RVC publishes the SHA-256
         RemoteFile(
             "hubert_base.pt",
             f"{_HUB}/lj1995/VoiceConversionWebUI/resolve/main/hubert_base.pt",
@@ -89,7 +91,7 @@ CHECKPOINTS: dict[str, KnownCheckpoint] = {
         ),
         "cnhubertlarge",
     ),
-    "wavlm-base-plus": KnownCheckpoint(  # pinned so by several projects
+    "wavlm-base-plus": KnownCheckpoint(  # pinned by several projects
         (
             RemoteFile(
                 "config.json",
@@ -177,7 +179,7 @@ CHECKPOINTS: dict[str, KnownCheckpoint] = {
         "contentvec768l12-onnx",
     ),
     "hubertsoft-onnx": _one(RemoteFile("hubert-soft.onnx", None), "hubertsoft-onnx"),
-    "wavlm-base-plus-sv": KnownCheckpoint(  # for `xvector.checkpoint` and `purity`
+    "wavlm-base-plus-sv": KnownCheckpoint(  # for `xvector.checkpoint`
         (
             RemoteFile(
                 "config.json",

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from soundfile import LibsndfileError
 
@@ -28,11 +27,11 @@ from pipeline.dataset.row_groups import RowGroups, read_row_groups
 from pipeline.dataset.schema import XVECTOR_COLUMN
 from pipeline.dataset.shards import Footer, read_supported_info
 from pipeline.errors import UserError
+from pipeline.reports.command_summary import MOST_LINES, Summary, text_table
 from pipeline.storage.atomic import commit_file
 from stages.xvector import XvectorConfig, embed_clips
 
 SIDECAR = "purity.parquet"
-_MOST_SPEAKERS = 50
 
 _SCHEMA = pa.schema(
     [
@@ -253,24 +252,34 @@ def _directions(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(lengths > 1e-12, sums / np.maximum(lengths, 1e-12), 0.0)
 
 
-def show_purity(console: Console, speakers: list[SpeakerPurity], dataset: Path) -> None:
-    """Print one row for each speaker, the least pure first."""
-    table = Table(
-        "speaker", "clips", "mean cosine", "5th percentile", "nearer to another", box=None
-    )
+def purity_summary(speakers: list[SpeakerPurity], dataset: Path) -> Summary:
+    """Return one row for each speaker, the least pure first."""
 
     def shown(value: float | None) -> str:
         return "" if value is None else f"{value:.3f}"
 
     worst_first = sorted(speakers, key=lambda p: (p.mean is None, p.mean, p.speaker))
-    for p in worst_first[:_MOST_SPEAKERS]:
-        table.add_row(escape(p.speaker), str(p.clips), shown(p.mean), shown(p.low), str(p.strays))
-    console.print(table, highlight=False)
-    if len(speakers) > _MOST_SPEAKERS:
-        console.print(f"… and {len(speakers) - _MOST_SPEAKERS} more speakers")
-    console.print(
-        f"purity of {sum(p.clips for p in speakers)} clips in {dataset / SIDECAR}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+    header = ("speaker", "clips", "mean cosine", "5th percentile", "nearer to another")
+    rows = [
+        (p.speaker, str(p.clips), shown(p.mean), shown(p.low), str(p.strays))
+        for p in worst_first[:MOST_LINES]
+    ]
+    parts: list[str | Table] = [text_table(rows, header)]
+    if len(speakers) > MOST_LINES:
+        parts.append(f"… and {len(speakers) - MOST_LINES} more speakers")
+    clips = sum(p.clips for p in speakers)
+    parts.append(f"purity of {clips} clips in {dataset / SIDECAR}")
+    figures = [
+        {
+            "speaker": p.speaker,
+            "clips": p.clips,
+            "mean_cosine": p.mean,
+            "cosine_p5": p.low,
+            "nearer_to_another": p.strays,
+        }
+        for p in worst_first
+    ]
+    return Summary(
+        parts=parts,
+        figures={"file": str(dataset / SIDECAR), "clips": clips, "speakers": figures},
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import os
@@ -18,6 +19,7 @@ from pipeline.cluster.bar import show_bar
 from pipeline.dataset.shards import read_supported_info
 from pipeline.dataset.unit_frames import UnitDataConfig, UnitFrames, find_units
 from pipeline.errors import UserError
+from pipeline.reports.command_summary import Summary
 from pipeline.storage.atomic import commit_file
 from stages.retrieval import IndexFault, IndexNote, import_faiss, index_files, note_to_json
 
@@ -150,13 +152,14 @@ def _write(
     return note
 
 
-def show_indexes(console: Console, notes: list[IndexNote], out: Path) -> None:
+def index_summary(notes: list[IndexNote], out: Path) -> Summary:
+    """Return frames, encoder and kind of each speaker's index."""
+    lines = []
     for note in notes:
-        drawn = f" (drawn from {note.frames})" if note.vectors < note.frames else ""
-        console.print(
-            f"{note.speaker}: {note.vectors} frames of {note.encoder}{drawn}, {note.kind}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-    console.print(f"indexes in {out}", markup=False, highlight=False, soft_wrap=True)
+        sampled = f" (sampled from {note.frames})" if note.vectors < note.frames else ""
+        frames = f"{note.vectors} frames of {note.encoder}{sampled}"
+        lines.append(f"{note.speaker}: {frames}, {note.kind}")
+    return Summary(
+        parts=[*lines, f"indexes in {out}"],
+        figures={"folder": str(out), "indexes": [dataclasses.asdict(note) for note in notes]},
+    )

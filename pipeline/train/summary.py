@@ -1,17 +1,16 @@
-"""The short table that ends a training run.
+"""The summary of `train`.
 
 Tested by tests/pipeline/test_cli.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from pipeline.reports.command_summary import Summary
 from pipeline.storage.step_log import StepLog
 from pipeline.train.run_folder import Checkpoints
 from pipeline.train.validation import PATHS, picture_path
@@ -29,43 +28,55 @@ _LOSSES = {
 }
 _MEASURES = {
     "mel": ("mel distance", ".2f"),
-    "pitch_accuracy": ("right pitch", ".0%"),
-    "f0_rmse_cents": ("pitch off by, cents", ".0f"),
-    "voicing_error": ("voicing wrong", ".0%"),
+    "pitch_accuracy": ("pitch accuracy", ".0%"),
+    "f0_rmse_cents": ("pitch error, cents", ".0f"),
+    "voicing_error": ("voicing errors", ".0%"),
 }
 
 
-def show_training(console: Console, outcome: TrainOutcome) -> None:
-    """Show steps, losses and validation at both ends of the run, and the path of the voice."""
+def train_summary(outcome: TrainOutcome) -> Summary:
+    """Return steps, the first and last losses and validation of the run, and the voice's folder."""
     lines = StepLog(outcome.run / "log.jsonl").lines()
-    done = outcome.steps - outcome.begun_at
-    console.print(f"{outcome.steps} steps done, {done} of them in this call", highlight=False)
+    steps_run = outcome.steps - outcome.begun_at
     losses = [line for line in lines if "total" in line]
-    if losses:
-        console.print(_table("loss", losses, _LOSSES))
     validated = [line for line in lines if line.get("validation")]
-    if validated:
-        console.print(_validation(validated))
-        picture = picture_path(outcome.run, validated[-1]["step"])
-        console.print(f"picture    {escape(str(picture))}", highlight=False, soft_wrap=True)
-    console.print(f"voice      {escape(str(outcome.checkpoint))}", highlight=False, soft_wrap=True)
     best = Checkpoints(outcome.run / "checkpoints").best()
+    parts: list[str | Table] = [f"{outcome.steps} steps done, {steps_run} of them in this call"]
+    if losses:
+        parts.append(_losses(losses))
+    if validated:
+        parts.append(_validation(validated))
+        parts.append(f"picture    {picture_path(outcome.run, validated[-1]['step'])}")
+    parts.append(f"voice      {outcome.checkpoint}")
     if best is not None and best.step != outcome.steps:
-        console.print(f"best voice {escape(str(best.folder))}", highlight=False, soft_wrap=True)
+        parts.append(f"best voice {best.folder}")
+    figures = {
+        "steps": outcome.steps,
+        "steps_run": steps_run,
+        "losses": _ends(losses),
+        "validation": _ends(validated),
+        "voice": str(outcome.checkpoint),
+        "best_voice": None if best is None else str(best.folder),
+    }
+    return Summary(parts=parts, figures=figures)
 
 
-def _table(title: str, lines: list[dict[str, Any]], names: Mapping[str, str]) -> Table:
-    table = _columns(title, lines)
-    for key, name in names.items():
-        values = [line[key] for line in (lines[0], lines[-1])]
-        table.add_row(name, *(f"{value:.3f}" for value in values))
+def _ends(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the first and the last line of a log."""
+    return {"first": lines[0], "last": lines[-1]} if lines else {}
+
+
+def _losses(lines: Sequence[dict[str, Any]]) -> Table:
+    table = _columns("loss", lines)
+    for key, name in _LOSSES.items():
+        table.add_row(name, *(f"{line[key]:.3f}" for line in (lines[0], lines[-1])))
     return table
 
 
-def _validation(lines: list[dict[str, Any]]) -> Table:
-    """Return a row for each measure: posterior and prior, and the original's where it has one."""
+def _validation(lines: Sequence[dict[str, Any]]) -> Table:
+    """Build a table of each measure for posterior and prior, and for the recording itself."""
     table = _columns("validation, posterior / prior", lines)
-    table.add_column("original", justify="right")
+    table.add_column("recording", justify="right")
     first, last = (line["validation"] for line in (lines[0], lines[-1]))
     for key, (name, form) in _MEASURES.items():
         cells = [
@@ -77,7 +88,7 @@ def _validation(lines: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _columns(title: str, lines: list[dict[str, Any]]) -> Table:
+def _columns(title: str, lines: Sequence[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="")
     table.add_column(title)
     for line in (lines[0], lines[-1]):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from pipeline import cli
 from pipeline.errors import Interrupted, StorageFault
@@ -40,6 +41,46 @@ def test_no_arguments_print_help() -> None:
     assert "extract" in output and "verify" in output and "report" in output
 
 
+COMMANDS = (
+    *("extract", "train", "convert", "verify", "report", "demo-corpus", "codebook", "index"),
+    *("purity", "distill", "export", "fetch-encoder", "convert-encoder"),
+)
+
+
+def test_every_command_has_help_and_recurring_options_are_the_same() -> None:
+    texts: dict[str, set[str]] = {}
+    listed = CliRunner().invoke(cli.app, ["--help"]).output
+    for command in COMMANDS:
+        assert f" {command} " in listed
+        output = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "200"}).output
+        assert f"Usage: cantor {command} " in " ".join(output.split())
+        for line in output.splitlines():
+            words = line.strip("│ ").split("  ")
+            option = words[0].strip()
+            if option.startswith("--"):
+                texts.setdefault(option, set()).add(words[-1].strip())
+    for option in ("--config", "--print-config", "--ray-address", "--local", "--json"):
+        assert len(texts[option]) == 1, texts[option]
+    with_json = [
+        command
+        for command in COMMANDS
+        if "--json" in CliRunner().invoke(cli.app, [command, "--help"]).output
+    ]
+    assert with_json == [
+        *("extract", "train", "convert", "verify", "codebook", "index", "purity", "distill"),
+        *("export", "convert-encoder"),
+    ]
+
+
+def test_ctrl_c_ends_every_command_with_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.tools.demo_corpus.make_demo_corpus", interrupt)
+    with pytest.raises(Interrupted):
+        CliRunner().invoke(cli.app, ["demo-corpus", "d"], catch_exceptions=False)
+
+
 def test_help_of_extract_names_the_options() -> None:
     output = cantor("extract", "--help")
     options = ("--from", "--config", "--ray-address", "--dry-run", "--retry-quarantined", "--json")
@@ -67,22 +108,33 @@ def test_print_config_is_yaml_of_everything() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["extract"], "name a CORPUS"),
+        (["extract"], "CORPUS and DATASET must be given; see --help"),
         (["extract", "/nowhere/at/all", "d"], "no corpus at /nowhere/at/all"),
         (["extract", "c", "d", "f0.metod=dio"], "did you mean 'f0.method'"),
-        (["extract", "c", "f0.f0_min=60"], "'f0.f0_min=60' is a setting where the DATASET"),
-        (["extract", "c", "encoders.log-mel.device=cpu"], "is a setting where the DATASET"),
+        (["extract", "c", "f0.f0_min=60"], "DATASET must be given ('f0.f0_min=60' is a setting"),
+        (["extract", "c", "encoders.log-mel.device=cpu"], "is a setting; write ./enc"),
+        (["extract", "c", "d", "method=dio"], "'method=dio' is not a setting; write section.key="),
+        (["extract", "--print-config", "method=dio"], "'method=dio' is not a setting"),
         (["extract", "--from", "/nowhere/at/all", "d"], "/nowhere/at/all is not a dataset"),
-        (["extract", "--from", "c"], "name the folder of the new dataset"),
-        (["extract", "--from", "c", "f0.f0_min=60"], "is a setting where the DATASET folder"),
-        (["extract", "--from", "c", "d", "--speaker", "ann"], "--speaker is about songs"),
+        (["extract", "--from", "c"], "DATASET must be given"),
+        (["extract", "--from", "c", "f0.f0_min=60"], "DATASET must be given ('f0.f0_min=60' is"),
+        (["extract", "--from", "c", "d", "--speaker", "ann"], "--speaker does not go with --from"),
         (["extract", "c", "d", "--config", "/"], "settings from /: Is a directory"),
-        (["train", "d"], "name a DATASET and a RUN folder"),
-        (["train", "d", "run.steps=9"], "'run.steps=9' is a setting where the RUN folder"),
+        (["train", "d"], "RUN must be given"),
+        (["train", "d", "run.steps=9"], "RUN must be given ('run.steps=9' is a setting"),
         (["train", "d", "c", "run.stepps=9"], "did you mean 'run.steps'"),
         (["train", "d", "c", "--workers", "0"], "--workers is 0; it must be 1 or more"),
         (["verify", "/nowhere/at/all"], "is not a dataset"),
         (["report", "/nowhere/at/all"], "is not a dataset"),
+        (["convert", "v", "c"], "OUTPUT must be given"),
+        (["convert", "--print-config"], "CHECKPOINT must be given"),
+        (["convert", "v", "/nowhere.wav", "o.wav"], "/nowhere.wav does not exist; INPUT is a song"),
+        (["codebook", "d"], "OUT must be given"),
+        (["codebook", "d", "o", "codebook.clustres=3"], "did you mean 'codebook.clusters'"),
+        (["index", "d", "o", "index.nprobe=0"], "index.nprobe is 0; it must be 1 or more"),
+        (["purity", "xvector.device=cpu"], "DATASET must be given"),
+        (["distill", "d", "o.safetensors"], "teacher.name is not set; give teacher.name=ENCODER"),
+        (["distill", "d", "o", "distill.sparsity=2"], "distill.sparsity is 2.0; it must lie"),
     ],
 )
 def test_faults_are_one_sentence_and_status_2(words: list[str], said: str, tmp_path: Path) -> None:
@@ -100,7 +152,13 @@ def test_a_run_ends_with_a_table_and_json(corpus: Path, tmp_path: Path) -> None:
     assert numbers["problems"] == []
     again = cantor("extract", corpus, tmp_path / "d", *FAST)
     assert "nothing to do" in again
-    assert "the dataset is whole" in cantor("verify", tmp_path / "d")
+    output = cantor("verify", tmp_path / "d", "--json", tmp_path / "v.json")
+    assert "the dataset is intact" in output
+    verified = json.loads((tmp_path / "v.json").read_text())
+    assert (verified["songs"], verified["problems"]) == (7, [])
+    assert [(song["song_id"], song["reason"]) for song in verified["left_out"]] == [
+        ("quiet/silence.wav", "silent")
+    ]
     shard = next((tmp_path / "d" / "data").glob("*.parquet"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 3] ^= 1
@@ -113,10 +171,15 @@ def test_a_training_ends_with_a_table_and_keeps_its_settings(tmp_path: Path) -> 
     settings = [f"{k}={v}" for k, v in (SMALL | {"run.validation_clips": "1"}).items()]
     (tmp_path / "small.yaml").write_text(dump_yaml(read_settings(TrainConfig, None, settings)))
     words = ("train", dataset, run, "--config", tmp_path / "small.yaml")
-    output = cantor(*words, "run.steps=2")
+    output = cantor(*words, "run.steps=2", "--json", tmp_path / "t.json")
+    figures = json.loads((tmp_path / "t.json").read_text())
+    assert (figures["steps"], figures["steps_run"]) == (2, 2)
+    assert figures["voice"] == str(run / "checkpoints" / "step-00000002")
+    assert figures["losses"]["last"]["step"] == 2
+    assert figures["validation"]["first"]["step"] == 0
     assert "step 0: posterior / prior: mel distance" in output
     assert "2 steps done, 2 of them in this call" in output
-    for row in ("mel distance", "right pitch", "voicing wrong", "discriminator"):
+    for row in ("mel distance", "pitch accuracy", "voicing errors", "discriminator"):
         assert row in output
     assert str(run / "checkpoints" / "step-00000002") in "".join(output.split())
     assert (run / "checkpoints" / "step-00000002" / "voice.safetensors").is_file()
@@ -139,19 +202,19 @@ def test_an_export_that_cannot_be_written_is_status_3(dataset: Path) -> None:
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "/data/x")
-ON = "run the same command to go on"
-NEW = "run the command again WITHOUT --force-new"
+ON = "run the same command again to resume"
+NEW = "run the command WITHOUT --force-new"
 
 
 @pytest.mark.parametrize(
     ("fault", "status", "said"),
     [
-        (FULL, 3, "stopped: no space left at /data/x; free some. What was committed is whole. Run"),
-        (storage_fault(FULL), 3, "stopped: no space left at /data/x; free some. What was"),
-        (StorageFault("the folder is gone"), 3, "stopped: the folder is gone. What was"),
+        (FULL, 3, "stopped: no space left at /data/x; free some. Finished work is safe."),
+        (storage_fault(FULL), 3, "stopped: no space left at /data/x; free some. Finished"),
+        (StorageFault("the folder is gone"), 3, "stopped: the folder is gone. Finished"),
         (OSError(errno.EIO, "Input/output error"), 3, "stopped: the storage failed: Input/output"),
         (PermissionError(errno.EACCES, "Permission denied", "/d"), 3, "at /d: Permission denied"),
-        (Interrupted(), 130, "stopped; what was committed is whole. Run"),
+        (Interrupted(), 130, "stopped; finished work is safe."),
     ],
 )
 @pytest.mark.parametrize("force_new", [False, True])

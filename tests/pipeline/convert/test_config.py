@@ -193,13 +193,16 @@ def test_transpositions(given: str, kept: str) -> None:
         ("quality.min_snr_db=3", "unknown section 'quality'"),
         ("voice.noise_scale=-1", "voice.noise_scale is -1.0; it must be 0 or more"),
         ("voice.noise_scale=.nan", "voice.noise_scale is nan"),
-        ("pitch.transpose=high", "pitch.transpose is 'high'; it is a number of semitones, or auto"),
+        (
+            "pitch.transpose=high",
+            "pitch.transpose is 'high'; it must be a number of semitones, or auto",
+        ),
         ("pitch.transpose=37", "pitch.transpose is 37; it must lie in -36 to 36 semitones"),
         ("pitch.transpose=.nan", "pitch.transpose is nan; it must lie in"),
         ("units.index_ratio=1.1", "units.index_ratio is 1.1; it must lie in 0 to 1"),
         ("units.protect=-0.1", "units.protect is -0.1"),
         ("join.crossfade_ms=-1", "join.crossfade_ms is -1; it must be 0 or more"),
-        ("join.pad_ms=40", "join.pad_ms is 40; it must be join.crossfade_ms, 50, or more"),
+        ("join.pad_ms=40", "join.pad_ms is 40; it must be at least join.crossfade_ms, 50"),
         ("enhancer.silence_front=-1", "enhancer.silence_front is -1.0"),
         ("enhancer.adaptive_key=25", "enhancer.adaptive_key is 25.0; it must lie in -24 to 24"),
         ("output.sample_rate=4000", "output.sample_rate is 4000; it must lie in 8000 to 192000"),
@@ -217,5 +220,5 @@ def test_wrong_settings_are_refused_in_words(override: str, words: str) -> None:
 
 
 def test_one_singer_or_a_mix() -> None:
-    with pytest.raises(UserError, match=r"voice\.speaker and voice\.mix are both given"):
+    with pytest.raises(UserError, match=r"voice\.speaker and voice\.mix are both set"):
         convert_config(make_voice(), overrides=["voice.speaker=ann", "voice.mix=ann=1"])

@@ -32,8 +32,9 @@ from pipeline.convert.operators import (
     load_request,
     probe_conversion,
 )
-from pipeline.convert.summary import batch_summary, show_batch
+from pipeline.convert.summary import folder_summary
 from pipeline.errors import StorageFault, UserError
+from pipeline.reports.command_summary import show_summary
 from pipeline.songs.plan import PlannedSong, Task, load_plan
 from pipeline.storage.weight_files import WeightFile
 from tests.helpers.songs import tune
@@ -133,12 +134,12 @@ def test_every_song_is_converted_or_has_a_reason(made: Path, convert: Convert) -
             )
             assert entry.output_bytes == (made / "out" / entry.output).stat().st_size
     assert outcome.work.tasks_run == 0
-    numbers = batch_summary(outcome)
+    numbers = folder_summary(outcome, made / "out").figures
     assert (numbers["songs"], numbers["converted"]) == (6, 4)
     assert numbers["quarantined"] == {"empty_file": 1, "unreadable": 1}
     assert any(".txt" in notice for notice in numbers["notices"])
     written = io.StringIO()
-    show_batch(Console(file=written, width=200), outcome, made / "out")
+    show_summary(Console(file=written, width=200), folder_summary(outcome, made / "out"))
     assert "1 quarantined: empty_file" in written.getvalue()
     assert "b/corrupt.flac: unreadable" in written.getvalue()
 

@@ -43,7 +43,7 @@ def test_rows_of_the_embedding_that_nobody_has_get_nothing() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("ann=1,eve=1", "'eve' is no speaker of this voice; it has ann, ben, Zoë B."),
+        ("ann=1,eve=1", "'eve' is not a speaker of this voice; it has ann, ben, Zoë B."),
         ("ann=1,ann=2", "names 'ann' more than once"),
         ("ann=1,ben=-0.5", "a weight is -0.5; it must be 0 or more"),
         ("ann=0,ben=0", "all weights are 0"),
@@ -53,9 +53,9 @@ def test_rows_of_the_embedding_that_nobody_has_get_nothing() -> None:
         ("ann=", "ann is ''; it must be a number"),
         ("ann=1,ben", "'ben' in 'ann=1,ben' has no weight"),
         ("ann=1,", "'' in 'ann=1,' has no weight"),
-        ("=1", "'' is no speaker"),
-        ("ann", "there is no file 'ann'; write ann=0.7,ben=0.3, or the path of a CSV"),
-        ("a=b/none.csv", "there is no file 'a=b/none.csv'"),
+        ("=1", "'' is not a speaker"),
+        ("ann", "the file 'ann' does not exist; write ann=0.7,ben=0.3, or the path of a CSV"),
+        ("a=b/none.csv", "the file 'a=b/none.csv' does not exist"),
     ],
 )
 def test_words_that_are_no_mix_are_refused(text: str, words: str) -> None:
@@ -108,26 +108,32 @@ def test_names_with_separators_are_quoted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"time_s,ann,eve\n0,1,1\n", "line 1: 'eve' is no speaker of this voice; it has ann, ben"),
+        (
+            b"time_s,ann,eve\n0,1,1\n",
+            "line 1: 'eve' is not a speaker of this voice; it has ann, ben",
+        ),
         (b"time_s,ann,ann\n0,1,1\n", "line 1 names 'ann' more than once"),
-        (b"time_s,ann,\n0,1,1\n", "line 1: '' is no speaker"),
-        (b"time_s,\n0,1\n", "line 1: '' is no speaker"),
+        (b"time_s,ann,\n0,1,1\n", "line 1: '' is not a speaker"),
+        (b"time_s,\n0,1\n", "line 1: '' is not a speaker"),
         (b"time,ann\n0,1\n", "line 1: the header must begin with time_s"),
         (b"0,1,0\n1,1,0\n", "line 1: the header must begin with time_s"),
         (b"", "line 1: the header must begin with time_s"),
         (b"time_s\n0\n", "line 1 names no speaker; this voice has ann"),
         (b"time_s,ann\n\n", "has no rows below its header"),
-        (b"time_s,ann,ben\n0,1,0\n\n1,1\n", "line 4 has 2 cells, and the header has 3"),
+        (b"time_s,ann,ben\n0,1,0\n\n1,1\n", "line 4 has 2 cells, but the header has 3"),
         (b"time_s,ann,ben\n0,1,0\n1,1,0,\n", "line 3 has 4 cells"),
         (b"time_s,ann,ben\n0,1,0\n1,0.5,0,5\n", "line 3 has 4 cells"),
-        (b"time_s,ann,ben\n1,1,0\n1.0,0,1\n", "line 3: time_s is 1.0 after 1; every row must be"),
+        (
+            b"time_s,ann,ben\n1,1,0\n1.0,0,1\n",
+            "line 3: time_s is 1.0 after 1; times must be ascending",
+        ),
         (b"time_s,ann,ben\n2,1,0\n1,0,1\n", "line 3: time_s is 1 after 2"),
         (b"time_s,ann,ben\n0:30,1,0\n", "line 2: time_s is '0:30'; it must be a number"),
         (b"time_s,ann,ben\n0,nan,0\n", "line 2: ann is 'nan'"),
         (b"time_s,ann,ben\n0,1,\n", "line 2: ben is ''"),
         (b"time_s,ann,ben\n0,1,-1\n", "line 2: a weight is -1"),
         (b"time_s,ann,ben\n0,1,0\n1,0,0\n", "line 3: all weights are 0"),
-        (b'time_s,ann\n0,"1\n', "is no line of CSV"),
+        (b'time_s,ann\n0,"1\n', "is not valid CSV"),
         (PLAIN.decode().encode("utf-16"), "is not UTF-8; save it as 'CSV UTF-8'"),
     ],
 )

@@ -142,7 +142,7 @@ def test_each_speaker_has_their_own_centres(tmp_path: Path) -> None:
     for seed, speaker in ((3, "ann"), (4, "ben")):
         found = controls(speaker=speaker, codebook=path, codebook_ratio=1.0).blend(units)
         assert np.array_equal(found, nearest(units, frames(9, seed=seed)))
-    assert "has no centres of speaker 'eve'; it has that of ann, ben" in refused(
+    assert "has no centres of speaker 'eve'; it has those of ann, ben" in refused(
         speaker="eve", codebook=path
     )
     assert "no centres of a mix of speakers" in refused(speaker=None, codebook=path)
@@ -155,14 +155,14 @@ def test_centres_of_so_vits_svc_are_read(tmp_path: Path, kind: str) -> None:
     path = write_kmeans(tmp_path / "kmeans_30.pt", ann=stored, ben=frames(30, seed=2))
     full = controls(codebook=path, codebook_ratio=1.0).blend(units)
     assert np.array_equal(full, nearest(units, centres))
-    assert "has no centres of speaker 'eve'; it has that of ann, ben" in refused(
+    assert "has no centres of speaker 'eve'; it has those of ann, ben" in refused(
         speaker="eve", codebook=path
     )
 
 
 def test_centres_of_so_vits_svc_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     wide = write_kmeans(tmp_path / "wide.pt", ann=frames(5, 256))
-    assert "width 256, and this voice's have 6" in refused(codebook=wide)
+    assert "width 256, but this voice's have 6" in refused(codebook=wide)
     flat = write_kmeans(tmp_path / "flat.pt", ann=np.ones(3, "f4"))
     assert "flat.pt, speaker 'ann': centres are (3,)" in refused(codebook=flat)
     spoilt = write_kmeans(tmp_path / "spoilt.pt", ann=np.full((3, WIDTH), np.nan, "f4"))
@@ -178,11 +178,15 @@ def test_codebooks_of_other_voices_are_refused(tmp_path: Path) -> None:
         path = tmp_path / "c.safetensors"
         return refused(codebook=write_codebook(path, frames(5, width), **changes))
 
-    assert "width 9, and this voice's have 6" in of(width=9)
+    assert "width 9, but this voice's have 6" in of(width=9)
     message = of(encoder="mfcc")
-    assert "c.safetensors is of mfcc, and this voice sings from hubertsoft; `codebook`" in message
+    assert (
+        "for units of mfcc, but this voice takes hubertsoft; make one with `cantor cod" in message
+    )
     message = of(checkpoint_sha256="cd" * 32)
-    assert "another checkpoint (SHA-256 cdcdcdcdcdcd) than this voice's (abababababab)" in message
+    assert (
+        "another checkpoint of hubertsoft (SHA-256 cdcdcdcdcdcd) than this voice's (abab" in message
+    )
     assert "(SHA-256 none)" in of(checkpoint_sha256=None)
     assert "made with normalize=song, but these are made with the defaults" in of(
         settings={"normalize": "song"}
@@ -214,23 +218,26 @@ def test_indexes_of_other_voices_are_refused(tmp_path: Path) -> None:
     write_index(folder, "ben", frames(5))
     (folder / "notes.json").write_text("[]")
     message = refused(index=folder)
-    assert "indexes has no index of speaker 'ann'; it has that of ben" in message
+    assert "indexes has no index of speaker 'ann'; it has those of ben" in message
     assert "units.index" in message
-    assert "no index of a mix of speakers; it has that of ben" in refused(
+    assert "no index of a mix of speakers; it has those of ben" in refused(
         speaker=None, index=folder
     )
     for changes, words in (
-        ({"encoder": "mfcc"}, "is of mfcc, and this voice sings from hubertsoft; `index` makes"),
+        (
+            {"encoder": "mfcc"},
+            "is for units of mfcc, but this voice takes hubertsoft; make one with `cantor index`",
+        ),
         ({"checkpoint_sha256": "cd" * 32}, "(SHA-256 cdcdcdcdcdcd) than this voice's (abab"),
         ({"sha256": "0" * 64}, "is not the file that ann.json describes"),
     ):
         assert words in refused(index=write_index(folder, "ann", frames(5), **changes))
     write_index(folder, "ann", frames(5, 9))
-    assert "width 9, and this voice's have 6" in refused(index=folder)
+    assert "width 9, but this voice's have 6" in refused(index=folder)
 
 
 def test_what_is_no_folder_of_indexes_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ann.index").touch()
     for path in (tmp_path / "ann.index", tmp_path / "none"):
-        assert "is no folder; name the one that `index` wrote" in refused(index=path)
+        assert "is not a folder; name one that `cantor index` wrote" in refused(index=path)
     assert "has no index of speaker 'ann'; it has none" in refused(index=tmp_path)

@@ -77,7 +77,7 @@ def test_printed_settings_read_back(tmp_path: Path) -> None:
         ("encoders.log-mel.normalise=song", "did you mean 'encoders.log-mel.normalize'"),
         ("encoders.log-mel.name=mfcc", "unknown key 'encoders.log-mel.name'"),
         ("encoders.log-mel.int8=perhaps", "encoders.log-mel.int8"),
-        ("encoders.log-mel=3", "'encoders.log-mel' must hold keys, not 3"),
+        ("encoders.log-mel=3", "'encoders.log-mel' must have keys, not 3"),
         ("encoders.mfcc={}", "mfcc is named twice, by encoder.name and by encoders.mfcc"),
         ("encoders.log-mel.checkpoint=${oc.env:HOME}", "interpolation"),
         ("f0.ensemble=praat,dio", "f0.ensemble must be a list in brackets, .*, not 'praat,dio'"),
@@ -115,7 +115,7 @@ def test_further_encoders_are_named_by_their_section(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"encoders\.log-mel is empty; write \{\}"):
         load_config(tmp_path / "y.yaml")
     (tmp_path / "z.yaml").write_text("encoders: [log-mel]\n")
-    with pytest.raises(UserError, match=r"'encoders' must hold"):
+    with pytest.raises(UserError, match=r"'encoders' must have"):
         load_config(tmp_path / "z.yaml")
 
 
@@ -128,7 +128,7 @@ def test_further_encoders_are_named_by_their_section(tmp_path: Path) -> None:
     ],
 )
 def test_a_setting_of_a_further_encoder_given_twice_is_refused(overrides: list[str]) -> None:
-    with pytest.raises(UserError, match="gives again what another setting gives"):
+    with pytest.raises(UserError, match="sets a key that another override sets"):
         load_config(None, overrides)
 
 

@@ -1,4 +1,4 @@
-"""`convert-encoder` on the command line: what it writes is the same encoder, what it says is so."""
+"""`convert-encoder`: the same encoder in another file, and descriptions of checkpoints."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def test_a_whisper_is_converted_without_its_decoder(encoders: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("file", "words"),
     [
-        ("tiny_hubert_large.pt", ["HuBERT or ContentVec", "cnhubertlarge", "3, of 4", "64"]),
-        ("tiny_wavlm_large.pt", ["a WavLM", "wavlm-large", "is normalised", "float32"]),
+        ("tiny_hubert_large.pt", ["HuBERT or ContentVec", "cnhubertlarge", "3, with 4", "64"]),
+        ("tiny_wavlm_large.pt", ["a WavLM", "wavlm-large", "waveform      normalised", "float32"]),
         ("tiny_dpwavlm.pth", ["a DPWavLM", "dphubert", "0 to 3 heads", "8 to 32"]),
         ("tiny_hubert_base_fp16.pt", ["float16", "24 through the final projection"]),
-        ("tiny_whisper.pt", ["Whisper", "whisper-ppg", "48 numbers"]),
+        ("tiny_whisper.pt", ["Whisper", "whisper-ppg", "48 wide"]),
     ],
 )
 def test_print_describes_any_checkpoint(encoders: Path, file: str, words: list[str]) -> None:
@@ -72,7 +72,7 @@ def test_print_describes_any_checkpoint(encoders: Path, file: str, words: list[s
 def test_the_same_network_is_described_the_same(encoders: Path, tmp_path: Path) -> None:
     convert_checkpoint(encoders / "tiny_dphubert.pth", tmp_path / "a.safetensors")
     first, second = (
-        dict(describe_checkpoint(path).lines)
+        describe_checkpoint(path)
         for path in (encoders / "tiny_dphubert.pth", tmp_path / "a.safetensors")
     )
     assert {key for key in first if first[key] != second[key]} == {"file", "sha256"}
@@ -96,7 +96,7 @@ def test_a_file_is_not_written_over_itself(encoders: Path, tmp_path: Path) -> No
     ],
 )
 def test_what_a_file_is(encoders: Path, file: str, expected: dict[str, str]) -> None:
-    lines = dict(describe_checkpoint(encoders / file).lines)
+    lines = describe_checkpoint(encoders / file)
     for label, words in expected.items():
         assert words in lines[label]
     assert len(lines["sha256"]) == 64
@@ -118,7 +118,7 @@ def test_what_cannot_be_is_said_in_a_sentence(encoders: Path, tmp_path: Path) ->
         (lambda: convert_checkpoint(source, tmp_path), "is a folder"),
         (
             lambda: convert_checkpoint(source, tmp_path / "no" / "a.safetensors"),
-            "folder that exists",
+            "its folder does not exist",
         ),
         (lambda: convert_checkpoint(source, source), "must end in .safetensors"),
         (lambda: run(source), "--print"),

@@ -218,7 +218,7 @@ def test_what_cannot_be_is_refused(
         ("run.save_every=0", "run.save_every is 0"),
         ("run.device=tpu", "run.device"),
         ("distill.gates=[heads,hands]", "distill.gates has 'hands'"),
-        ("distill.layers=[0,x]", "distill.layers must hold whole numbers, not 'x'"),
+        ("distill.layers=[0,x]", "distill.layers must have whole numbers, not 'x'"),
         ("distill.stepps=9", "did you mean 'distill.steps'"),
     ],
 )

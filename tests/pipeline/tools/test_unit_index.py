@@ -112,6 +112,6 @@ def test_the_yaml_file_names_exactly_the_keys_and_defaults() -> None:
 def test_the_command(dataset: Path, tmp_path: Path) -> None:
     speaker = find_units(dataset).speakers[0]
     output = cantor("index", dataset, tmp_path, f"data.speaker={speaker}", "index.max_vectors=50")
-    assert f"{speaker}: 50 frames of mfcc (drawn from " in output
+    assert f"{speaker}: 50 frames of mfcc (sampled from " in output
     (note,) = tmp_path.glob("*.json")
     assert json.loads(note.read_text())["vectors"] == 50
