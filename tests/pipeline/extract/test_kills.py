@@ -237,7 +237,7 @@ def test_ctrl_c_stops_within_seconds_and_says_how_to_resume(
     output, _ = run.communicate(timeout=60)
     assert time.monotonic() - struck < 20
     assert run.returncode == 130, output
-    assert "Run the same command to go on" in output
+    assert "Run the same command again to resume" in output
     assert "Traceback" not in output
     finish(corpus, tmp_path / "d")
     assert shard_hashes(tmp_path / "d") == expected
