@@ -53,7 +53,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
 # Bare calls that extraction makes too, although no common library has them.
-OURS_ALONE = ("true peak (ours)", "quality columns (ours)")
+CANTOR_ONLY = ("true peak (ours)", "quality columns (ours)")
 
 # so-vits-svc 730930d and its libraries, CPU s per minute of audio, one thread, measured on another
 # day: Intel Xeon (Cascade Lake) at 2.5 GHz, 2 vCPU. Keys are the stages that do the same work; its
@@ -135,7 +135,7 @@ class Figures:
 
     def overhead(self, bare: Measured) -> dict[str, float]:
         """Return the CPU of the whole run less start-up, over that of bare calls, less one."""
-        alone = sum(bare.costs[name].cpu_s for name in OURS_ALONE)
+        alone = sum(bare.costs[name].cpu_s for name in CANTOR_ONLY)
         return {
             "counted on both sides": self.net_cpu_s / bare.cpu_s() - 1,
             "on neither side": (self.net_cpu_s - alone) / (bare.cpu_s() - alone) - 1,
@@ -425,7 +425,7 @@ def measure_tree(command: Sequence[str], log: Path) -> Tree:
             while not done.wait(POLL_S):
                 full = time.perf_counter() - full_at >= FULL_POLL_S
                 full_at = time.perf_counter() if full else full_at
-                _look(_ours(me, before), seen, tree, full)
+                _look(_new_children(me, before), seen, tree, full)
 
         watcher = Thread(target=poll, daemon=True)
         watcher.start()
@@ -434,7 +434,7 @@ def measure_tree(command: Sequence[str], log: Path) -> Tree:
         done.set()
         watcher.join()
         # Daemons outlive the driver by a moment.
-        while rest := _ours(me, before):
+        while rest := _new_children(me, before):
             _look(rest, seen, tree, full=False)
             for child in rest:
                 with suppress(ChildProcessError):
@@ -455,7 +455,7 @@ def measure_tree(command: Sequence[str], log: Path) -> Tree:
     return tree
 
 
-def _ours(me: psutil.Process, before: set[int]) -> list[psutil.Process]:
+def _new_children(me: psutil.Process, before: set[int]) -> list[psutil.Process]:
     return [child for child in me.children(recursive=True) if child.pid not in before]
 
 
@@ -620,7 +620,7 @@ def describe(figures: Figures) -> str:
         rows.append([*_cost_row(name, cost, minutes), f"{theirs:.3f}"])
     sums = [measured.cpu_s() / minutes for measured in (bare, untuned)]
     rows.append(["**sum**", f"**{sums[0]:.3f}**", "", f"**{sums[1]:.3f}**"])
-    sums = [measured.cpu_s(OURS_ALONE) / minutes for measured in (bare, untuned)]
+    sums = [measured.cpu_s(CANTOR_ONLY) / minutes for measured in (bare, untuned)]
     rows.append(["sum of what libraries have", f"{sums[0]:.3f}", "", f"{sums[1]:.3f}"])
     lines += table(["call", "CPU", "wall", "CPU, glibc's own"], rows)
 

@@ -50,10 +50,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "fcpe": {"method": "fcpe"},
     "rmvpe": {"method": "rmvpe"},
 }
-"""Settings of what is measured, by the name that tables give it."""
+"""Settings of each measured method, by its name in the tables."""
 
 ENSEMBLES = (("dio", "fcpe"), ("crepe-tiny", "dio", "fcpe"), ("crepe-tiny", "fcpe", "praat"))
-"""Votes of the methods above; their contours are those of the methods, so they run no more."""
+"""Ensembles of these methods: they combine contours that are computed already."""
 
 THRESHOLDS = {
     "praat": (0.3, 0.45, 0.55, 0.7),
@@ -63,10 +63,10 @@ THRESHOLDS = {
     "crepe-tiny": (0.2, 0.3, 0.4, 0.6),
     "fcpe": (0.05, 0.1, 0.2, 0.4, 0.5),
 }
-"""Values of voicing_threshold to try beside each method's own."""
+"""Values of voicing_threshold to try in addition to the default."""
 
 Contours = dict[str, list[np.ndarray]]
-"""What a method found: (F,) for each clip of each condition."""
+"""Contours of a method: (F,) for each clip, by condition."""
 
 
 # ---- accuracy ----------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ TARGETS = {
     **dict.fromkeys(("praat", "harvest"), 1.10),
     **dict.fromkeys(("dio", "crepe", "crepe-tiny", "fcpe", "rmvpe"), 0.50),
 }
-"""What ours may cost at most, as a part of theirs."""
+"""Highest permitted cost of Cantor's implementation, relative to the other one."""
 
 
 @dataclass(frozen=True)

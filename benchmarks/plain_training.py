@@ -38,7 +38,7 @@ _UNSEEN = -1e4
 _HARMONICS = 9
 
 Mark = Callable[[str], None]
-"""Told the name of what has just been done."""
+"""Called with the name of a part of the step when it is done."""
 
 
 def weight_norm(conv: nn.Module) -> nn.Module:

@@ -167,7 +167,7 @@ def _config_of(content: Mapping[str, Any]) -> VocoderConfig:
     require_at_least(1, "resblock_dilation_sizes", min(min(each, default=0) for each in dilations))
     network["resblock_dilation_sizes"] = dilations
     hints = typing.get_type_hints(MelConfig)
-    mel = {ours: typed(hints[ours], content[name], name) for ours, name in _MEL.items()}
+    mel = {field: typed(hints[field], content[key], key) for field, key in _MEL.items()}
     rate, hop_length = (typed(int, content[name], name) for name in ("sampling_rate", "hop_size"))
     require_at_least(1, "sampling_rate", rate)
     config = VocoderConfig(

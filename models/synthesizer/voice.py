@@ -238,9 +238,9 @@ def require_compatible(
         ("hop length", voice.hop_length, hop_length),
     )
     differing = [
-        f"its {name} is {theirs}, but the voice has {ours}"
-        for name, ours, theirs in pairs
-        if ours is not None and theirs is not None and ours != theirs
+        f"its {name} is {value}, but the voice has {expected}"
+        for name, expected, value in pairs
+        if expected is not None and value is not None and expected != value
     ]
     if encoder is not None or codebook_sha256 is not None:
         differing += _codebooks_differ(voice.encoder.codebook_sha256, codebook_sha256)
@@ -248,14 +248,14 @@ def require_compatible(
         raise ValueError(f"{what} does not match this voice: {'; '.join(differing)}")
 
 
-def _codebooks_differ(ours: str | None, theirs: str | None) -> list[str]:
-    if ours == theirs:
+def _codebooks_differ(expected: str | None, sha256: str | None) -> list[str]:
+    if expected == sha256:
         return []
-    if ours is None:
+    if expected is None:
         return ["its units are codebook ids, but the voice's are not"]
-    if theirs is None:
+    if sha256 is None:
         return ["the voice's units are codebook ids, but its units are not"]
-    return [f"its codebook, by SHA-256, is {theirs}, but the voice has {ours}"]
+    return [f"its codebook, by SHA-256, is {sha256}, but the voice has {expected}"]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Which settings are recorded, and when two runs agree."""
+"""The settings that are recorded, and the comparison of two runs."""
 
 from __future__ import annotations
 

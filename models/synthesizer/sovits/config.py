@@ -148,13 +148,13 @@ def config_json(config: SovitsConfig) -> dict[str, Any]:
         raise ValueError(
             f"so-vits-svc has one n_fft for all spectrograms, not {network.n_fft} and {mel.n_fft}"
         )
-    model = {theirs: getattr(network, ours) for theirs, ours in _MODEL.items()}
+    model = {key: getattr(network, field) for key, field in _MODEL.items()}
     if model["sampling_rate"] == _MODEL_DEFAULTS["sampling_rate"]:
         del model["sampling_rate"]
     model |= _flow_json(network)
     model |= {"n_layers_q": 3, "speaker_embedding": False}  # so-vits-svc ignores these
     if config.encoder is not None:
-        model["speech_encoder"] = _their_encoder(config.encoder)
+        model["speech_encoder"] = _sovits_encoder(config.encoder)
     return {
         "train": _TRAIN | {"segment_size": _SEGMENT_FRAMES * network.hop_length},
         "data": {
@@ -186,12 +186,12 @@ def bare_config(network: SynthesizerConfig) -> SovitsConfig:
     )
 
 
-def _their_encoder(ours: str) -> str:
-    for theirs, (name, _) in ENCODERS.items():
-        if name == ours:
-            return theirs
+def _sovits_encoder(encoder: str) -> str:
+    for key, (name, _) in ENCODERS.items():
+        if name == encoder:
+            return key
     raise ValueError(
-        f"so-vits-svc does not have the encoder {ours}; it has "
+        f"so-vits-svc does not have the encoder {encoder}; it has "
         f"{', '.join(name for name, _ in ENCODERS.values())}"
     )
 
@@ -239,8 +239,7 @@ def _require(section: Mapping[str, Any], name: str, keys: Sequence[str]) -> None
 def _network_config(model: Mapping[str, Any], data: Mapping[str, Any]) -> SynthesizerConfig:
     hints = typing.get_type_hints(SynthesizerConfig)
     values = {
-        ours: typed(hints[ours], model[theirs], f"model.{theirs}")
-        for theirs, ours in _MODEL.items()
+        field: typed(hints[field], model[key], f"model.{key}") for key, field in _MODEL.items()
     }
     values |= _flow(model)
     used = 2 if values["resblock"] == "2" else 3  # entries used of each list
@@ -306,10 +305,7 @@ def _mel_config(data: Mapping[str, Any]) -> MelConfig:
         "f_max": "mel_fmax",
     }
     return MelConfig(
-        **{
-            ours: typed(hints[ours], data[theirs], f"data.{theirs}")
-            for ours, theirs in names.items()
-        }
+        **{field: typed(hints[field], data[key], f"data.{key}") for field, key in names.items()}
     )
 
 
@@ -341,10 +337,10 @@ def _encoder(model: Mapping[str, Any], units_dim: int) -> str | None:
     typed(str, stated, "model.speech_encoder")
     if stated not in ENCODERS:
         raise ValueError(f"model.speech_encoder is {stated!r}; choose from {', '.join(ENCODERS)}")
-    ours, width = ENCODERS[stated]
+    name, width = ENCODERS[stated]
     if width != units_dim:
         raise ValueError(
             f"model.speech_encoder is {stated}, whose units have the width {width}, but "
             f"model.ssl_dim is {units_dim}"
         )
-    return ours
+    return name

@@ -24,7 +24,7 @@ SOXR = ResampleConfig()
 
 
 def song(rate: int, samples: int) -> Decoded:
-    """What decoding says of a song of that rate and length; nothing of it is read here."""
+    """Return the header of a song with this rate and length; its samples are never read."""
     return Decoded(PcmFile(Path("none"), 0), Header(rate, 2, samples, "WAV"), samples)
 
 
