@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models.checkpoint import load_foreign
-from models.encoders import ENCODERS, Encoder, check_encoder, load_encoder
+from models.encoders import ENCODERS, WITHOUT_WEIGHTS, Encoder, check_encoder, load_encoder
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "encoders"
 
@@ -34,7 +34,6 @@ CHECKPOINTS = {
     "contentvec768l9-onnx": "vec-tiny-layer-3.onnx",
     "contentvec768l12-onnx": "vec-tiny-layer-3.onnx",
 }
-WITHOUT_WEIGHTS = ("log-mel", "mfcc")
 NO_FILE_HERE = ("hubertsoft", "hubertsoft-onnx")  # tested at full size, and by test_onnx_encoders
 NAMES = sorted(set(ENCODERS) - set(NO_FILE_HERE))
 
