@@ -34,7 +34,7 @@ from pipeline.reports.mel_picture import draw_mel, mel_height, mel_power, power_
 from pipeline.settings import flatten
 from pipeline.songs.balance import FILTERED, KEPT, QUARANTINED
 from pipeline.storage.atomic import commit_file
-from stages.quality import MEASURES
+from stages.quality import MEASURES, PITCH_MEASURES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -176,9 +176,14 @@ class _Measure:
 
 @dataclass(frozen=True)
 class _Reason:
-    """A row of the table of reasons. seconds, segments: dropped from readable songs."""
+    """A row of the table of reasons.
+
+    measures: names of those whose limits give this reason. segments, seconds: dropped from
+    readable songs.
+    """
 
     reason: str
+    measures: Sequence[str]
     quarantined: int
     filtered: int
     segments: int
@@ -303,11 +308,11 @@ def _pitch_range(pitch: NDArray[np.int64], scale: tuple[float, float]) -> _Pitch
 
 
 def _measures(statistics: DatasetStatistics) -> list[_Measure]:
-    """Return a row for each measure that the shards have, and for each limit on another one."""
+    """Return a row for each measure that the shards have, and for each other one with a limit."""
     settings = statistics.info["settings"]
     rows = []
     for measure in MEASURES:
-        values = statistics.measures.get(measure.name, np.zeros(0))
+        values = _measured(measure.name, statistics.measures)
         low, median, high = np.percentile(values, (5, 50, 95)) if len(values) else (np.nan,) * 3
         limits = [
             f"{limit.key} {settings[f'quality.{limit.key}']:g}"
@@ -318,6 +323,18 @@ def _measures(statistics: DatasetStatistics) -> list[_Measure]:
             unit, meaning = measure.unit, measure.meaning
             rows.append(_Measure(measure.name, unit, meaning, low, median, high, limits))
     return rows
+
+
+def _measured(name: str, columns: Mapping[str, Floats]) -> Floats:
+    """Return the values of a measure, without the clips that do not have it.
+
+    A clip without a voiced frame has no pitch; its measures of pitch are 0.
+    """
+    values = columns.get(name, np.zeros(0))
+    pitch = {measure.name for measure in PITCH_MEASURES} - {"voiced_ratio"}
+    if name in pitch and "voiced_ratio" in columns and len(values):
+        values = values[columns["voiced_ratio"] != 0]
+    return values[np.isfinite(values)]
 
 
 def _percent(midi: float, scale: tuple[float, float]) -> float:
@@ -335,9 +352,12 @@ def _reasons(account: Account) -> list[_Reason]:
         for drop in entry.dropped:
             segments[drop.reason] += drop.clips
             seconds[drop.reason] += drop.seconds
+    measures: dict[str, list[str]] = defaultdict(list)
+    for measure in MEASURES:
+        measures[measure.reason].append(measure.name)
     order = sorted({*songs, *segments}, key=lambda r: (-sum(songs[r].values()), -seconds[r], r))
     return [
-        _Reason(r, songs[r][QUARANTINED], songs[r][FILTERED], segments[r], seconds[r])
+        _Reason(r, measures[r], songs[r][QUARANTINED], songs[r][FILTERED], segments[r], seconds[r])
         for r in order
     ]
 

@@ -65,7 +65,10 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """Statistics of all clips. measures: those that the shards have by name, (clips,) each."""
+    """Statistics of all clips.
+
+    measures: quality columns by name, (clips,) each, NaN where a shard does not have the column.
+    """
 
     info: dict[str, Any]
     account: Account
@@ -125,9 +128,10 @@ def read_statistics(dataset: Path) -> DatasetStatistics:
             continue
         _add_shard(table, path.name, footer.sample_rate, speakers)
         columns["lengths_s"].append(_floats(table["num_samples"]) / footer.sample_rate)
-        for name in table.column_names:
-            if name in ("loudness_lufs", "gain_db", *QUALITY_COLUMNS):
-                columns[name].append(_floats(table[name]))
+        for name in ("loudness_lufs", "gain_db", *QUALITY_COLUMNS):
+            present = name in table.column_names
+            column = _floats(table[name]) if present else np.full(table.num_rows, np.nan)
+            columns[name].append(column)
         footers.append((footer, table.num_rows))
         if footer.environment not in environments:
             environments.append(footer.environment)

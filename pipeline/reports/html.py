@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.reports.words import (
+    measure_in_words,
     midi_to_hz,
     note_name,
     number_in_words,
@@ -56,6 +57,7 @@ def _environment() -> Environment:
     environment.filters |= {
         "data_uri": data_uri,
         "hz": midi_to_hz,
+        "measure": measure_in_words,
         "note": note_name,
         "number": number_in_words,
         "reason": reason_in_words,

@@ -12,6 +12,14 @@ def number_in_words(value: float, form: str, unit: str = "") -> str:
     return format(value, form) + unit if math.isfinite(value) else "–"
 
 
+def measure_in_words(value: float, unit: str) -> str:
+    """Return a value with its unit, a `share` in percent: `40.2 dB`, `0.49%`, `12604 Hz`."""
+    if unit == "share":
+        value, unit = 100 * value, "%"
+    form = ".0f" if abs(value) >= 100 else ".3g"
+    return number_in_words(value, form, unit if unit in ("", "%") else f" {unit}")
+
+
 def seconds_in_words(seconds: float) -> str:
     """Return a duration in seconds, minutes or hours: `12.0 s`, `3.1 min`, `2.50 h`."""
     if seconds >= 3600:

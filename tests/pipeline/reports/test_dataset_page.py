@@ -116,7 +116,7 @@ def rows_of(song: Song) -> list[dict]:
                 **dict.fromkeys(QUALITY_COLUMNS, 0.0),
                 "snr_db": 40.0,
                 "bandwidth_hz": 4000.0,
-                "voiced_ratio": 1.0,
+                "voiced_ratio": float(hz > 0),
                 "f0_low_hz": hz,
                 "f0_high_hz": hz,
             }
@@ -172,11 +172,28 @@ def test_the_measures_and_their_limits_follow_from_the_declarations(tmp_path: Pa
     settings = SETTINGS | {"quality.min_snr_db": 9.0, "quality.max_pitch_range_semitones": 20.0}
     rows = table(page_of(write_dataset(tmp_path / "set", SMALL, settings)), "measures")
     shown = [each for each in MEASURES if each.stored or each.name == "range_semitones"]
-    assert list(rows) == [each.name.replace("_", " ") for each in shown]
-    assert [row[:2] for row in rows.values()] == [[each.meaning, each.unit] for each in shown]
-    assert rows["snr db"][2:] == ["40", "40", "40", "min_snr_db 9"]
-    assert rows["range semitones"][2:] == ["–", "–", "–", "max_pitch_range_semitones 20"]
-    assert rows["voiced ratio"][2:] == ["1", "1", "1", ""]
+    assert list(rows) == [each.name + each.meaning for each in shown]
+    cells = dict(zip([each.name for each in shown], rows.values(), strict=True))
+    assert cells["snr_db"] == ["40 dB", "40 dB", "40 dB", "min_snr_db 9"]
+    assert cells["range_semitones"] == ["–", "–", "–", "max_pitch_range_semitones 20"]
+    assert cells["voiced_ratio"] == ["100%", "100%", "100%", ""]
+    assert cells["f0_low_hz"] == ["176 Hz", "440 Hz", "792 Hz", ""]
+
+
+def test_a_clip_without_pitch_has_no_measures_of_pitch(tmp_path: Path) -> None:
+    silent = Song("a/b.wav", "a", ((1.0, 0.0), (1.0, 220.0)))
+    rows = table(page_of(write_dataset(tmp_path / "set", [[silent]])), "measures")
+    low = next(row for heading, row in rows.items() if heading.startswith("f0_low_hz"))
+    voiced = next(row for heading, row in rows.items() if heading.startswith("voiced_ratio"))
+    assert low[:3] == ["220 Hz", "220 Hz", "220 Hz"]
+    assert voiced[:3] == ["5%", "50%", "95%"]
+
+
+def test_a_reason_names_the_measures_that_give_it(tmp_path: Path) -> None:
+    song = Song("a/b.wav", "a", ((1.0, 220.0),), dropped=(Dropped("pitch_range", 1, 2.0),))
+    rows = table(page_of(write_dataset(tmp_path / "set", [[song]])), "counts")
+    heading = "pitch rangelimits of f0_low_hz, f0_high_hz, range_semitones"
+    assert rows == {heading: ["", "", "1", "2.0 s"]}
 
 
 def test_the_numbers_are_those_of_the_dataset(small: Path) -> None:

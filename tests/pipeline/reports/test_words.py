@@ -7,6 +7,7 @@ import math
 import pytest
 
 from pipeline.reports.words import (
+    measure_in_words,
     midi_to_hz,
     note_name,
     number_in_words,
@@ -27,6 +28,15 @@ def test_numbers_that_are_not_finite_are_a_dash() -> None:
     assert number_in_words(0.123, ".0%") == "12%"
     assert number_in_words(1.5, "+.1f", " dB") == "+1.5 dB"
     assert {number_in_words(x, ".1f", " dB") for x in (math.nan, math.inf, -math.inf)} == {"–"}
+
+
+def test_measures_have_three_digits_and_a_unit() -> None:
+    assert measure_in_words(0.0049, "share") == "0.49%"
+    assert measure_in_words(1.0, "share") == "100%"
+    assert measure_in_words(12604.3, "Hz") == "12604 Hz"
+    assert measure_in_words(40.16, "dB") == "40.2 dB"
+    assert measure_in_words(-0.00123, "") == "-0.00123"
+    assert measure_in_words(0.0, "1/s") == "0 1/s"
 
 
 def test_notes_are_named_by_their_pitch() -> None:
