@@ -31,7 +31,7 @@ def test_bare_calls_and_stages_do_the_same_work(corpus: Path, tmp_path: Path) ->
     assert bare.clips == stages.clips > 4
     assert bare.audio_s == pytest.approx(22.0, abs=0.01)
     assert stages.audio_s == pytest.approx(bare.audio_s, abs=0.01)
-    assert set(bench.OURS_ALONE) < set(bare.costs)
+    assert set(bench.CANTOR_ONLY) < set(bare.costs)
     assert bare.costs["f0 dio"].calls == bare.clips
     assert bare.costs["soundfile.read"].calls == 4
     assert stages.costs["f0"].calls == 4  # songs
