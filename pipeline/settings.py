@@ -2,6 +2,8 @@
 
 A schema is a dataclass whose fields are sections. A section is a dataclass, or a dictionary of
 named ones (`dict[str, Section]`), whose keys are written section.name.key=value.
+
+Tested by tests/pipeline/extract/test_config.py.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ _WORDS = {int: "whole numbers", float: "numbers", str: "strings"}
 def load_settings(schema: type[T], path: Path | None = None, overrides: Sequence[str] = ()) -> T:
     """Read settings: defaults, then the YAML file at `path`, then `key=value` overrides.
 
-    Raises: UserError: when a key, a value or a line is wrong; the message names it.
+    Raises: UserError: when a key, a value or a line is wrong (the message names it).
     """
     return build_settings(schema, read_settings(schema, path, overrides))
 

@@ -16,19 +16,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_YET = (  # these are being rewritten
-    "pipeline/cli.py",
-    "pipeline/convert/",
-    "pipeline/extract/summary.py",
-    "pipeline/settings.py",
-    "pipeline/tools/",
-    "tests/pipeline/",
-)
 FILES = [
     path
     for room in ("models", "stages", "pipeline", "benchmarks", "examples", "tests")
     for path in sorted((ROOT / room).rglob("*.py"))
-    if not path.relative_to(ROOT).as_posix().startswith(NOT_YET)
 ] + [ROOT / "run_pipeline.py"]
 DANGLING = re.compile(
     r"(Of|What|Where|Whose|Which|That|As|Whether|By|With|From|To|How|When)\b", re.IGNORECASE

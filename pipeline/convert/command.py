@@ -169,7 +169,7 @@ def write_page(request: Request, conversions: Sequence[Conversion], page: Path) 
 def _speaker(voice: Voice, config: ConvertConfig) -> str | None:
     """Return the speaker; None for a mix.
 
-    Raises: UserError: when the voice has no such speaker; the message names those that it has.
+    Raises: UserError: when the voice has no such speaker (the message names those it has).
     """
     if config.voice.mix is not None:
         read_mix(config.voice.mix, voice.speakers)

@@ -58,7 +58,7 @@ def read_mix(text: str, speakers: Sequence[str], rows: int | None = None) -> Spe
     semicolons and tabs a number may have a decimal comma.
 
     speakers: the voice's, in order. rows: S, the rows of its embedding if there are more.
-    Raises: UserError: when the mix is wrong; the message names the line of a file.
+    Raises: UserError: when the mix is wrong (the message names the line of a file).
     """
     width = len(speakers) if rows is None else rows
     if is_mix_file(text):

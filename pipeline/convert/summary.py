@@ -1,6 +1,6 @@
 """The summaries of `convert`, for one song and for a folder.
 
-tests/pipeline/convert/test_folder.py and test_command.py cover this module.
+Tested by tests/pipeline/convert/test_folder.py, tests/pipeline/convert/test_command.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The summaries of `extract` and `verify`.
 
-tests/pipeline/test_cli.py covers this module.
+Tested by tests/pipeline/test_cli.py.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def distill(
 
     The same seed, dataset and settings give the same file on the same kind of machine and number
     of threads. The same call resumes a run that was stopped.
-    Raises: UserError.
+    Raises: UserError: when settings, teacher or dataset cannot be used, or the run is in use.
     """
     device = choose_device(settings.run.device, "run.device")
     require_safetensors(out)

@@ -2,6 +2,8 @@
 
 A SHA-256 is listed only if others have published it for the file at this address: the publisher
 (RVC, OpenAI), or several independent projects that pin it. Otherwise `sha256` is None.
+
+Tested by tests/pipeline/tools/test_fetch.py.
 """
 
 from __future__ import annotations

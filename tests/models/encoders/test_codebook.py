@@ -62,7 +62,7 @@ def test_units_that_do_not_fit_are_refused() -> None:
     codebook = random_codebook()
     with pytest.raises(ValueError, match=r"\(F, 64\)"):
         codebook.assign(torch.zeros(3, 65))
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    with pytest.raises(ValueError, match="NaN or infinity"):
         codebook.assign(torch.full((1, 64), float("nan")))
 
 
@@ -73,7 +73,7 @@ def test_units_that_do_not_fit_are_refused() -> None:
         (torch.zeros(32768, 1), "1 to 32767"),
         (torch.zeros(4), r"not \(K, D\)"),
         (torch.zeros(4, 4, dtype=torch.float64), r"not \(K, D\)"),
-        (torch.full((2, 2), float("inf")), "NaN or infinite"),
+        (torch.full((2, 2), float("inf")), "NaN or infinity"),
     ],
 )
 def test_what_is_no_codebook_is_not_made(centroids: torch.Tensor, said: str) -> None:

@@ -207,7 +207,7 @@ def test_an_option_that_an_encoder_lacks_is_named() -> None:
 
 @pytest.mark.parametrize("name", ["contentvec768l12", "whisper-ppg"])
 def test_a_dtype_that_is_none_is_named(name: str) -> None:
-    with pytest.raises(ValueError, match=r"encoder\.dtype is 'half'; there are float32, float16"):
+    with pytest.raises(ValueError, match=r"encoder\.dtype is 'half'; choose from float32, float16"):
         load_encoder(name, "weights.pt", dtype="half")
 
 

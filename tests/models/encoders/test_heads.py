@@ -382,5 +382,5 @@ def test_a_long_clip_is_seen_whole(golden: Path, tmp_path: Path) -> None:
 
 def test_another_head_gives_no_vectors(golden: Path, tmp_path: Path) -> None:
     folder = saved(peer_model(golden, "WavLMForCTC"), tmp_path)
-    with pytest.raises(CheckpointError, match="no x-vector model: it has a CtcHead"):
+    with pytest.raises(CheckpointError, match="not an x-vector model: it has a CtcHead"):
         load_xvector(folder)

@@ -224,7 +224,7 @@ FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
         ([("wav", FLOAT, [1, 1, 16000])], "accepts only clips of 16000 samples"),
         (
             [("c", FLOAT, [1, 1, "f"]), ("f0", FLOAT, [1, "f"]), ("sid", FLOAT, [1])],
-            r"takes 3 inputs \(c, f0, sid\): it is a whole voice model",
+            r"has 3 inputs \(c, f0, sid\): it is a whole voice model",
         ),
         (
             [("wav", FLOAT, [1, 1, "t"]), ("mask", FLOAT, [1, "t"])],

@@ -315,7 +315,7 @@ def test_published_files_fit_key_by_key(size: str, golden: Path, tmp_path: Path)
     """All keys and shapes of the real file, and one more: only that one is reported."""
     content = published(size, golden)
     content["model_state_dict"]["encoder.blocks.0.attn.key.bias"] = torch.zeros(1)
-    with pytest.raises(CheckpointError, match=r"has encoder\.blocks\.0\.attn\.key\.bias, which no"):
+    with pytest.raises(CheckpointError, match=r"unknown key encoder\.blocks\.0\.attn\.key\.bias"):
         read_whisper(save(content, tmp_path / "all.pt"))
 
 
@@ -350,13 +350,13 @@ def test_a_key_too_few(content: dict[str, Any], tmp_path: Path) -> None:
 
 def test_a_key_too_many(content: dict[str, Any], tmp_path: Path) -> None:
     content["model_state_dict"]["encoder.blocks.3.mlp.0.bias"] = torch.zeros(192)
-    with pytest.raises(CheckpointError, match=r"has encoder\.blocks\.3\.mlp\.0\.bias"):
+    with pytest.raises(CheckpointError, match=r"unknown key encoder\.blocks\.3\.mlp\.0\.bias"):
         read_whisper(save(content, tmp_path / "broken.pt"))
 
 
 def test_a_misshapen_key(content: dict[str, Any], tmp_path: Path) -> None:
     content["model_state_dict"]["encoder.positional_embedding"] = torch.zeros(448, 48)
-    message = r"encoder\.positional_embedding is \[448, 48\], but .* \[1500, 48\]"
+    message = r"encoder\.positional_embedding is \[448, 48\]; it must be \[1500, 48\]"
     with pytest.raises(CheckpointError, match=message):
         read_whisper(save(content, tmp_path / "broken.pt"))
 

@@ -196,7 +196,7 @@ def changed(part: str, key: str, value: object) -> Any:
         (without("net.encoder_layers.3.conformer.net.6.bias"), "lacks net.encoder_layers.3"),
         (without("output_proj.weight_g"), "lacks output_proj.weight_g"),
         (without("net.encoder_layers.0.norm.weight"), "lacks net.encoder_layers.0.norm.weight"),
-        (changed("model", "harmonic_emb.weight", torch.zeros(9, 4)), "harmonic_emb.weight has no"),
+        (changed("model", "harmonic_emb.weight", torch.zeros(9, 4)), "unknown key harmonic_emb"),
         (changed("model", "norm.bias", torch.zeros(4)), r"norm.bias is \(4,\), not \(512,\)"),
         (changed("model", "cent_table", 7), "cent_table is int"),
         (changed("config_dict", "model", {"type": "CFNaiveMelPE"}), "conv_only is None, not True"),

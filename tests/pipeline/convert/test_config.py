@@ -23,7 +23,7 @@ CLIP_SECTIONS = ("audio", "decode", "resample", "slice", "loudness", "f0", "enco
 
 
 def make_voice(extraction: Mapping[str, Any] | None = None) -> Voice:
-    """Of 32 kHz and frames of 320 samples, without weights: settings ask for none."""
+    """Make a voice of 32 kHz with a hop of 320 samples and no weights."""
     return Voice(
         tensors={},
         config=SynthesizerConfig(
@@ -38,7 +38,7 @@ def make_voice(extraction: Mapping[str, Any] | None = None) -> Voice:
 
 
 def extraction(*overrides: str) -> dict[str, Any]:
-    """What a voice knows of a dataset that was extracted with these settings."""
+    """Return what a voice records about a dataset that was extracted with these settings."""
     own = ["encoder.name=hubertsoft", "audio.sample_rate=32000", "f0.hop_length=320"]
     settings = dataclasses.asdict(load_config(None, [*own, *overrides]))
     return {section: settings[section] for section in CLIP_SECTIONS}

@@ -66,7 +66,7 @@ def write_codebook(path: Path, of: Array, speaker: str | None = None, **changes:
 
 
 def write_kmeans(path: Path, **of: Any) -> Path:
-    """As so-vits-svc's cluster/train_cluster.py writes them."""
+    """Write k-means centres in the format of so-vits-svc's cluster/train_cluster.py."""
     content = {
         speaker: {"n_features_in_": WIDTH, "_n_threads": 4, "cluster_centers_": centres}
         for speaker, centres in of.items()

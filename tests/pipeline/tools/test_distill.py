@@ -80,7 +80,7 @@ def run(dataset: Path, out: Path, settings: DistillSettings) -> DistillOutcome:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """As in the processes that are killed: the number of threads changes last bits."""
+    """Use one thread, as the killed processes do: the number of threads changes the last bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -30,7 +30,7 @@ SHA256 = hashlib.sha256(DATA).hexdigest()
 
 @dataclass
 class Behaviour:
-    """What the server does. breaks_at: bytes of each answer after which it hangs up."""
+    """The behaviour of the server. breaks_at: bytes of an answer after which it hangs up."""
 
     data: bytes = DATA
     etag: str | None = '"v1"'
