@@ -20,14 +20,16 @@ def tune(
     return (wav + 1e-4 * rng.standard_normal(len(t))).astype(np.float32)
 
 
-def make_songs(folder: Path, speakers: int = 3, songs: int = 2, seconds: float = 6.0) -> list[Path]:
-    """`folder/spkN/songM.(wav|flac)`, each of another pitch, length and rate."""
+def make_songs(
+    folder: Path, speakers: int = 3, songs: int = 2, seconds: float = 6.0, longer_s: float = 1.0
+) -> list[Path]:
+    """`folder/spkN/songM.(wav|flac)`, each of another pitch and rate, and `longer_s` longer."""
     paths = []
     for speaker in range(speakers):
         for song in range(songs):
             number = speaker * songs + song
             rate = (44100, 48000, 22050)[number % 3]
-            wav = tune(seconds + number, rate, 110.0 * 2 ** (number / 7), seed=number)
+            wav = tune(seconds + number * longer_s, rate, 110.0 * 2 ** (number / 7), seed=number)
             path = folder / f"spk{speaker}" / f"song{song}.{('wav', 'flac')[number % 2]}"
             path.parent.mkdir(parents=True, exist_ok=True)
             sf.write(path, wav if number % 3 else np.stack([wav, wav], 1), rate)

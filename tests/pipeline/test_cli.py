@@ -17,23 +17,11 @@ from pipeline.errors import Interrupted, StorageFault
 from pipeline.settings import dump_yaml, read_settings
 from pipeline.storage.atomic import storage_fault
 from pipeline.train.config import TrainConfig
+from tests.helpers.command import cantor
 from tests.pipeline.conftest import FAST
 from tests.pipeline.train.small_training import SMALL, write_small_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def cantor(*words: object, status: int = 0) -> str:
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "run_pipeline.py"), *map(str, words)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=180,
-    )
-    assert run.returncode == status, run.stdout + run.stderr
-    assert "Traceback" not in run.stdout + run.stderr
-    return run.stdout + run.stderr
 
 
 def test_no_arguments_print_help() -> None:
@@ -79,6 +67,13 @@ def test_ctrl_c_ends_every_command_with_one_sentence(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("pipeline.tools.demo_corpus.make_demo_corpus", interrupt)
     with pytest.raises(Interrupted):
         CliRunner().invoke(cli.app, ["demo-corpus", "d"], catch_exceptions=False)
+
+
+def test_the_script_ends_with_the_status_of_the_command() -> None:
+    words = [sys.executable, str(ROOT / "run_pipeline.py"), "verify", "/nowhere/at/all"]
+    run = subprocess.run(words, capture_output=True, text=True, check=False, timeout=180)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert "is not a dataset" in run.stderr and "Traceback" not in run.stderr
 
 
 def test_help_of_extract_names_the_options() -> None:

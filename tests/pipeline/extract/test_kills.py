@@ -26,7 +26,7 @@ from pipeline.dataset.verify import verify
 from pipeline.extract.command import ExtractOptions, reextract
 from pipeline.extract.from_dataset import config_from, read_source
 from tests.helpers.checkpoints import write_hubert_base
-from tests.helpers.songs import tune
+from tests.helpers.songs import make_songs, tune
 from tests.pipeline.conftest import FAST, Extract, shard_hashes
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -53,23 +53,42 @@ sys.path.remove(os.path.dirname(__file__))
 del sys.modules["pyworld"]
 import pyworld
 
-harvest = pyworld.harvest
+stonemask = pyworld.stonemask
 
-def crash(wav, *args, **options):
+def crash(wav, *args):
     if abs(float(abs(wav).max()) - 0.123) < 2e-4:
         os.kill(os.getpid(), signal.SIGKILL)
-    return harvest(wav, *args, **options)
+    return stonemask(wav, *args)
 
-pyworld.harvest = crash
+pyworld.stonemask = crash
 """
 
-# Harvest, because it is slow: there is time to strike.
-SLOW = [*(word for word in FAST if not word.startswith("f0.method=")), "f0.method=harvest"]
+# Shadows the real pyworld and waits in every clip, so that there is time to strike.
+SLOW_PYWORLD = """
+import os, sys, time
+
+sys.path.remove(os.path.dirname(__file__))
+del sys.modules["pyworld"]
+import pyworld
+
+stonemask = pyworld.stonemask
+
+def slow(*args):
+    time.sleep(0.5)
+    return stonemask(*args)
+
+pyworld.stonemask = slow
+"""
+
+MANY_TASKS = [*(word for word in FAST if not word.startswith("plan.")), "plan.task_minutes=0.05"]
+
+# Most runs have one worker: each takes seconds to start.
+ONE_WORKER = "workers.max_workers=1"
 
 
 def start(corpus: Path, dataset: Path, *more: str, **environment: str) -> psutil.Popen:
-    """The command as a user types it, in a process group of its own."""
-    return start_extract(corpus, dataset, *SLOW, *more, **environment)
+    """Start the command as a user types it, in a process group of its own."""
+    return start_extract(corpus, dataset, *FAST, *more, **environment)
 
 
 def start_extract(*words: object, **environment: str) -> psutil.Popen:
@@ -88,13 +107,6 @@ def start_command(*words: object, **environment: str) -> psutil.Popen:
         # Who runs the tests in the background may have it ignored.
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
-
-
-def finish(corpus: Path, dataset: Path, *more: str, **environment: str) -> str:
-    run = start(corpus, dataset, *more, **environment)
-    output, _ = run.communicate(timeout=240)
-    assert run.returncode == 0, output
-    return str(output)
 
 
 def workers(run: psutil.Popen) -> list[psutil.Process]:
@@ -136,7 +148,7 @@ def interrupt(run: psutil.Popen) -> None:
 def strike(
     run: psutil.Popen, dataset: Path, kill: Callable[[psutil.Popen], None], rng: random.Random
 ) -> None:
-    """Kill at a random moment after the first workers are up, or a little into the next shard."""
+    """Kill at a random moment once the workers are up and have committed up to two shards."""
     shards = len(iter_shards(dataset)) + rng.randint(0, 2)
     while (run.poll() is None and len(iter_shards(dataset)) < shards) or not workers(run):
         if run.poll() is not None:
@@ -147,29 +159,58 @@ def strike(
 
 
 @pytest.fixture(scope="module")
+def many_songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty songs, each of which makes a task under MANY_TASKS; not to be written to."""
+    folder = tmp_path_factory.mktemp("many")
+    make_songs(folder, speakers=4, songs=5, seconds=3.05, longer_s=0.01)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def expected(
-    corpus: Path, tmp_path_factory: pytest.TempPathFactory, run_extract: Extract
+    many_songs: Path, tmp_path_factory: pytest.TempPathFactory, run_extract: Extract
 ) -> dict[str, str]:
     """Hashes of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "d"
-    run_extract(corpus, folder, SLOW)
-    return shard_hashes(folder)
+    run_extract(many_songs, folder, MANY_TASKS)
+    hashes = shard_hashes(folder)
+    assert len(hashes) == 20
+    return hashes
 
 
-@pytest.mark.parametrize("kill", [kill_driver, kill_worker, kill_everything])
-def test_a_kill_loses_nothing_and_doubles_nothing(
-    corpus: Path,
-    tmp_path: Path,
-    expected: dict[str, str],
-    kill: Callable[[psutil.Popen], None],
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """PYTHONPATH under which every clip takes half a second more."""
+    folder = tmp_path_factory.mktemp("slow")
+    (folder / "pyworld.py").write_text(SLOW_PYWORLD)
+    return str(folder)
+
+
+def test_kills_lose_nothing_and_double_nothing(
+    many_songs: Path, tmp_path: Path, expected: dict[str, str], slow: str
 ) -> None:
-    run = start(corpus, tmp_path / "d")
-    strike(run, tmp_path / "d", kill, random.Random(kill.__name__))
-    output, _ = run.communicate(timeout=240)
-    assert (run.returncode == 0) == (kill is kill_worker), output
-    finish(corpus, tmp_path / "d")
-    assert shard_hashes(tmp_path / "d") == expected
-    assert verify(tmp_path / "d").problems == []
+    """One dataset that four runs work on. Only the last, which loses a worker, ends by itself."""
+    dataset, rng = tmp_path / "d", random.Random(0)
+    killed, interrupted = -signal.SIGKILL, 130
+    for kill, status in (
+        (kill_driver, killed),
+        (kill_everything, killed),
+        (interrupt, interrupted),
+        (kill_worker, 0),
+    ):
+        run = start_extract(many_songs, dataset, *MANY_TASKS, PYTHONPATH=slow)
+        strike(run, dataset, kill, rng)
+        struck = time.monotonic()
+        output, _ = run.communicate(timeout=240)
+        assert run.returncode == status, output
+        if status != 0:
+            assert len(iter_shards(dataset)) < len(expected)
+        if status == interrupted:
+            assert time.monotonic() - struck < 20
+            assert "Run the same command again to resume" in output
+            assert "Traceback" not in output
+    assert shard_hashes(dataset) == expected
+    assert verify(dataset).problems == []
 
 
 def test_a_killed_re_extraction_loses_nothing_and_doubles_nothing(
@@ -194,9 +235,8 @@ def test_a_killed_re_extraction_loses_nothing_and_doubles_nothing(
     assert verify(tmp_path / "d").problems == []
 
 
-@pytest.mark.timeout(1200)
-def test_real_singing_through_a_whole_hubert_killed_and_resumed(
-    real_audio: Path, tmp_path: Path
+def test_real_singing_through_a_whole_hubert_is_the_same_on_ray(
+    real_audio: Path, tmp_path: Path, run_extract: Extract
 ) -> None:
     """95 million parameters as fairseq's trainer writes them, beside mfcc."""
     songs = tmp_path / "songs"
@@ -209,54 +249,30 @@ def test_real_singing_through_a_whole_hubert_killed_and_resumed(
         f"encoder.checkpoint={checkpoint}",
         "encoders.mfcc={}",
         "plan.task_minutes=0.05",
-        "--speaker=real",
     ]
-
-    def run(dataset: Path, *more: str) -> psutil.Popen:
-        return start_extract(songs, dataset, *settings, *more)
-
-    local = run(tmp_path / "whole", "--local")
-    output, _ = local.communicate(timeout=600)
-    assert local.returncode == 0, output
-    killed = run(tmp_path / "d")
-    strike(killed, tmp_path / "d", kill_everything, random.Random(3))
-    killed.communicate(timeout=600)
-    again = run(tmp_path / "d")
-    output, _ = again.communicate(timeout=600)
-    assert again.returncode == 0, output
+    run_extract(songs, tmp_path / "whole", settings, speaker="real")
+    run_extract(songs, tmp_path / "d", [*settings, ONE_WORKER], speaker="real", local=False)
     assert shard_hashes(tmp_path / "d") == shard_hashes(tmp_path / "whole")
     assert verify(tmp_path / "d", songs).problems == []
 
 
-def test_ctrl_c_stops_within_seconds_and_says_how_to_resume(
-    corpus: Path, tmp_path: Path, expected: dict[str, str]
-) -> None:
-    run = start(corpus, tmp_path / "d")
-    strike(run, tmp_path / "d", interrupt, random.Random(1))
-    struck = time.monotonic()
-    output, _ = run.communicate(timeout=60)
-    assert time.monotonic() - struck < 20
-    assert run.returncode == 130, output
-    assert "Run the same command again to resume" in output
-    assert "Traceback" not in output
-    finish(corpus, tmp_path / "d")
-    assert shard_hashes(tmp_path / "d") == expected
-
-
-def test_a_song_that_kills_its_worker_is_quarantined_alone(corpus: Path, tmp_path: Path) -> None:
+def test_a_song_that_kills_its_worker_is_quarantined_alone(tmp_path: Path) -> None:
     """A native library that crashes on one song, as segfaults do: the process dies each time."""
     (tmp_path / "faulty").mkdir()
     (tmp_path / "faulty" / "pyworld.py").write_text(CRASHING_PYWORLD)
-    poisoned = Path(shutil.copytree(corpus, tmp_path / "corpus"))
+    make_songs(tmp_path / "corpus", speakers=1, songs=2, seconds=2.0)
     wav = tune(2.0)
-    sf.write(poisoned / "spk1" / "killer.wav", wav / np.abs(wav).max() * 0.123, 44100)
-    settings = ["loudness.mode=none", "workers.max_task_retries=0"]
-    output = finish(poisoned, tmp_path / "d", *settings, PYTHONPATH=str(tmp_path / "faulty"))
-    assert "workers died on spk1/killer.wav" in output
+    sf.write(tmp_path / "corpus/spk0/killer.wav", wav / np.abs(wav).max() * 0.123, 44100)
+    settings = ["loudness.mode=none", "workers.max_task_retries=0", ONE_WORKER]
+    run = start(tmp_path / "corpus", tmp_path / "d", *settings, PYTHONPATH=str(tmp_path / "faulty"))
+    output, _ = run.communicate(timeout=240)
+    assert run.returncode == 0, output
+    assert "workers died on spk0/killer.wav" in output
     result = verify(tmp_path / "d")
     assert result.problems == []
-    assert result.account.entries["spk1/killer.wav"].reason == "crashed"
-    assert result.account.count("kept") == 6
+    assert result.shards == 1
+    assert result.account.entries["spk0/killer.wav"].reason == "crashed"
+    assert result.account.count("kept") == 2
 
 
 def test_a_model_that_kills_its_worker_is_blamed_and_no_song(
@@ -270,6 +286,7 @@ def test_a_model_that_kills_its_worker_is_blamed_and_no_song(
         tmp_path / "d",
         "encoder.name=contentvec768l12-onnx",
         f"encoder.checkpoint={network}",
+        ONE_WORKER,
         PYTHONPATH=str(tmp_path / "faulty"),
     )
     output, _ = run.communicate(timeout=240)
@@ -280,7 +297,7 @@ def test_a_model_that_kills_its_worker_is_blamed_and_no_song(
 
 
 @pytest.mark.soak
-def test_soak(corpus: Path, tmp_path: Path, expected: dict[str, str]) -> None:
+def test_soak(many_songs: Path, tmp_path: Path, expected: dict[str, str], slow: str) -> None:
     """CANTOR_SOAK_KILLS random kills (20 by default), seeded by CANTOR_SOAK_SEED."""
     rng = random.Random(int(os.environ.get("CANTOR_SOAK_SEED", "0")))
     left = int(os.environ.get("CANTOR_SOAK_KILLS", "20"))
@@ -289,12 +306,14 @@ def test_soak(corpus: Path, tmp_path: Path, expected: dict[str, str]) -> None:
         dataset = tmp_path / str(number)
         number += 1
         while left and len(iter_shards(dataset)) < len(expected):
-            run = start(corpus, dataset)
+            run = start_extract(many_songs, dataset, *MANY_TASKS, PYTHONPATH=slow)
             kill = rng.choice([kill_driver, kill_worker, kill_everything, interrupt])
             strike(run, dataset, kill, rng)
             if run.poll() is None or run.returncode != 0:
                 left -= 1
             run.communicate(timeout=240)
-        finish(corpus, dataset)
+        run = start_extract(many_songs, dataset, *MANY_TASKS, PYTHONPATH=slow)
+        output, _ = run.communicate(timeout=240)
+        assert run.returncode == 0, output
         assert shard_hashes(dataset) == expected
         assert verify(dataset).problems == []

@@ -16,8 +16,8 @@ from pipeline.dataset.verify import verify
 from pipeline.errors import UserError
 from pipeline.settings import load_settings
 from pipeline.tools.codebook import CodebookConfig, CodebookSettings, Fit, make_codebook
+from tests.helpers.command import cantor
 from tests.helpers.yaml_keys import assert_names_every_key
-from tests.pipeline.test_cli import cantor
 
 
 def make(dataset: Path, out: Path, speaker: str | None = None, **options: object) -> list[Fit]:

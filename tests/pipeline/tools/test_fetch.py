@@ -22,7 +22,7 @@ from models.encoders import ENCODERS
 from pipeline.errors import StorageFault, UserError
 from pipeline.tools.fetch import FetchOptions, _Redirects, checkpoint_table, fetch_encoder
 from pipeline.tools.known_checkpoints import CHECKPOINTS, KnownCheckpoint, RemoteFile
-from tests.pipeline.test_cli import cantor
+from tests.helpers.command import cantor
 
 DATA = np.random.default_rng(0).bytes(3_000_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()

@@ -21,8 +21,8 @@ from pipeline.errors import UserError
 from pipeline.tools.speaker_purity import PuritySettings, SpeakerPurity, measure_purity
 from stages.resample import ResampleConfig
 from stages.xvector import XvectorConfig
+from tests.helpers.command import cantor
 from tests.helpers.xvectors import direction, near_the_speaker, put_xvectors
-from tests.pipeline.test_cli import cantor
 
 
 def measure(dataset: Path, **options: object) -> dict[str, SpeakerPurity]:

@@ -17,8 +17,8 @@ from pipeline.errors import UserError
 from pipeline.settings import load_settings
 from pipeline.tools.unit_index import IndexConfig, IndexSettings, index_kind, make_indexes
 from stages.retrieval import IndexNote, load_index
+from tests.helpers.command import cantor
 from tests.helpers.yaml_keys import assert_names_every_key
-from tests.pipeline.test_cli import cantor
 
 pytest.importorskip("faiss")
 
