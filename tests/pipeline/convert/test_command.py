@@ -257,7 +257,7 @@ def test_so_vits_svc_voices_sing(tmp_path: Path) -> None:
     wav, _ = convert(tmp_path / "ann", song, tmp_path / "out.wav", "f0.method=dio", encoder)
     assert len(wav) == 2 * RATE and np.abs(wav).max() > 1e-3
     wrong = f"encoder.checkpoint={GOLDEN / 'tiny_hubert_base.pt'}"
-    with pytest.raises(UserError, match=r"units of 48 numbers, and the voice takes 768"):
+    with pytest.raises(UserError, match=r"units of width 48, but the voice takes width 768"):
         convert(tmp_path / "ann", song, tmp_path / "no.wav", wrong)
 
 

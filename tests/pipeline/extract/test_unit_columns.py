@@ -97,7 +97,7 @@ def test_a_checkpoint_is_known_by_its_content(
         ([f"{HUBERT}=HERE/text.pt"], r"^encoders.contentvec768l12: .*text\.pt"),
         (["encoders.wavlm-large.checkpoint=HERE/hubert.pt"], r"hubert\.pt is a HuBERT"),
         (["encoder.int8=true"], r"^encoder.int8 is set, but mfcc does not have this option"),
-        (["encoders.log-mel.dtype=float16"], r"^encoders.log-mel.dtype is set, but log-mel has no"),
+        (["encoders.log-mel.dtype=float16"], r"^encoders.log-mel.dtype is set, but log-mel does"),
         (["encoder.codebook=HERE/hubert.pt"], r"^encoder\.codebook: .*hubert\.pt"),
         (["encoder.codebook=HERE/none"], r"^encoder.codebook: there is no file or folder .*none"),
         (["encoders.mel={}"], r"^encoders.mel: encoder 'mel' is unknown .did you mean 'log-mel'"),
