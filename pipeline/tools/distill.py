@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,13 +31,13 @@ from models.encoders.wav2vec2 import Wav2Vec2, Wav2Vec2Config
 from models.synthesizer.config import require_at_least
 from pipeline.cluster.bar import show_bar
 from pipeline.cluster.device import choose_device
+from pipeline.cluster.resumable_run import complete
 from pipeline.dataset.audio_batches import AudioBatches, AudioDataConfig
 from pipeline.dataset.shards import read_supported_info
 from pipeline.errors import UserError
 from pipeline.extract.from_dataset import read_source
 from pipeline.fingerprint import differences, neutral_values
 from pipeline.reports.command_summary import Summary, text_table
-from pipeline.storage.lock import lock
 from pipeline.storage.step_log import StepLog
 from pipeline.storage.weight_files import require_safetensors
 
@@ -98,67 +98,117 @@ def distill(
 
     The same seed, dataset and settings give the same file on the same kind of machine and number
     of threads. The same call resumes a run that was stopped.
+
     Raises: UserError: when settings, teacher or dataset cannot be used, or the run is in use.
     """
     device = choose_device(settings.run.device, "run.device")
     require_safetensors(out)
-    with ExitStack() as locks:
-        return _distill(dataset, out, settings, device, console, locks)
-
-
-def _distill(
-    dataset: Path,
-    out: Path,
-    settings: DistillSettings,
-    device: str,
-    console: Console,
-    locks: ExitStack,
-) -> DistillOutcome:
-    """locks: takes the lock of the run's folder, after all settings are checked."""
     if out.exists():
         raise UserError(f"{out} exists already; remove it or name another file")
-    teacher = _load(*_read_teacher(settings.teacher)).to(device)
-    clips = AudioBatches(
-        dataset,
-        settings.data,
-        sample_rate=_RATE,
-        shortest=teacher.config.reach - 2 * teacher.config.pad,
-        seed=settings.run.seed,
-        resampling=read_source(dataset).config.resample,
-    )
     with _own_random_numbers(device), _out_of_memory_as_user_error():
+        return complete(DistillRun(dataset, out, settings, device, console))
+
+
+@dataclass(frozen=True)
+class DistillPlan:
+    """The state that a run has reached. steps_done: counted over both phases."""
+
+    phase: Phase
+    steps_done: int
+
+
+class DistillRun:
+    """The steps of a distillation, as `complete` calls them."""
+
+    def __init__(
+        self, dataset: Path, out: Path, settings: DistillSettings, device: str, console: Console
+    ) -> None:
+        self.dataset, self.out = dataset, out
+        self.settings, self.device, self.console = settings, device, console
+        self.files = _RunFiles(Path(f"{out}.run"))
+
+    @property
+    def folder(self) -> Path:
+        return self.files.folder
+
+    def list_inputs(self) -> None:
+        """Load the teacher, list the clips and build the student of the first phase."""
+        settings = self.settings
+        self.teacher = _load(*_read_teacher(settings.teacher)).to(self.device)
+        self.clips = AudioBatches(
+            self.dataset,
+            settings.data,
+            sample_rate=_RATE,
+            shortest=self.teacher.config.reach - 2 * self.teacher.config.pad,
+            seed=settings.run.seed,
+            resampling=read_source(self.dataset).config.resample,
+        )
         torch.manual_seed(settings.run.seed)
         try:
-            student = gated_student(teacher, settings.distill)
-            first = Distillation(teacher, student, settings.distill, "prune")
+            student = gated_student(self.teacher, settings.distill)
+            self.pruning = Distillation(self.teacher, student, settings.distill, "prune")
         except ValueError as error:
             raise UserError(str(error)) from error
-        run = _Run(Path(f"{out}.run"))
-        locks.enter_context(lock(run.folder))
-        phase, steps_done = run.begin(_fingerprinted(dataset, settings, clips))
-        if phase == "prune":
-            if steps_done:
-                first.load_state(run.state())
-            _train(first, steps_done, clips, run, settings, console)
-            try:
-                pruned = first.pruned()
-            except ValueError as error:
-                raise UserError(f"{error}; remove {run.folder} to start over") from error
-            run.save_pruned(pruned)
-            last = Distillation(teacher, pruned, settings.distill, "finetune")
-            last.projections.load_state_dict(first.projections.state_dict())
-            run.save(last, settings.distill.steps)
-            steps_done = settings.distill.steps
+        self.recorded = _fingerprinted(self.dataset, settings, self.clips)
+
+    def check_settings(self) -> None:
+        if not self.files.state.exists():
+            return
+        before = json.loads(self.files.settings.read_text(encoding="utf-8"))
+        differing = differences(before, self.recorded, neutral_values(DistillConfig))
+        if differing:
+            raise UserError(
+                f"{self.folder} was started with other settings ({'; '.join(differing)}); "
+                "give the same ones to resume, or remove the folder to start over"
+            )
+
+    def plan(self) -> DistillPlan:
+        if not self.files.state.exists():
+            return DistillPlan("prune", 0)
+        notes = _read(self.files.state, [])[1]
+        phase: Phase = "prune" if notes["phase"] == "prune" else "finetune"
+        return DistillPlan(phase, int(notes["step"]))
+
+    def begin(self, plan: DistillPlan) -> None:
+        if plan.steps_done == 0:
+            text = json.dumps(self.recorded, indent=2) + "\n"
+            self.files.settings.write_text(text, encoding="utf-8")
+            self.files.log.path.unlink(missing_ok=True)
+
+    def run(self, plan: DistillPlan) -> None:
+        cfg, files, steps_done = self.settings.distill, self.files, plan.steps_done
+        if plan.phase == "prune":
+            pruned = self._prune(steps_done)
+            finetuning = Distillation(self.teacher, pruned, cfg, "finetune")
+            finetuning.projections.load_state_dict(self.pruning.projections.state_dict())
+            files.save(finetuning, cfg.steps)
+            steps_done = cfg.steps
         else:
-            last = Distillation(teacher, run.pruned().to(device), settings.distill, "finetune")
-            last.load_state(run.state())
-        _train(last, steps_done, clips, run, settings, console)
-        student = last.finished().cpu()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _save_encoder(student, out)
-    outcome = _outcome(teacher, student, run.losses())
-    run.end()
-    return outcome
+            pruned = files.read_pruned().to(self.device)
+            finetuning = Distillation(self.teacher, pruned, cfg, "finetune")
+            finetuning.load_state(files.read_state())
+        _train(finetuning, steps_done, self.clips, files, self.settings, self.console)
+        self.student = finetuning.finished().cpu()
+
+    def balance(self, plan: DistillPlan) -> DistillOutcome:
+        """Write the student and return its figures beside the teacher's."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        _save_encoder(self.student, self.out)
+        outcome = _outcome(self.teacher, self.student, self.files.losses())
+        self.files.end()
+        return outcome
+
+    def _prune(self, steps_done: int) -> Wav2Vec2:
+        """Do the rest of the first phase, and save and return the pruned student."""
+        if steps_done:
+            self.pruning.load_state(self.files.read_state())
+        _train(self.pruning, steps_done, self.clips, self.files, self.settings, self.console)
+        try:
+            pruned = self.pruning.pruned()
+        except ValueError as error:
+            raise UserError(f"{error}; remove {self.folder} to start over") from error
+        self.files.save_pruned(pruned)
+        return pruned
 
 
 def _read_teacher(teacher: TeacherConfig) -> tuple[Wav2Vec2Config, dict[str, Tensor]]:
@@ -210,7 +260,7 @@ def _train(
     distillation: Distillation,
     steps_done: int,
     clips: AudioBatches,
-    run: _Run,
+    files: _RunFiles,
     settings: DistillSettings,
     console: Console,
 ) -> None:
@@ -222,7 +272,7 @@ def _train(
     with (
         show_bar(console, title, stop - begin, done=steps_done - begin) as advance,
         closing(clips.stream(steps_done)) as batches,
-        run.log.open_from(steps_done) as log,
+        files.log.open_from(steps_done) as log,
     ):
         for step in range(steps_done, stop):
             wavs, num_samples = next(batches)
@@ -231,13 +281,13 @@ def _train(
             if not math.isfinite(report.loss):
                 raise UserError(
                     f"the loss is {report.loss} at step {step}; lower distill.learning_rate, and "
-                    f"remove {run.folder} to start over"
+                    f"remove {files.folder} to start over"
                 )
             log.write(_line(step, distillation.phase, report))
             advance(1)
             if (step + 1) % settings.run.save_every == 0 or step + 1 == stop:
                 log.flush()
-                run.save(distillation, step + 1)
+                files.save(distillation, step + 1)
 
 
 def _line(step: int, phase: Phase, report: StepReport) -> str:
@@ -245,53 +295,28 @@ def _line(step: int, phase: Phase, report: StepReport) -> str:
     return json.dumps({"step": step, "phase": phase, **values}) + "\n"
 
 
-class _Run:
+class _RunFiles:
     """The folder of a run; the module's docstring lists its files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._settings = folder / "settings.json"
+        self.settings = folder / "settings.json"
         self.log = StepLog(folder / "log.jsonl")
-        self._state = folder / "state.safetensors"
+        self.state = folder / "state.safetensors"
         self._pruned = folder / "pruned.safetensors"
 
-    def begin(self, settings: dict[str, Any]) -> tuple[Phase, int]:
-        """Start or resume the run, and return (phase, steps done over both phases).
-
-        Raises: UserError: when the run was started with other settings.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise UserError(
-                f"{self.folder} is a file; the run needs a folder of that name"
-            ) from error
-        if not self._state.exists():
-            self._settings.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            self.log.path.unlink(missing_ok=True)
-            return "prune", 0
-        before = json.loads(self._settings.read_text(encoding="utf-8"))
-        differing = differences(before, settings, neutral_values(DistillConfig))
-        if differing:
-            raise UserError(
-                f"{self.folder} was started with other settings ({'; '.join(differing)}); "
-                "give the same ones to resume, or remove the folder to start over"
-            )
-        notes = _read(self._state, [])[1]
-        return ("prune" if notes["phase"] == "prune" else "finetune"), int(notes["step"])
-
-    def state(self) -> dict[str, Tensor]:
-        return _read(self._state)[0]
+    def read_state(self) -> dict[str, Tensor]:
+        return _read(self.state)[0]
 
     def save(self, distillation: Distillation, step: int) -> None:
         """Save the state after `step` steps, counted over both phases."""
         tensors = {k: t.detach().cpu() for k, t in distillation.state().items()}
-        save_safetensors(self._state, tensors, {"step": str(step), "phase": distillation.phase})
+        save_safetensors(self.state, tensors, {"step": str(step), "phase": distillation.phase})
 
     def save_pruned(self, student: Wav2Vec2) -> None:
         _save_encoder(student, self._pruned)
 
-    def pruned(self) -> Wav2Vec2:
+    def read_pruned(self) -> Wav2Vec2:
         return _load(*read_encoder_file(self._pruned).take())
 
     def losses(self) -> list[float]:
@@ -299,7 +324,7 @@ class _Run:
 
     def end(self) -> None:
         """Delete the training state of a finished run; settings, log and pruned student stay."""
-        self._state.unlink()
+        self.state.unlink()
 
 
 def _read(path: Path, keys: list[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
