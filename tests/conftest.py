@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Set before torch is imported. The networks are small, and the threads of two test processes
-# would mostly wait for each other.
+# would mostly wait for each other, at full speed.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _LONG = ("pipeline/extract/test_kills.py",)
 _INSTALL = {"ffmpeg": "apt install ffmpeg", "chromium": "apt install chromium"}
@@ -34,6 +37,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for tool, number in skipped.items():
         if number:
             terminalreporter.line(f"{tool:10}  {number:5}  {_INSTALL[tool]}")
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """Give torch its threads back: commands that run in this process take all CPUs."""
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")

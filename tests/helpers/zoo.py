@@ -138,9 +138,9 @@ def make_zoo(folder: Path, seed: int = 0) -> dict[str, Expectation]:
     return zoo
 
 
-def make_three_hours(path: Path, sung_of_ten: int, sample_rate: int = RATE) -> None:
-    """A FLAC of three hours: of every ten minutes so many are sung, the others near-silent."""
+def make_three_hours(path: Path, sung_of_thirty: int, sample_rate: int = RATE) -> None:
+    """A FLAC of three hours: of every thirty minutes so many are sung, the others near-silent."""
     minute = sung(60, sample_rate)
     with sf.SoundFile(path, "w", sample_rate, 1, "PCM_16", format="FLAC") as file:
         for number in range(180):
-            file.write(minute if number % 10 < sung_of_ten else minute * 1e-3)
+            file.write(minute if number % 30 < sung_of_thirty else minute * 1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,12 +17,14 @@ from pipeline.cluster.run_tasks import Session, Work, run_rounds
 from pipeline.cluster.task_rows import COMMITTED, REFUSED, STORAGE, TaskResult
 from pipeline.dataset.schema import SCHEMA_VERSION, EncoderIdentity, XvectorIdentity
 from pipeline.dataset.shards import iter_shards
+from pipeline.dataset.verify import verify
 from pipeline.errors import StorageFault, UserError
 from pipeline.extract.config import ExtractConfig, load_config
 from pipeline.extract.job import ExtractJob, TakenOver
 from pipeline.extract.workload import extraction
 from pipeline.songs.plan import PlannedSong, Task
 from pipeline.storage.weight_files import WeightFile
+from tests.helpers.checkpoints import write_hubert_base
 from tests.pipeline.conftest import Extract, shard_hashes
 
 GB = 2**30
@@ -244,11 +247,24 @@ def cluster() -> Iterator[Any]:
 
 @pytest.mark.ray
 def test_ray_writes_the_same_bytes_as_one_process(
-    corpus: Path, tmp_path: Path, run_extract: Extract
+    real_audio: Path, tmp_path: Path, run_extract: Extract
 ) -> None:
-    run_extract(corpus, tmp_path / "local")
-    outcome = run_extract(corpus, tmp_path / "ray", local=False)
+    """Real singing through 95 million parameters as fairseq's trainer writes them, beside mfcc."""
+    songs = tmp_path / "songs"
+    songs.mkdir()
+    for name in ("vignesh.flac", "carnatic.flac", "soprano-E4.flac"):
+        shutil.copy(real_audio / name, songs)
+    checkpoint = write_hubert_base(tmp_path / "hubert_base.pt")
+    settings = [
+        "encoder.name=contentvec768l12",
+        f"encoder.checkpoint={checkpoint}",
+        "encoders.mfcc={}",
+        "plan.task_minutes=0.05",
+    ]
+    run_extract(songs, tmp_path / "local", settings, speaker="real")
+    outcome = run_extract(songs, tmp_path / "ray", settings, speaker="real", local=False)
     assert outcome.account.problems == []
+    assert verify(tmp_path / "ray", songs).problems == []
     assert set(outcome.work.stage_s) == {
         "decode",
         "flac",

@@ -7,7 +7,6 @@ import functools
 import io
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +24,6 @@ from pipeline.dataset.shards import iter_shards
 from pipeline.dataset.verify import verify
 from pipeline.extract.command import ExtractOptions, reextract
 from pipeline.extract.from_dataset import config_from, read_source
-from tests.helpers.checkpoints import write_hubert_base
 from tests.helpers.songs import make_songs, tune
 from tests.pipeline.conftest import FAST, Extract, shard_hashes
 
@@ -233,27 +231,6 @@ def test_a_killed_re_extraction_loses_nothing_and_doubles_nothing(
     assert again.returncode == 0, output
     assert shard_hashes(tmp_path / "d") == shard_hashes(tmp_path / "whole")
     assert verify(tmp_path / "d").problems == []
-
-
-def test_real_singing_through_a_whole_hubert_is_the_same_on_ray(
-    real_audio: Path, tmp_path: Path, run_extract: Extract
-) -> None:
-    """95 million parameters as fairseq's trainer writes them, beside mfcc."""
-    songs = tmp_path / "songs"
-    songs.mkdir()
-    for name in ("vignesh.flac", "carnatic.flac", "soprano-E4.flac"):
-        shutil.copy(real_audio / name, songs)
-    checkpoint = write_hubert_base(tmp_path / "hubert_base.pt")
-    settings = [
-        "encoder.name=contentvec768l12",
-        f"encoder.checkpoint={checkpoint}",
-        "encoders.mfcc={}",
-        "plan.task_minutes=0.05",
-    ]
-    run_extract(songs, tmp_path / "whole", settings, speaker="real")
-    run_extract(songs, tmp_path / "d", [*settings, ONE_WORKER], speaker="real", local=False)
-    assert shard_hashes(tmp_path / "d") == shard_hashes(tmp_path / "whole")
-    assert verify(tmp_path / "d", songs).problems == []
 
 
 def test_a_song_that_kills_its_worker_is_quarantined_alone(tmp_path: Path) -> None:
