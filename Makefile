@@ -6,8 +6,9 @@ STAMP := $(VENV)/.installed
 KILLS ?= 20
 MINUTES ?= 10
 TEST_PROCESSES ?= 2
+PYTEST = $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo test soak wheels lint bench bench-encode bench-f0 bench-train bench-convert clean
+.PHONY: setup demo test test-quick soak wheels lint bench bench-encode bench-f0 bench-train bench-convert clean
 
 setup: $(STAMP)
 
@@ -28,7 +29,10 @@ demo: setup
 		--speaker alto --transpose auto --report
 
 test: setup
-	$(BIN)/python -m pytest -m 'not soak' --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m 'not soak'
+
+test-quick: setup
+	$(PYTEST) -m 'not soak and not ray and not slow'
 
 soak: setup
 	CANTOR_SOAK_KILLS=$(KILLS) $(BIN)/python -m pytest -m soak -s
