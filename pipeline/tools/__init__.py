@@ -1,1 +1,1 @@
-"""Commands beside extract, train and convert: codebook, unit index, purity, distill, demo."""
+"""Further commands: codebook, unit index, purity, distill, export, fetch and demo corpus."""

@@ -261,9 +261,9 @@ def _clear(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder for the demo corpus")
     marker = _read_marker(folder)
-    ours = {_MARKER, *marker["sha256"]} if marker else set()
+    known = {_MARKER, *marker["sha256"]} if marker else set()
     present = _present(folder)
-    strange = sorted(set(present) - ours)
+    strange = sorted(set(present) - known)
     if strange:
         raise UserError(
             f"{folder} has {strange[0]}, which is not part of a demo corpus; name another folder"
