@@ -1,7 +1,4 @@
-"""Clips of a task: sliced from its songs, or taken over from the shard of another dataset.
-
-Tested by tests/pipeline/extract/test_from_dataset.py.
-"""
+"""Clips of a task: sliced from its songs, or taken over from the shard of another dataset."""
 
 from __future__ import annotations
 

@@ -5,8 +5,6 @@
 `ClipMaker` does what needs no GPU, `ShardMaker` runs the networks and commits the shard. On a
 cluster without GPUs one operator calls both. With GPUs each has an operator of its own, and the
 clips travel between them as one Arrow IPC buffer.
-
-Tested by tests/pipeline/extract/test_from_dataset.py.
 """
 
 from __future__ import annotations
