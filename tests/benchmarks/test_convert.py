@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from benchmarks import convert as bench
@@ -9,6 +10,7 @@ from models.synthesizer.blocks.noise import KeyedNoise
 from tests.benchmarks.test_train import FRAMES, TINY
 
 
+@pytest.mark.slow
 def test_both_sides_sing_the_same() -> None:
     clip = bench.clips(TINY, FRAMES)
     wavs = [build(TINY)(clip, KeyedNoise(clip.noise_keys)) for build in bench.SIDES.values()]
@@ -18,6 +20,7 @@ def test_both_sides_sing_the_same() -> None:
     torch.testing.assert_close(*wavs, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_costs_are_measured_and_shown() -> None:
     costs = bench.compare(TINY, 8, 1, repeats=1, allocator={})
     assert all(cost.seconds > 0 and cost.peak_mb > 100 for cost in costs.values())
@@ -26,5 +29,6 @@ def test_costs_are_measured_and_shown() -> None:
     assert "| 200 x 2 | 1.00 | 2.00 | **0.50** | 0.215 | 300 | 600 | 3.7 |" in table
 
 
+@pytest.mark.slow
 def test_a_conversion_is_measured() -> None:
     assert bench.conversion(0.05).peak_mb > 100

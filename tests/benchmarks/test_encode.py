@@ -12,6 +12,7 @@ import torch
 from benchmarks import encode as bench
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the exporter, about itself
 def test_all_candidates_give_the_same_units(tmp_path: Path) -> None:
     name = "contentvec768l12"
@@ -33,6 +34,7 @@ def test_all_candidates_give_the_same_units(tmp_path: Path) -> None:
         assert off.cosine > 0.99999
 
 
+@pytest.mark.slow
 def test_processes_share_the_clips(tmp_path: Path) -> None:
     name = "contentvec768l12"
     weights = str(bench.write_network(name, tmp_path / "hf", tiny=True))

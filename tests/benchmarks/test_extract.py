@@ -24,6 +24,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_bare_calls_and_stages_do_the_same_work(corpus: Path, tmp_path: Path) -> None:
     config = load_config(None, OVERRIDES)
     bare = bench.measure_bare(corpus, config, tmp_path / "bare")
@@ -41,6 +42,7 @@ def test_bare_calls_and_stages_do_the_same_work(corpus: Path, tmp_path: Path) ->
         assert measured.cpu_s() <= measured.total.cpu_s * 1.001
 
 
+@pytest.mark.slow
 def test_the_account_of_a_process_tree_holds_its_orphans(tmp_path: Path) -> None:
     """A child that leaves its parent, as Ray's daemons do, and outlives it."""
     burn = "import time\nwhile time.process_time() < {}: pass"
@@ -63,6 +65,7 @@ def test_a_failing_command_is_an_error(tmp_path: Path) -> None:
         bench.measure_tree([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log")
 
 
+@pytest.mark.slow
 def test_a_run_is_set_against_the_bare_calls(corpus: Path, tmp_path: Path) -> None:
     """In one process, without Ray: the account is the same, the processes are fewer."""
     config = load_config(None, OVERRIDES)

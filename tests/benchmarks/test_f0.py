@@ -48,6 +48,7 @@ def test_the_truth_is_the_pitch(made: dict[str, corpus.Condition], name: str) ->
         assert abs(np.median(cents)) < 2
 
 
+@pytest.mark.slow
 def test_voices_reach_where_their_names_say(made: dict[str, corpus.Condition]) -> None:
     high = np.concatenate([clip.f0 for clip in corpus.generated(20.0)[5].clips])
     low = np.concatenate([clip.f0 for clip in made["low bass"].clips])
@@ -80,6 +81,7 @@ def test_reverb_delays_nothing_and_holds_half_of_the_power() -> None:
     assert 10 * np.log10(late[0] / late[1]) == pytest.approx(30, abs=2)
 
 
+@pytest.mark.slow
 def test_a_growl_adds_harmonics_of_half_the_pitch_and_breath_adds_noise() -> None:
     def halves_db(growl: float) -> float:
         song = sing(replace(ALTO, growl=growl, vibrato_cents=0), 6.0, 44100, 0)
@@ -147,6 +149,7 @@ def test_a_vote_takes_the_median_of_each_clip() -> None:
     assert [row.tolist() for row in voted["a"]] == [[101] * 3, [200] * 3]
 
 
+@pytest.mark.slow
 def test_the_whole_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two methods, from the songs to page and plots; what is there is not made again."""
     page = tmp_path / "f0.md"
@@ -175,6 +178,7 @@ def test_the_whole_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         bench.main([*arguments, "--resume"])
 
 
+@pytest.mark.slow
 def test_the_calls_to_compare_with_find_the_same_pitch() -> None:
     """Theirs on their own clocks; the median pitch tells that it is the same work."""
     song = sing(ALTO, 3.0, speed.SAMPLE_RATE, 0)

@@ -69,6 +69,7 @@ def test_ctrl_c_ends_every_command_with_one_sentence(monkeypatch: pytest.MonkeyP
         CliRunner().invoke(cli.app, ["demo-corpus", "d"], catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_the_script_ends_with_the_status_of_the_command() -> None:
     words = [sys.executable, str(ROOT / "run_pipeline.py"), "verify", "/nowhere/at/all"]
     run = subprocess.run(words, capture_output=True, text=True, check=False, timeout=180)
@@ -137,6 +138,7 @@ def test_faults_are_one_sentence_and_status_2(words: list[str], said: str, tmp_p
     assert said in " ".join(cantor(*words, status=2).split())
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_a_table_and_json(corpus: Path, tmp_path: Path) -> None:
     output = cantor(
         "extract", corpus, tmp_path / "d", *FAST, "--local", "--json", tmp_path / "s.json"
@@ -161,6 +163,7 @@ def test_a_run_ends_with_a_table_and_json(corpus: Path, tmp_path: Path) -> None:
     assert "PROBLEM" in cantor("verify", tmp_path / "d", status=1)
 
 
+@pytest.mark.slow
 def test_a_training_ends_with_a_table_and_keeps_its_settings(tmp_path: Path) -> None:
     dataset, run = write_small_dataset(tmp_path / "d"), tmp_path / "run"
     settings = [f"{k}={v}" for k, v in (SMALL | {"run.validation_clips": "1"}).items()]
@@ -189,6 +192,7 @@ def test_dry_run_says_what_would_run(corpus: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.slow
 def test_an_export_that_cannot_be_written_is_status_3(dataset: Path) -> None:
     file = dataset.parent / "file"  # where a folder should be
     file.touch()

@@ -141,6 +141,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_student_reaches_its_size_and_follows_its_teacher(variant: str) -> None:
     teacher = make_teacher(**VARIANTS[variant])

@@ -105,6 +105,7 @@ def test_a_short_clip_has_a_frame(encoder: Encoder, num_samples: int) -> None:
     assert torch.isfinite(units).all()
 
 
+@pytest.mark.slow
 def test_forty_seconds(encoder: Encoder) -> None:
     (units,) = encoder.encode([noise(40 * 16000)])
     assert units.shape == (num_frames(encoder.name, 40 * 16000), encoder.dim)

@@ -132,6 +132,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN's x86 levels")
 def test_it_is_refused_where_sums_saturate() -> None:
     """oneDNN limited to AVX2, whose 8-bit sums saturate at 16 bits."""

@@ -143,6 +143,7 @@ def test_the_longest_single_window(encoder: OnnxEncoder) -> None:
     assert np.array_equal(units.numpy(), encoder.session.run(None, feed)[0][0])
 
 
+@pytest.mark.slow
 def test_a_song_in_windows(encoder: OnnxEncoder) -> None:
     """At the seams units differ little from those of the graph on the whole song."""
     wav = noise(70 * 16000 + 123)

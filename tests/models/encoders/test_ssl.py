@@ -76,6 +76,7 @@ def test_an_encoder_equals_its_network(config: Wav2Vec2Config) -> None:
         torch.testing.assert_close(units, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_a_padded_batch_equals_single_clips(config: Wav2Vec2Config) -> None:
     """What a GPU does with clips of different lengths, in any padding (even NaN)."""
@@ -99,6 +100,7 @@ def test_a_clip_does_not_depend_on_its_neighbours(config: Wav2Vec2Config) -> Non
         assert len(units) >= 1
 
 
+@pytest.mark.slow
 def test_batches_as_on_a_gpu(config: Wav2Vec2Config) -> None:
     """The batched path on this processor: planned by length, results in the clips' order."""
     encoder = SslEncoder("any", network(config))
@@ -109,6 +111,7 @@ def test_batches_as_on_a_gpu(config: Wav2Vec2Config) -> None:
         torch.testing.assert_close(units, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sixty_seconds_are_one_piece_and_more_are_windows() -> None:
     """The seam error: what differs from one pass over 100 s of a voice that never stands still.
 

@@ -52,6 +52,7 @@ def signal(num_samples: int, seed: int = 0) -> Tensor:
     return 0.2 * fade * tone + 0.01 * torch.randn(num_samples, generator=generator) + 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["full", "tiny"])
 def test_network_is_torchcrepes(size: Any, theirs: Any) -> None:
     wav = signal(16000)
@@ -122,6 +123,7 @@ def test_batches_are_as_large_as_the_budget(tiny: Crepe, monkeypatch: pytest.Mon
     torch.testing.assert_close(tiny.salience(wav, starts), expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_package_is_not_imported() -> None:
     code = (
         "import sys; from models.f0.crepe import bundled_crepe, load_crepe; "
@@ -165,6 +167,7 @@ def test_other_files_are_refused(change: dict[str, Any], message: str, tmp_path:
         load_crepe(tmp_path / "gone.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first, last", [(11, 349), (39, 308), (100, 105), (200, 201)])
 @pytest.mark.parametrize("frames", [1, 2, 150])
 def test_path_is_torchcrepes(frames: int, first: int, last: int, theirs: Any) -> None:

@@ -96,6 +96,7 @@ def test_decoding_at_the_ends_of_the_range(network: Fcpe, torchfcpe: Any) -> Non
     torch.testing.assert_close(strength, salience.max(1).values)
 
 
+@pytest.mark.slow
 def test_a_clip_does_not_depend_on_its_batch(network: Fcpe, singing: Tensor) -> None:
     """From one sample to 40 s, in batches as a GPU gets them and in those of a CPU."""
     long = torch.cat([singing] * 8)
@@ -117,6 +118,7 @@ def test_a_clip_does_not_depend_on_its_batch(network: Fcpe, singing: Tensor) -> 
     assert max(batches) == len(clips) - 1  # 40 s runs alone, in windows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [250, 347])
 def test_windows_change_nothing(
     network: Fcpe, singing: Tensor, window: int, monkeypatch: pytest.MonkeyPatch
@@ -129,6 +131,7 @@ def test_windows_change_nothing(
     torch.testing.assert_close(network.pitch([wav])[0][0], f0, rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_windows_bound_the_memory(network: Fcpe, monkeypatch: pytest.MonkeyPatch) -> None:
     """No pass of the network has more frames than a window."""
     seen: list[int] = []
@@ -157,6 +160,7 @@ def test_unpacked_products_give_the_same(
 # The file of weights
 
 
+@pytest.mark.slow
 def test_torchfcpe_is_not_imported() -> None:
     program = (
         "import sys\n"

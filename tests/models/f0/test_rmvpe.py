@@ -62,6 +62,7 @@ def mels_of(estimator: Rmvpe, wavs: list[Tensor]) -> list[Tensor]:
 # Numbers
 
 
+@pytest.mark.slow
 def test_the_published_network_equals_the_reference(
     reference: dict[str, NDArray[np.floating]], singing: Tensor, golden: Path
 ) -> None:
@@ -127,6 +128,7 @@ def test_folding_and_packing_change_nothing(
 # Clips
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [True, False])
 def test_clips_of_a_batch_do_not_hear_each_other(packed: bool) -> None:
     estimator = tiny(packed)
@@ -350,6 +352,7 @@ def graph(plain: PlainRmvpe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(plain, path, dynamic_axes=axes)
 
 
+@pytest.mark.slow
 def test_an_export_gives_the_same_numbers(graph: Path) -> None:
     check_rmvpe(graph)
     wavs = [noise(length, seed) for seed, length in enumerate(LENGTHS)]
@@ -358,6 +361,7 @@ def test_an_export_gives_the_same_numbers(graph: Path) -> None:
         np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_a_long_clip_runs_through_an_export_in_windows(
     graph: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,6 +385,7 @@ class _Other(torch.nn.Module):
         return self.linear(mel.transpose(1, 2))
 
 
+@pytest.mark.slow
 def test_other_graphs_are_refused(plain: PlainRmvpe, tmp_path: Path, golden: Path) -> None:
     axes = {"input": {2: "frames"}}
     fixed = export(plain, tmp_path / "fixed.onnx")
@@ -398,6 +403,7 @@ def test_other_graphs_are_refused(plain: PlainRmvpe, tmp_path: Path, golden: Pat
                 read(path)
 
 
+@pytest.mark.slow
 def test_an_export_whose_weights_are_damaged_gives_no_pitch(tmp_path: Path) -> None:
     network = PlainRmvpe(TINY_RMVPE)
     network.load_state_dict(tiny_rmvpe_weights())

@@ -110,6 +110,7 @@ def heard_by_the_network(
     return network.calls
 
 
+@pytest.mark.slow
 def test_the_network_is_given_what_training_gave_it(tmp_path: Path, run_extract: Extract) -> None:
     """A song that is one clip, from its first frame to its last."""
     corpus = tmp_path / "corpus" / "ann"
@@ -137,6 +138,7 @@ def test_the_network_is_given_what_training_gave_it(tmp_path: Path, run_extract:
     assert call["speaker"].tolist() == [[1.0, 0.0]]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_samples(voice: Path, song: Path, tmp_path: Path) -> None:
     first, conversion = convert(voice, song, tmp_path / "a.wav")
     again, _ = convert(voice, song, tmp_path / "b.wav")
@@ -190,6 +192,7 @@ def test_pieces_of_a_held_note_meet_without_a_seam(voice: Path, held: Path, tmp_
     assert level_db(bare - whole) - level_db(whole) > error + 10
 
 
+@pytest.mark.slow
 def test_transposition(voice: Path, song: Path, tmp_path: Path) -> None:
     _, plain = convert(voice, song, tmp_path / "a.wav")
     _, higher = convert(voice, song, tmp_path / "b.wav", "pitch.transpose=12")
@@ -201,6 +204,7 @@ def test_transposition(voice: Path, song: Path, tmp_path: Path) -> None:
     assert "lie above 1100 Hz" in high.notices[0]
 
 
+@pytest.mark.slow
 def test_a_mix_of_one_is_that_one_and_a_mix_goes_over_time(
     voice: Path, song: Path, tmp_path: Path
 ) -> None:
@@ -216,6 +220,7 @@ def test_a_mix_of_one_is_that_one_and_a_mix_goes_over_time(
     np.testing.assert_allclose(both[5 * RATE :], ben[5 * RATE :], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting",
     [
@@ -237,6 +242,7 @@ def test_each_control_changes_the_song_and_not_its_length(
     assert np.abs(changed - plain).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_so_vits_svc_voices_sing(tmp_path: Path) -> None:
     """From a G_*.pth, and from a folder NAME/{model.pth, config.json}; neither has an encoder."""
     theirs = dataclasses.replace(
@@ -261,6 +267,7 @@ def test_so_vits_svc_voices_sing(tmp_path: Path) -> None:
         convert(tmp_path / "ann", song, tmp_path / "no.wav", wrong)
 
 
+@pytest.mark.slow
 def test_a_voice_exported_to_so_vits_svc_gives_the_same_samples(song: Path, tmp_path: Path) -> None:
     """The files lack the settings of the clips, so both conversions name them."""
     ours = dataclasses.replace(
@@ -306,6 +313,7 @@ def test_what_a_person_can_put_right_is_said(voice: Path, song: Path, tmp_path: 
         read_request(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_page_a_summary_and_the_settings(voice: Path, song: Path, tmp_path: Path) -> None:
     words = ["convert", str(voice), str(song), str(tmp_path / "out.flac"), "--speaker", "ben"]
     done = CliRunner().invoke(
@@ -320,6 +328,7 @@ def test_a_page_a_summary_and_the_settings(voice: Path, song: Path, tmp_path: Pa
     assert "speaker: ben" in printed.output and "method: dio" in printed.output
 
 
+@pytest.mark.slow
 def test_onnxruntime_sings_the_same(voice: Path, song: Path, tmp_path: Path) -> None:
     """Made a graph for the time, and from a folder that `export` wrote."""
     pytest.importorskip("onnx")
@@ -343,6 +352,7 @@ def vocoder(tmp_path: Path) -> Path:
     return write_vocoder(tmp_path / "vocoder", "tiny")
 
 
+@pytest.mark.slow
 def test_a_vocoder_sings_it_again(
     voice: Path, held: Path, vocoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,6 +375,7 @@ def test_a_vocoder_sings_it_again(
     assert level_db(cut - whole) - level_db(whole) < -15
 
 
+@pytest.mark.slow
 def test_where_the_vocoder_begins_and_how_high_it_goes(
     voice: Path, held: Path, vocoder: Path, tmp_path: Path
 ) -> None:

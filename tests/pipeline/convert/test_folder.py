@@ -273,6 +273,7 @@ def test_files_count_by_their_content_wherever_they_lie(
         run("mix.csv")
 
 
+@pytest.mark.slow
 def test_the_licence_of_an_exported_voice_may_be_edited(voice: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
@@ -335,6 +336,7 @@ def test_a_manifest_names_songs_anywhere(tmp_path: Path, convert: Convert) -> No
     assert names >= {"elsewhere/a.wav", str(here).lstrip("/")}
 
 
+@pytest.mark.slow
 def test_a_report_lies_beside_each_song(tmp_path: Path, convert: Convert) -> None:
     write_song(tmp_path / "songs" / "a.wav")
     outcome = convert(tmp_path / "songs", tmp_path / "out", report=True)
@@ -445,6 +447,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     (tmp_path / "slow").mkdir()
     (tmp_path / "slow" / "pyworld.py").write_text(STOPPING_PYWORLD)
     command = ["convert", voice, songs, out, "--speaker", "ann", "--json", tmp_path / "done.json"]
+    command.append("workers.max_workers=1")
     run = start_command(*command, "--local", PYTHONPATH=str(tmp_path / "slow"))
     while len(list(out.glob("ledger/*.json"))) < 4:
         assert run.poll() is None, run.communicate()[0]

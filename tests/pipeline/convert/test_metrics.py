@@ -42,6 +42,7 @@ def test_what_is_not_there_is_nan() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_long_song_has_the_pitch_of_the_song_as_a_whole() -> None:
     sung = sing(ALTO, 65, RATE, seed=3, hop_length=HOP)
     measured = measure_f0(sung.wav, RATE, HOP, len(sung.f0))
@@ -59,6 +60,7 @@ def test_a_voice_above_the_usual_range_is_followed() -> None:
     assert np.median(f0[5:-5]) == pytest.approx(1500, rel=0.002)
 
 
+@pytest.mark.slow
 def test_envelopes_tell_voices_apart_and_not_levels() -> None:
     bass = [long_term_envelope(sing(BASS, 20, RATE, seed).wav, RATE) for seed in (1, 2)]
     alto = [long_term_envelope(sing(ALTO, 20, RATE, seed).wav, RATE) for seed in (1, 2)]

@@ -202,6 +202,7 @@ def test_changed_settings_stand_out_and_the_others_are_folded_away(
     assert text_of(details.find("summary")) == "1 other setting"
 
 
+@pytest.mark.slow
 def test_of_a_long_song_three_minutes_are_played_and_all_is_measured(
     decoder: Decoder, tmp_path: Path
 ) -> None:

@@ -34,6 +34,7 @@ def test_two_songs_one_shard(tmp_path: Path, run_extract: Extract) -> None:
     assert abs(sorted(voiced)[len(voiced) // 2] - 220) < 3
 
 
+@pytest.mark.slow
 def test_the_account_balances(dataset: Path) -> None:
     result = verify(dataset)
     assert result.problems == []
@@ -54,12 +55,14 @@ def test_verify_compares_the_source(dataset: Path, writable_corpus: Path) -> Non
     ]
 
 
+@pytest.mark.slow
 def test_same_corpus_same_bytes(corpus: Path, tmp_path: Path, run_extract: Extract) -> None:
     run_extract(corpus, tmp_path / "one")
     run_extract(corpus, tmp_path / "two")
     assert shard_hashes(tmp_path / "one") == shard_hashes(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_missing_shards_are_made_again_bit_for_bit(
     corpus: Path, tmp_path: Path, run_extract: Extract
 ) -> None:
@@ -76,6 +79,7 @@ def test_missing_shards_are_made_again_bit_for_bit(
     assert any("not a complete Parquet file" in notice for notice in outcome.notices)
 
 
+@pytest.mark.slow
 def test_a_finished_run_does_nothing(corpus: Path, tmp_path: Path, run_extract: Extract) -> None:
     run_extract(corpus, tmp_path / "d")
     before = {path: path.stat().st_mtime_ns for path in iter_shards(tmp_path / "d")}
@@ -83,6 +87,7 @@ def test_a_finished_run_does_nothing(corpus: Path, tmp_path: Path, run_extract: 
     assert {path: path.stat().st_mtime_ns for path in iter_shards(tmp_path / "d")} == before
 
 
+@pytest.mark.slow
 def test_what_describes_a_dataset_is_completed_by_a_later_run(
     corpus: Path, tmp_path: Path, run_extract: Extract
 ) -> None:
@@ -104,6 +109,7 @@ def test_what_describes_a_dataset_is_completed_by_a_later_run(
     assert card.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_by_key(
     corpus: Path, tmp_path: Path, run_extract: Extract
 ) -> None:
@@ -118,6 +124,7 @@ def test_other_settings_are_refused_by_key(
     assert (tmp_path / "d" / "mine.txt").exists()
 
 
+@pytest.mark.slow
 def test_machine_settings_may_change(corpus: Path, tmp_path: Path, run_extract: Extract) -> None:
     run_extract(corpus, tmp_path / "d")
     outcome = run_extract(corpus, tmp_path / "d", ["workers.max_workers=1", "encoder.device=cpu"])
@@ -134,6 +141,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(
     assert (tmp_path / "d" / "data" / "thesis.txt").exists()
 
 
+@pytest.mark.slow
 def test_new_songs_append_and_touch_nothing_old(
     writable_corpus: Path, tmp_path: Path, run_extract: Extract
 ) -> None:
@@ -146,6 +154,7 @@ def test_new_songs_append_and_touch_nothing_old(
     assert {name: after[name] for name in before} == before and len(after) == len(before) + 1
 
 
+@pytest.mark.slow
 def test_a_changed_song_is_reported_and_redone_on_request(
     writable_corpus: Path, tmp_path: Path, run_extract: Extract
 ) -> None:
@@ -162,6 +171,7 @@ def test_a_changed_song_is_reported_and_redone_on_request(
     assert verify(tmp_path / "d", writable_corpus).problems == []
 
 
+@pytest.mark.slow
 def test_a_song_that_changed_before_its_task_ran_is_planned_anew(
     writable_corpus: Path, tmp_path: Path, run_extract: Extract
 ) -> None:
@@ -178,6 +188,7 @@ def test_a_song_that_changed_before_its_task_ran_is_planned_anew(
     assert outcome.account.entries["spk1/song0.wav"].status == "kept"
 
 
+@pytest.mark.slow
 def test_quarantined_songs_are_listed_exported_and_retried(
     writable_corpus: Path, tmp_path: Path, run_extract: Extract
 ) -> None:
@@ -201,6 +212,7 @@ def test_quarantined_songs_are_listed_exported_and_retried(
     assert {name: after[name] for name in before} == before
 
 
+@pytest.mark.slow
 def test_a_song_that_vanishes_after_planning_is_quarantined(
     writable_corpus: Path, tmp_path: Path, run_extract: Extract
 ) -> None:
@@ -213,6 +225,7 @@ def test_a_song_that_vanishes_after_planning_is_quarantined(
     assert outcome.account.problems == []
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_while_the_first_holds_the_dataset(
     corpus: Path, tmp_path: Path, run_extract: Extract, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +245,7 @@ def test_a_dry_run_writes_nothing(corpus: Path, tmp_path: Path, run_extract: Ext
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.slow
 def test_splits_come_from_the_manifest(corpus: Path, tmp_path: Path, run_extract: Extract) -> None:
     manifest = corpus.parent / f"{tmp_path.name}.csv"
     lines = ["path,speaker,split"]
@@ -244,6 +258,7 @@ def test_splits_come_from_the_manifest(corpus: Path, tmp_path: Path, run_extract
     assert splits == {"train", "test"}
 
 
+@pytest.mark.slow
 def test_one_content_under_two_names_is_reported(
     writable_corpus: Path, tmp_path: Path, run_extract: Extract
 ) -> None:
@@ -252,6 +267,7 @@ def test_one_content_under_two_names_is_reported(
     assert outcome.account.duplicates() == [["spk0/song0.wav", "spk1/copy.wav"]]
 
 
+@pytest.mark.slow
 def test_a_resume_on_another_machine_is_remarked_on(
     corpus: Path, tmp_path: Path, run_extract: Extract, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +280,7 @@ def test_a_resume_on_another_machine_is_remarked_on(
     assert any("machine abacus and" in notice for notice in outcome.notices)
 
 
+@pytest.mark.slow
 def test_a_bug_stops_the_run_and_names_the_song(
     corpus: Path, tmp_path: Path, run_extract: Extract, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +295,7 @@ def test_a_bug_stops_the_run_and_names_the_song(
     assert run_extract(corpus, tmp_path / "d").account.problems == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk_tears_nothing_and_resumes(
     corpus: Path, tmp_path: Path, run_extract: Extract, small_disk: Path

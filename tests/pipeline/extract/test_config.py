@@ -177,6 +177,7 @@ def test_paths_of_weights_hold_in_any_folder(
     }
 
 
+@pytest.mark.slow
 def test_reading_settings_does_not_import_torch() -> None:
     code = (
         "import sys; from pipeline.extract.config import load_config, fingerprinted;"

@@ -60,6 +60,7 @@ def columns(dataset: Path) -> dict[str, list[object]]:
     return table.to_pydict()
 
 
+@pytest.mark.slow
 def test_the_columns_are_those_of_a_direct_extraction(
     corpus: Path,
     dataset: Path,
@@ -82,6 +83,7 @@ def test_the_columns_are_those_of_a_direct_extraction(
     assert settings_of["source.fingerprint"] == read_dataset_info(dataset)["fingerprint"]
 
 
+@pytest.mark.slow
 def test_what_the_settings_leave_alone_is_taken_over_unread(
     dataset: Path,
     tmp_path: Path,
@@ -141,6 +143,7 @@ def test_settings_that_make_no_sense_are_refused(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_dataset_of_the_format_before_is_told_of_and_taken_over(
     dataset: Path, corpus: Path, tmp_path: Path, run_extract: Extract, run_reextract: Reextract
 ) -> None:
@@ -172,6 +175,7 @@ def test_a_dataset_is_not_made_from_itself(dataset: Path, run_reextract: Reextra
         run_reextract(dataset, dataset / ".." / dataset.name, OTHER)
 
 
+@pytest.mark.slow
 def test_missing_shards_are_made_again_bit_for_bit(
     dataset: Path, tmp_path: Path, run_reextract: Reextract
 ) -> None:
@@ -184,6 +188,7 @@ def test_missing_shards_are_made_again_bit_for_bit(
     assert run_reextract(dataset, tmp_path / "d", OTHER).work.tasks_run == 0
 
 
+@pytest.mark.slow
 def test_a_source_that_grows_adds_tasks(
     writable_corpus: Path, tmp_path: Path, run_extract: Extract, run_reextract: Reextract
 ) -> None:
@@ -215,6 +220,7 @@ def test_a_source_that_grows_adds_tasks(
         run_reextract(source, new, OTHER)
 
 
+@pytest.mark.slow
 def test_a_shard_that_was_made_again_elsewhere_is_redone(
     source: Path, tmp_path: Path, run_reextract: Reextract
 ) -> None:
@@ -229,6 +235,7 @@ def test_a_shard_that_was_made_again_elsewhere_is_redone(
     assert origin is not None and origin.environment["machine"] == "abacus"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["footer", "pages"])
 def test_a_damaged_shard_of_the_source_is_named(
     source: Path, tmp_path: Path, run_reextract: Reextract, part: str
@@ -247,6 +254,7 @@ def test_a_damaged_shard_of_the_source_is_named(
     assert run_reextract(source, tmp_path / "new", OTHER).account.problems == []
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_lost_is_named(
     source: Path, tmp_path: Path, run_reextract: Reextract
 ) -> None:
@@ -276,6 +284,7 @@ def test_a_dry_run_writes_nothing(dataset: Path, tmp_path: Path, run_reextract: 
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_two_operators_write_the_same_bytes_as_one(
     dataset: Path, tmp_path: Path, run_reextract: Reextract
 ) -> None:

@@ -151,7 +151,7 @@ def strike(
     while (run.poll() is None and len(iter_shards(dataset)) < shards) or not workers(run):
         if run.poll() is not None:
             return
-        time.sleep(0.02)
+        time.sleep(0.1)  # looking for workers takes a tenth of that
     time.sleep(rng.uniform(0, 0.6))
     kill(run)
 
@@ -190,13 +190,14 @@ def test_kills_lose_nothing_and_double_nothing(
     """One dataset that four runs work on. Only the last, which loses a worker, ends by itself."""
     dataset, rng = tmp_path / "d", random.Random(0)
     killed, interrupted = -signal.SIGKILL, 130
-    for kill, status in (
-        (kill_driver, killed),
-        (kill_everything, killed),
-        (interrupt, interrupted),
-        (kill_worker, 0),
+    for kill, status, max_workers in (
+        (kill_driver, killed, 1),
+        (kill_everything, killed, 2),
+        (interrupt, interrupted, 1),
+        (kill_worker, 0, 2),
     ):
-        run = start_extract(many_songs, dataset, *MANY_TASKS, PYTHONPATH=slow)
+        settings = (*MANY_TASKS, f"workers.max_workers={max_workers}")
+        run = start_extract(many_songs, dataset, *settings, PYTHONPATH=slow)
         strike(run, dataset, kill, rng)
         struck = time.monotonic()
         output, _ = run.communicate(timeout=240)
@@ -212,21 +213,24 @@ def test_kills_lose_nothing_and_double_nothing(
 
 
 def test_a_killed_re_extraction_loses_nothing_and_doubles_nothing(
-    dataset: Path, golden: Path, tmp_path: Path
+    dataset: Path, golden: Path, tmp_path: Path, slow: str
 ) -> None:
+    """Killed in one process; the same command goes on, on Ray."""
     network = golden / "encoders" / "tiny_hubert_base.pt"
     settings = ["f0.hop_length=441", f"encoders.contentvec768l12.checkpoint={network}"]
-
-    def run(new: Path) -> psutil.Popen:
-        return start_extract("--from", dataset, new, *settings)
 
     config = config_from(read_source(dataset), None, settings)
     quiet = Console(file=io.StringIO())
     reextract(dataset, tmp_path / "whole", config, ExtractOptions(local=True), quiet)
-    killed = run(tmp_path / "d")
-    strike(killed, tmp_path / "d", kill_everything, random.Random(2))
-    killed.communicate(timeout=240)
-    again = run(tmp_path / "d")
+    command = ("--from", dataset, tmp_path / "d", *settings, ONE_WORKER)
+    killed = start_extract(*command, "--local", PYTHONPATH=slow)
+    while not iter_shards(tmp_path / "d"):
+        assert killed.poll() is None, killed.communicate()[0]
+        time.sleep(0.02)
+    kill_everything(killed)
+    killed.communicate(timeout=60)
+    assert len(iter_shards(tmp_path / "d")) < len(iter_shards(tmp_path / "whole"))
+    again = start_extract(*command)
     output, _ = again.communicate(timeout=240)
     assert again.returncode == 0, output
     assert shard_hashes(tmp_path / "d") == shard_hashes(tmp_path / "whole")

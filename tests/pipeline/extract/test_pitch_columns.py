@@ -51,6 +51,7 @@ def test_pitch_is_measured_on_the_samples_that_are_stored(dataset: Path) -> None
         assert row["voiced_ratio"] == pytest.approx(measured["voiced_ratio"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_clips_beyond_a_limit_go_and_the_ledger_balances(
     corpus: Path, tmp_path: Path, run_extract: Extract
 ) -> None:
@@ -87,6 +88,7 @@ def test_what_is_left_of_a_song_is_numbered_anew(
     assert entry.status == "kept" and entry.clips == len(rows)
 
 
+@pytest.mark.slow
 def test_filled_contours_still_tell_how_much_was_voiced(
     corpus: Path, tmp_path: Path, run_extract: Extract
 ) -> None:
@@ -96,6 +98,7 @@ def test_filled_contours_still_tell_how_much_was_voiced(
     assert any(row["voiced_ratio"] < 1 for row in rows)
 
 
+@pytest.mark.slow
 def test_networks_run_where_units_are_made(
     corpus: Path, tmp_path: Path, run_extract: Extract
 ) -> None:
@@ -107,6 +110,7 @@ def test_networks_run_where_units_are_made(
     assert outcome.account.reasons("filtered")["pitch_range"] > 0
 
 
+@pytest.mark.slow
 def test_a_song_on_which_a_network_fails_is_named(
     corpus: Path, tmp_path: Path, run_extract: Extract, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +128,7 @@ def test_a_song_on_which_a_network_fails_is_named(
         run_extract(corpus, tmp_path / "d", ["plan.task_minutes=10", "f0.method=fcpe"])
 
 
+@pytest.mark.slow
 def test_weights_that_change_while_a_task_runs_do_not_reach_its_shard(
     singing: Path,
     tmp_path: Path,
@@ -159,6 +164,7 @@ def singing(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*METHODS, "ensemble"])
 def test_every_method_on_real_singing(
     method: str, singing: Path, tmp_path: Path, tiny_rmvpe: Path, run_extract: Extract

@@ -27,6 +27,7 @@ def make(dataset: Path, out: Path, speaker: str | None = None, **options: object
     return make_codebook(dataset, out, settings, Console(file=io.StringIO()))
 
 
+@pytest.mark.slow
 def test_it_fits_about_as_well_as_scikit_learn_on_all_frames(dataset: Path, tmp_path: Path) -> None:
     (fit,) = make(dataset, tmp_path / "c.safetensors", clusters=50)
     frames = torch.cat([torch.from_numpy(b) for b in find_units(dataset).blocks()])

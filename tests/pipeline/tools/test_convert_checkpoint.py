@@ -36,6 +36,7 @@ def test_the_converted_file_is_the_same_encoder(encoders: Path, tmp_path: Path) 
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
 
 
+@pytest.mark.slow
 def test_half_precision_halves_the_file(encoders: Path, tmp_path: Path) -> None:
     whole, half = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     convert_checkpoint(encoders / "tiny_wavlm.pt", whole)

@@ -80,6 +80,7 @@ def test_the_damaged_file_is_damaged_and_the_silent_one_silent(demo: Path) -> No
     assert len(wav) >= 3 * rate and np.sqrt(np.mean(wav**2)) < 1e-3
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes(demo: Path, tmp_path: Path) -> None:
     again = make_demo_corpus(tmp_path / "again", minutes=0.9, seed=3)
     assert contents(again) == contents(demo)
@@ -112,6 +113,7 @@ def test_a_finished_corpus_is_left_alone(demo: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in demo.rglob("*")} == times
 
 
+@pytest.mark.slow
 def test_a_damaged_or_other_demo_corpus_is_made_anew(demo: Path, tmp_path: Path) -> None:
     folder = make_demo_corpus(tmp_path / "corpus", minutes=0.2, seed=1)
     (folder / "alto" / "song-01.flac").write_bytes(b"cut")

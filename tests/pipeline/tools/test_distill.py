@@ -104,6 +104,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     return read_safetensors(path)[0]
 
 
+@pytest.mark.slow
 def test_student_is_an_encoder_like_its_teacher(
     student: tuple[Path, DistillOutcome], settings: DistillSettings
 ) -> None:
@@ -134,6 +135,7 @@ def test_log_tells_of_every_step(student: tuple[Path, DistillOutcome]) -> None:
     assert left == {".lock", "settings.json", "log.jsonl", "pruned.safetensors"}
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_to_the_same_student(
     dataset: Path, settings: DistillSettings, student: tuple[Path, DistillOutcome], tmp_path: Path
 ) -> None:
@@ -166,6 +168,7 @@ def kill_once_there(file: Path, command: list[str]) -> None:
         assert child.stderr.read().decode() == ""
 
 
+@pytest.mark.slow
 def test_stopped_between_the_phases(
     dataset: Path, settings: DistillSettings, tmp_path: Path
 ) -> None:

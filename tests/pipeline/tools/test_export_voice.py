@@ -45,6 +45,7 @@ def sung(network: Synthesizer | OnnxSynthesizer) -> torch.Tensor:
     return network.infer(units, f0, voiced, torch.tensor([1]), noise=KeyedNoise([1]))[0]
 
 
+@pytest.mark.slow
 def test_a_model_of_sovits_sings_on(voice: Voice, tmp_path: Path) -> None:
     g_path, folder = tmp_path / "G_800.pth", tmp_path / "graphs"
     write_voice(voice, g_path)

@@ -29,6 +29,7 @@ def cents_off(sung: FormantSong, method: str) -> tuple[np.ndarray, float]:
     return 1200 * np.log2(found[both] / sung.f0[both]), both.sum() / (sung.f0 > 0).sum()
 
 
+@pytest.mark.slow
 @voices
 @pytest.mark.parametrize("method", ["praat", "dio"])
 @pytest.mark.parametrize("sample_rate", RATES)
@@ -52,6 +53,7 @@ def test_a_contour_that_is_wrong_by_a_semitone_or_late_by_50_ms_is_noticed() -> 
         assert np.mean(np.abs(cents) < 50) < 0.97
 
 
+@pytest.mark.slow
 @voices
 def test_notes_stay_in_the_range_of_the_voice_and_use_it(voice: FormantVoice) -> None:
     f0 = np.concatenate([sing(voice, 20.0, 22050, seed=seed).f0 for seed in range(4)])

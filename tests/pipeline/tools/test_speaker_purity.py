@@ -138,6 +138,7 @@ def test_without_vectors_both_ways_to_them_are_offered(dataset: Path, tmp_path: 
         measure(dataset, checkpoint=str(tmp_path / "nowhere"))
 
 
+@pytest.mark.slow
 def test_vectors_of_a_checkpoint(copy: Path, tmp_path: Path) -> None:
     """A small network without training: the plumbing is what counts."""
     import_torchaudio()  # before transformers does

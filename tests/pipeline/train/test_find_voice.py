@@ -86,6 +86,7 @@ def sovits_folder(sovits: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sovits, tmp_path / "nyaru"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["", WEIGHTS, DESCRIPTION])
 def test_a_voice_of_ours_by_its_folder_or_either_file(cantor_voice: Path, file: str) -> None:
     assert read_any_voice(cantor_voice / file).step == 7

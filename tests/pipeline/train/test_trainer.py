@@ -84,6 +84,7 @@ class StopAt(SilentWatch):
         return done == self.at and self.number is None
 
 
+@pytest.mark.slow
 def test_the_log_has_a_line_a_step_and_epochs_follow_each_other(whole: Path) -> None:
     lines = losses(whole)
     assert [line["step"] for line in lines] == list(range(1, 13))
@@ -93,6 +94,7 @@ def test_the_log_has_a_line_a_step_and_epochs_follow_each_other(whole: Path) -> 
     assert steps_kept(whole) == [2, 4, 6, 8, 10, 12]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_ended_twice_and_made_longer_equals_a_whole_one(
     data: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -151,6 +153,7 @@ def kill_while_it_trains(data: Path, run: Path, rng: random.Random) -> None:
     process.communicate()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_losses(data: Path, whole: Path, tmp_path: Path) -> None:
     kill_while_it_trains(data, tmp_path / "run", random.Random(4))
     assert losses(tmp_path / "run") == losses(whole)[: len(losses(tmp_path / "run"))]
@@ -242,6 +245,7 @@ def test_frozen_parameters_stay_and_the_others_move(
         fit(data, tmp_path / "all", small_config("optimizer.freeze=[discriminators]"))
 
 
+@pytest.mark.slow
 def test_the_voice_is_the_average_where_one_is_kept(data: Path, tmp_path: Path) -> None:
     words = ("optimizer.ema=0.75", "run.save_every=1")
     fit(data, tmp_path / "a", small_config(*words, "run.steps=3"))
@@ -267,6 +271,7 @@ def test_the_voice_says_what_it_is_of(whole: Path) -> None:
         assert torch.equal(voice.tensors[name], tensor)
 
 
+@pytest.mark.slow
 def test_half_precision_goes_on_to_the_bit(data: Path, tmp_path: Path) -> None:
     """With the scaler of its losses."""
     words = ("run.precision=fp16", "run.save_every=1")
@@ -304,6 +309,7 @@ def test_parts_of_a_batch_add_up_to_its_gradients(data: Path, tmp_path: Path) ->
     assert_same_gradients(tmp_path / "1", tmp_path / "2")
 
 
+@pytest.mark.slow
 def test_two_workers_have_the_gradients_of_one(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,6 +338,7 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
+@pytest.mark.slow
 def test_validation_is_measured_and_the_best_kept(data: Path, tmp_path: Path) -> None:
     """A rate so high that the first step's voice stays the best, or the second's."""
     words = (
@@ -374,6 +381,7 @@ def continued(data: Path, run: Path, start: Path, *words: str) -> tuple[TrainOut
     return fit(data, run, small_config(*words), init_from=start, watch=watch), watch.lines
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_of_another(data: Path, whole: Path, tmp_path: Path) -> None:
     others = write_small_dataset(tmp_path / "others", speakers=("ben", "eve"), songs=2)
     base = Path(shutil.copytree(whole, tmp_path / "base"))
@@ -409,6 +417,7 @@ def test_a_run_begins_with_the_weights_of_another(data: Path, whole: Path, tmp_p
     assert list(tmp_path.glob("new/checkpoints/*")) == []
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_a_base_model_of_so_vits_svc(tmp_path: Path) -> None:
     data = write_small_dataset(tmp_path / "data", encoder="hubertsoft", dim=256, songs=2)
     flows = "model.n_flows=4"  # it has no other number

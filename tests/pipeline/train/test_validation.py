@@ -153,6 +153,7 @@ def test_long_clips_are_cut(begin: Begin, network: Synthesizer) -> None:
     assert metrics.originals[0].mel.shape == (20, 1000) and len(metrics.originals[0].f0) == 1000
 
 
+@pytest.mark.slow
 def test_pictures_and_sound_lie_beside_each_other(
     tmp_path: Path, begin: Begin, network: Synthesizer
 ) -> None:

@@ -159,6 +159,7 @@ def test_six_channels_are_mixed_by_mean_or_the_first_is_taken(
         np.testing.assert_array_equal(decoded(first, path), read[:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rate", "target"), [(48000, 44100), (44100, 16000), (8000, 44100)])
 @pytest.mark.parametrize("backend", ["soxr", "torchaudio"])
 def test_resampling_is_that_of_the_resample_stage(
@@ -656,6 +657,7 @@ def glutton(folder: Path, name: str = "glutton.wav") -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_many_headers_in_order_and_poison_costs_only_itself(tmp_path: Path) -> None:
     names = [put(tmp_path, encoded(song(i + 1)), f"{i:04d}.wav") for i in range(600)]
     poison = glutton(tmp_path)
@@ -707,6 +709,7 @@ def ffmpeg_script(folder: Path, body: str) -> str:
 FOREIGN = b"\0\0\0\x20ftypM4A " + bytes(1000)
 
 
+@pytest.mark.slow
 def test_a_crash_names_its_signal_and_the_next_file_is_fine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -785,6 +788,7 @@ class Meanwhile(threading.Thread):
             time.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle(long_song: Path, tmp_path: Path) -> None:
     with Decoder(DecodeConfig(), tmp_path) as decoder:
         killer = Meanwhile(decoder, signal.SIGKILL, times=1)
@@ -925,6 +929,7 @@ def test_a_child_that_cannot_start_is_an_error_of_ours(
         decoder.probe(put(tmp_path, SHAPES["plain"]))
 
 
+@pytest.mark.slow
 def test_a_defect_of_ours_in_the_child_is_not_the_files_fault(
     decoder: Decoder, tmp_path: Path
 ) -> None:

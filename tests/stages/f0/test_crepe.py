@@ -145,6 +145,7 @@ def no_gpu() -> bool:
 # torchcrepe's numbers
 
 
+@pytest.mark.slow
 def test_pitch_before_torchcrepes_noise(theirs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its batch of all frames, without the noise, against the start of so-vits-svc's contour."""
     wav = np.concatenate([glide(0.3, rate=16000), np.zeros(1600, np.float32)])
@@ -201,6 +202,7 @@ def assert_same_but_for_the_noise(
     return np.asarray(difference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "hop_length, extra_frames, case",
     [

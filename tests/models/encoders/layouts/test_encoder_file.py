@@ -258,6 +258,7 @@ FULL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("manifest", "outputs"), FULL, ids=[m for m, _ in FULL])
 def test_published_sizes(manifest: str, outputs: dict[str, str], wav: Tensor) -> None:
     """Without a configuration everything comes from the shapes."""

@@ -41,6 +41,7 @@ def test_names(variant: str, golden: Path) -> None:
     assert found == [(name, key["shape"], key["kind"]) for name, key in keys.items()]
 
 
+@pytest.mark.slow
 def test_judges_as_the_reference(network: nn.Module, reference: Reference) -> None:
     arrays = reference("svc_discriminator")
     both = torch.from_numpy(np.concatenate([arrays["in/y"], arrays["in/y_hat"]]))
@@ -85,6 +86,7 @@ def of_three(request: pytest.FixtureRequest) -> nn.Module:
     return PeriodDiscriminator(3, spectral_norm=request.param).double().eval()
 
 
+@pytest.mark.slow
 def test_columns_are_convolved(of_three: nn.Module) -> None:
     """Scores and all gradients are those of convolutions of width 1 over the folded wav."""
     wav = torch.randn(2, 1, 500, dtype=torch.float64, requires_grad=True)

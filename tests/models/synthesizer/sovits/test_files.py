@@ -75,6 +75,7 @@ def test_names_shapes_and_order_of_the_full_size_are_theirs(tmp_path: Path, vari
     assert_layout(synthesizer_layout(read_config(path).network), stated["keys"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_tiny_voice_comes_in_and_goes_out_to_the_bit(
     tmp_path: Path, reference: Reference, variant: str
