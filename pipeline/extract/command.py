@@ -23,7 +23,7 @@ from pipeline.dataset.shards import (
 )
 from pipeline.errors import UserError
 from pipeline.extract.config import ExtractConfig, fingerprinted
-from pipeline.extract.dataset_card import write_card, write_info
+from pipeline.extract.dataset_card import write_card, write_dataset_json
 from pipeline.extract.from_corpus import FromCorpus
 from pipeline.extract.from_dataset import FromDataset, compare, read_source
 from pipeline.extract.job import ExtractJob
@@ -259,7 +259,7 @@ class Extraction:
 
     def _write_info(self, tasks: dict[int, Task]) -> None:
         source = self.source.root if isinstance(self.source, FromDataset) else None
-        write_info(self.folder, self.config, self.settings, tasks, source)
+        write_dataset_json(self.folder, self.config, self.settings, tasks, source)
 
 
 def _read_back(dataset: Path, tasks: dict[int, Task]) -> tuple[Account, list[dict[str, str]]]:

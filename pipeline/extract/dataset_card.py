@@ -25,7 +25,7 @@ from pipeline.songs.plan import Task
 from pipeline.storage.atomic import commit_file
 
 
-def write_info(
+def write_dataset_json(
     dataset: Path,
     config: ExtractConfig,
     settings: dict[str, Any],

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 
 
 @contextmanager
-def limit_threads(threads: int | None, local_processes: int) -> Iterator[None]:
+def training_threads(threads: int | None, local_processes: int) -> Iterator[None]:
     """Let torch use `threads`; None: the cores of this machine, divided among its processes."""
     before = torch.get_num_threads()
     cores = len(os.sched_getaffinity(0))

@@ -31,8 +31,8 @@ from pipeline.train.process_group import ProcessGroup
 from pipeline.train.process_setup import (
     explain_errors,
     keep_global_generators,
-    limit_threads,
     stop_on_signal,
+    training_threads,
 )
 from pipeline.train.random_keys import clip_noise, seed_dropout
 from pipeline.train.run_folder import (
@@ -85,7 +85,7 @@ def fit(
     group = ProcessGroup.of_this_process(device)
     with ExitStack() as stack:
         stack.enter_context(explain_errors())
-        stack.enter_context(limit_threads(config.run.threads, group.local_size))
+        stack.enter_context(training_threads(config.run.threads, group.local_size))
         stack.enter_context(keep_global_generators(device))
         folder = RunFolder(run)
         data = ShardDataset(dataset, data=config.data, seed=config.run.seed)

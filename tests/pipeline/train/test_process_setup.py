@@ -14,16 +14,16 @@ from pipeline.errors import UserError
 from pipeline.train.process_setup import (
     explain_errors,
     keep_global_generators,
-    limit_threads,
     stop_on_signal,
+    training_threads,
 )
 
 
 def test_threads_are_limited_and_restored() -> None:
     before = torch.get_num_threads()
-    with limit_threads(3, 1):
+    with training_threads(3, 1):
         assert torch.get_num_threads() == 3
-    with limit_threads(None, 10**6):
+    with training_threads(None, 10**6):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
 
