@@ -180,6 +180,14 @@ def _bandwidth_hz(clip: ClipAudio) -> float:
     return k / (len(energy) - 1) * clip.sample_rate / 2
 
 
+def _crest_db(clip: ClipAudio) -> float:
+    """Return the crest factor. It is low where a limiter or clipping has flattened the peaks."""
+    wav = clip.wav.astype(np.float64)
+    peak = float(np.abs(wav).max())
+    # Relative to the peak, so that the squares of a quiet clip do not underflow.
+    return 0.0 if peak == 0 else max(0.0, -10 * math.log10(float(np.mean(np.square(wav / peak)))))
+
+
 AUDIO_MEASURES: tuple[Measure[ClipAudio], ...] = (
     Measure(
         name="clipping_ratio",
@@ -216,5 +224,14 @@ AUDIO_MEASURES: tuple[Measure[ClipAudio], ...] = (
         since=1,
         measure=_bandwidth_hz,
         limits=(Limit(key="min_bandwidth_hz", lowest=0),),
+    ),
+    Measure(
+        name="crest_db",
+        unit="dB",
+        meaning="highest absolute sample over the RMS; 3 for a sine, 0 for silence",
+        reason="crest",
+        since=3,
+        measure=_crest_db,
+        limits=(Limit(key="min_crest_db", lowest=0),),
     ),
 )

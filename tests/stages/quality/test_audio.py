@@ -180,3 +180,21 @@ def test_bandwidth_of_filtered_noise(edge_hz: int, offset: float) -> None:
     assert quality(wav.astype(np.float32))["bandwidth_hz"] == pytest.approx(
         0.99 * edge_hz, rel=0.02
     )
+
+
+# Crest factor
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.01, 1e-30])
+def test_the_crest_factor_of_known_signals(gain: float) -> None:
+    square = np.sign(sine(100)) * np.float32(gain)
+    assert quality(sine(440) * np.float32(gain))["crest_db"] == pytest.approx(3.01, abs=0.01)
+    assert quality(square[1:-1])["crest_db"] == pytest.approx(0, abs=0.1)
+    click = np.eye(1, 10000, 5000)[0] * gain
+    assert quality(click)["crest_db"] == pytest.approx(40, abs=1e-6)
+
+
+def test_a_limiter_lowers_the_crest_factor(real_audio: Path) -> None:
+    wav = recording(real_audio, "singing-female.flac")
+    limited = np.tanh(wav * 10) / 10
+    assert quality(wav)["crest_db"] > quality(limited)["crest_db"] + 6
