@@ -188,6 +188,12 @@ def _crest_db(clip: ClipAudio) -> float:
     return 0.0 if peak == 0 else max(0.0, -10 * math.log10(float(np.mean(np.square(wav / peak)))))
 
 
+def _dc_offset(clip: ClipAudio) -> float:
+    """Return the DC offset as a share of the peak: full scale would depend on the clip's gain."""
+    peak = float(np.abs(clip.wav).max())
+    return 0.0 if peak == 0 else abs(float(np.mean(clip.wav, dtype=np.float64))) / peak
+
+
 AUDIO_MEASURES: tuple[Measure[ClipAudio], ...] = (
     Measure(
         name="clipping_ratio",
@@ -233,5 +239,14 @@ AUDIO_MEASURES: tuple[Measure[ClipAudio], ...] = (
         since=3,
         measure=_crest_db,
         limits=(Limit(key="min_crest_db", lowest=0),),
+    ),
+    Measure(
+        name="dc_offset",
+        unit="share",
+        meaning="absolute mean of the samples over the highest absolute sample; 0 for silence",
+        reason="dc_offset",
+        since=3,
+        measure=_dc_offset,
+        limits=(Limit(key="max_dc_offset", lowest=0, highest=1),),
     ),
 )

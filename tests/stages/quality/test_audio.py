@@ -198,3 +198,19 @@ def test_a_limiter_lowers_the_crest_factor(real_audio: Path) -> None:
     wav = recording(real_audio, "singing-female.flac")
     limited = np.tanh(wav * 10) / 10
     assert quality(wav)["crest_db"] > quality(limited)["crest_db"] + 6
+
+
+# DC offset
+
+
+@pytest.mark.parametrize("offset", [0.1, -0.1])
+@pytest.mark.parametrize("gain", [1.0, 0.01, 1e-30])
+def test_the_dc_offset_is_a_share_of_the_peak(offset: float, gain: float) -> None:
+    wav = (0.4 * sine(441) + offset) * gain
+    assert quality(wav)["dc_offset"] == pytest.approx(0.1 / 0.5, rel=1e-3)
+    assert quality(sine(441))["dc_offset"] == pytest.approx(0, abs=1e-6)
+
+
+def test_recordings_have_little_dc_offset(real_audio: Path) -> None:
+    for name in CLEAN:
+        assert quality(recording(real_audio, name))["dc_offset"] < 0.01
