@@ -85,7 +85,7 @@ def quarantined_entry(planned: PlannedSong, fault: BadInput, sha256: str | None)
 
 
 def entry_record(entry: SongEntry) -> dict[str, Any]:
-    """A flat row for the exported table."""
+    """Return a flat row for the exported table."""
     record = asdict(entry)
     record["dropped"] = "; ".join(f"{d.reason} {d.seconds:.2f} s" for d in entry.dropped)
     return record

@@ -89,7 +89,7 @@ def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _canonical_sha256(values: dict[str, Any]) -> str:
-    """SHA-256 (hex) of `values` as JSON with sorted keys and without white space, in UTF-8."""
+    """Return the SHA-256 (hex) of `values` as JSON: UTF-8, sorted keys, no white space."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

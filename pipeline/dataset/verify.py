@@ -75,13 +75,13 @@ def verify(dataset: Path, source: Path | None = None) -> Verification:
             if isinstance(checked, UserError):
                 problems.append(str(checked))
                 continue
-            footer, clip_ids, audio_s, found = checked
+            footer, clip_ids, audio_s, faults = checked
             if footer.fingerprint != info["fingerprint"]:
-                found.append("made with other settings than dataset.json says")
+                faults.append("made with other settings than dataset.json says")
             if tasks.get(footer.task) is None or tasks[footer.task].shard_name != path.name:
-                found.append(f"holds task {footer.task}, which its name does not")
-            found += [f"clip {clip_id} is in another shard too" for clip_id in clip_ids & seen]
-            problems += [f"{path.name}: {words}" for words in found[:_MOST_PROBLEMS]]
+                faults.append(f"holds task {footer.task}, which its name does not")
+            faults += [f"clip {clip_id} is in another shard too" for clip_id in clip_ids & seen]
+            problems += [f"{path.name}: {words}" for words in faults[:_MOST_PROBLEMS]]
             seen |= clip_ids
             footers.append((footer, len(clip_ids)))
             result.shards += 1
@@ -118,7 +118,9 @@ def _check_shard(path: Path) -> tuple[Footer, set[str], float, list[str]] | User
                     samples += row["num_samples"]
                     problems += [f"{row['clip_id']}: {w}" for w in _check_clip(row, footer)]
             if len(clip_ids) != file.metadata.num_rows:
-                problems.append(f"{len(clip_ids)} rows, {file.metadata.num_rows} promised")
+                problems.append(
+                    f"{len(clip_ids)} rows, but its footer says {file.metadata.num_rows}"
+                )
     except (pa.ArrowException, OSError, ValueError) as error:
         return UserError(f"{path.name} cannot be read: {error}")
     except UserError as error:
@@ -138,7 +140,7 @@ def _check_metadata(file: pq.ParquetFile, footer: Footer) -> list[str]:
     if not file.schema_arrow.equals(expected) or not file.schema.equals(
         pq.read_metadata(sink).schema
     ):
-        return ["its columns are not those of the format"]
+        return [f"its columns are not those of schema version {footer.schema_version}"]
     entries = dict(file.metadata.metadata)
     # Arrow keeps the schema, with both entries, a second time.
     copy = base64.b64decode(entries.pop(b"ARROW:schema", b""), validate=True)
@@ -151,7 +153,9 @@ def _check_metadata(file: pq.ParquetFile, footer: Footer) -> list[str]:
         problems.append("its 'ARROW:schema' metadata is not that of the format")
     groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
     if sum(groups) != file.metadata.num_rows or not all(0 < n <= ROW_GROUP_CLIPS for n in groups):
-        problems.append(f"row groups of {groups} rows, {file.metadata.num_rows} promised")
+        problems.append(
+            f"row groups of {groups} rows, but its footer says {file.metadata.num_rows}"
+        )
     return problems
 
 
@@ -163,14 +167,14 @@ def _has_nulls(table: pa.Table) -> bool:
 def _statistics(metadata: pq.FileMetaData, number: int) -> list[tuple[Any, ...]]:
     """Return the statistics of each column of a row group, by which readers skip row groups."""
     group = metadata.row_group(number)
-    found: list[tuple[Any, ...]] = []
+    columns: list[tuple[Any, ...]] = []
     for i in range(group.num_columns):
         column = group.column(i)
         if column.physical_type != metadata.schema.column(i).physical_type:
             return []  # pyarrow ends the process when asked for statistics of another type
         statistics = column.statistics and column.statistics.to_dict()
-        found.append((column.path_in_schema, column.num_values, column.compression, statistics))
-    return found
+        columns.append((column.path_in_schema, column.num_values, column.compression, statistics))
+    return columns
 
 
 def _statistics_of(table: pa.Table, footer: Footer) -> list[tuple[Any, ...]]:
@@ -188,7 +192,7 @@ def _check_clip(row: dict[str, Any], footer: Footer) -> Iterator[str]:
         yield f"the audio does not decode: {error}"
         return
     if samples.ndim != 1 or not len(samples) == row["num_samples"] == row["stop"] - row["start"]:
-        yield f"{len(samples)} samples decoded, {row['num_samples']} promised"
+        yield f"{len(samples)} samples decoded, but num_samples is {row['num_samples']}"
     frames = num_frames(row["num_samples"], footer.hop_length)
     f0 = np.asarray(row["f0"], dtype=np.float32)
     if len(f0) != frames:
@@ -241,7 +245,7 @@ def check_export(path: Path) -> None:
     Raises: UserError: when it ends in neither .csv nor .parquet.
     """
     if path.suffix not in (".csv", ".parquet"):
-        raise UserError(f"{path}: the ledger is written as .csv or .parquet")
+        raise UserError(f"{path} must end in .csv or .parquet")
 
 
 def export_ledger(account: Account, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The settings of `extract`: the owners' dataclasses composed, merged, fingerprinted."""
+"""Settings of `extract`, composed of the stages' dataclasses."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from stages.chain import ChainConfig
 from stages.units import EncoderConfig, EncoderSettings
 from stages.xvector import XvectorConfig
 
-# Keys of f0 that mean something else to another method, or nothing.
-_OF_A_METHOD = {"voicing_threshold", "checkpoint", "ensemble", "crepe_hop_ms"}
+# Settings of f0 that other methods do not have, or use with another meaning.
+_METHOD_SETTINGS = {"voicing_threshold", "checkpoint", "ensemble", "crepe_hop_ms"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class ExtractConfig(ChainConfig):
 
     @property
     def all_encoders(self) -> dict[str, EncoderConfig]:
-        """The encoders whose units become columns, by their section, in the columns' order."""
+        """The encoders by their section, in the order of their columns of units."""
         further = {
             f"encoders.{name}": EncoderConfig(name=name, **dataclasses.asdict(settings))
             for name, settings in sorted(self.encoders.items())
@@ -116,7 +116,7 @@ def load_config(
 def of_the_same_method(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of f0 without those that only apply to another method than the given."""
     same = given.get("method", before.get("method")) == before.get("method")
-    return {key: v for key, v in before.items() if same or key not in _OF_A_METHOD}
+    return {key: v for key, v in before.items() if same or key not in _METHOD_SETTINGS}
 
 
 def _make_paths_absolute(sections: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from pipeline.storage.weight_files import WeightFile, read_weights
 from stages.f0.config import F0Config
 from stages.units import EncoderConfig
 
-_OF_THE_AUDIO = ("audio", "decode", "resample", "slice", "loudness", "quality", "plan")
+_AUDIO_SECTIONS = ("audio", "decode", "resample", "slice", "loudness", "quality", "plan")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class SourceDataset:
     dataset: Path
     settings: dict[str, Any]
     fingerprint: str
-    base: dict[str, Any]  # sections of its settings that another run goes on from
+    base: dict[str, Any]  # sections of its settings, the defaults of the new dataset
     config: ExtractConfig
 
 
@@ -53,8 +53,10 @@ def read_source(dataset: Path) -> SourceDataset:
     info = read_dataset_info(dataset)
     require_supported(dataset, info, oldest=1)
     if not isinstance(info.get("config"), dict):
-        raise UserError(f"{dataset / 'dataset.json'} does not say with which settings it was made")
+        raise UserError(f"{dataset / 'dataset.json'} has no 'config'; only datasets with it serve")
     base = {section: values for section, values in info["config"].items() if section != "workers"}
+    if info["schema_version"] == 1 and base["f0"]["method"] != "ensemble":
+        base["f0"] = {**base["f0"], "ensemble": None}  # version 1 recorded members for every method
     return SourceDataset(
         dataset, info["settings"], info["fingerprint"], base, load_config(base=base)
     )
@@ -70,10 +72,10 @@ def config_from(
     config = load_config(path, overrides, source.base)
     before = flatten(source.config)
     for key, value in flatten(config).items():
-        if key.partition(".")[0] in _OF_THE_AUDIO and value != before[key]:
+        if key.partition(".")[0] in _AUDIO_SECTIONS and value != before[key]:
             raise UserError(
-                f"{key} cannot be {value}: --from takes the audio over as {source.dataset} has it, "
-                f"made with {before[key]}"
+                f"{key} cannot be {value}: --from takes over the audio of {source.dataset}, which "
+                f"was made with {before[key]}"
             )
     return config
 
@@ -84,7 +86,7 @@ class Reading:
 
     source: SourceDataset
     encoders: dict[str, EncoderConfig]
-    weights: dict[str, WeightFile]  # of all that the settings name, by key
+    weights: dict[str, WeightFile]  # of all files that the settings name, by key
     settings: dict[str, Any]
     taken: frozenset[str]  # sections whose columns are taken over: f0, encoder, encoders.log-mel
 
@@ -122,8 +124,8 @@ def compare(source: SourceDataset, config: ExtractConfig) -> Reading:
     all_taken = counterparts.keys() == taken and audio_columns(version) == AUDIO_COLUMNS
     if all_taken and len(source.config.all_encoders) == len(config.all_encoders):
         raise UserError(
-            f"these settings ask for nothing that {source.dataset} does not have; name an encoder "
-            "or a setting of f0"
+            f"{source.dataset} has every column that these settings ask for; add an encoder or "
+            "change a setting of f0"
         )
     settings["source.fingerprint"] = source.fingerprint
     return Reading(source, config.all_encoders, weights, settings, frozenset(taken))

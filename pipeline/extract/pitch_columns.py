@@ -1,7 +1,7 @@
-"""The pitch of a task's clips, what it says of them, and which of them it leaves out.
+"""f0 of a task's clips, its measures, and the clips that they filter out.
 
-Estimators without a network run where songs are cut, song by song. Networks run where units are
-made, on the GPU where there is one, with all clips of a task before them.
+Estimators without a network run where songs are sliced, song by song. Networks run where units are
+computed, on the GPU if there is one, on all clips of a task at once.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from stages.types import Array
 
 
 class Pitch:
-    """f0 and its measures as columns; clips beyond the limits of `quality` go, with a reason."""
+    """Adds f0 and its measures as columns, and filters out clips beyond the limits of `quality`."""
 
     def __init__(self, job: ExtractJob) -> None:
         self.config = job.config
         self.weights = job.weights.get("f0.checkpoint")
-        # Another dataset's clips stay, whatever is found on them: their audio is taken over whole.
+        # Clips of another dataset all stay: its audio is taken over as it is.
         self.filters = job.taken_over is None
 
     def add(
         self, clips: pa.Table, ledger: Sequence[SongEntry], clock: StageClock
     ) -> tuple[pa.Table, list[SongEntry]]:
-        """`clips` with the columns of PITCH_SCHEMA, and `ledger` without what was left out."""
+        """Return `clips` with the columns of PITCH_SCHEMA, and `ledger` without filtered clips."""
         config = self.config
         wavs = DecodedClips(clips["audio"], config.audio.subtype)
         rate, hop = config.audio.sample_rate, config.f0.hop_length
@@ -62,7 +62,7 @@ class Pitch:
         )
 
     def _estimate(self, wavs: DecodedClips, song_ids: Sequence[str]) -> list[Array]:
-        """Contours with their gaps, which the measures need."""
+        """Return contours with their gaps, which the measures need."""
         rate = self.config.audio.sample_rate
         cfg = replace(self.config.f0, interpolate=False)
         if not cfg.networks:
@@ -111,7 +111,7 @@ def _with_columns(
 def _without(
     clips: pa.Table, ledger: Sequence[SongEntry], reasons: Sequence[str | None]
 ) -> tuple[pa.Table, list[SongEntry]]:
-    """Clips that have no reason to go, numbered anew within their songs; the ledger says so."""
+    """Return the clips without a reason, renumbered within their songs, and their ledger."""
     if not any(reasons):
         return clips, list(ledger)
     gone: dict[str, Counter[str]] = {}  # samples of each song, by reason
@@ -123,7 +123,7 @@ def _without(
             clips_gone[song_id, reason] += 1
     rate = clips["sample_rate"][0].as_py()
     entries = [
-        _settled_anew(
+        _without_dropped(
             entry,
             [
                 Dropped(reason, clips_gone[entry.song_id, reason], samples / rate)
@@ -136,7 +136,7 @@ def _without(
     return _numbered(kept), entries
 
 
-def _settled_anew(entry: SongEntry, dropped: Sequence[Dropped]) -> SongEntry:
+def _without_dropped(entry: SongEntry, dropped: Sequence[Dropped]) -> SongEntry:
     if not dropped:
         return entry
     left = entry.clips - sum(drop.clips for drop in dropped)
@@ -154,7 +154,7 @@ def _settled_anew(entry: SongEntry, dropped: Sequence[Dropped]) -> SongEntry:
 
 
 def _numbered(clips: pa.Table) -> pa.Table:
-    """Clips of each song, together and in order, as 0, 1, ... of so many."""
+    """Renumber the clips of each song, which are together and in order, from 0."""
     songs = clips["song_id"].to_pylist()
     counts = Counter(songs)
     seen: Counter[str] = Counter()
@@ -175,5 +175,5 @@ def _numbered(clips: pa.Table) -> pa.Table:
 
 
 def clip_name(song_id: str, number: int) -> str:
-    """The id of a song's clip, from 0."""
+    """Return the id of a song's clip; numbers begin at 0."""
     return f"{song_id}#{number:06d}"

@@ -19,9 +19,9 @@ from stages.types import Array
 
 PCM_16_STEP = 1 / 32768
 
-# A flat top: what follows was chosen on 11 recordings of singing and speech. It finds at most 2 in
-# 10,000 samples of any 5 s of them as they are; with their highest 1 % clipped, 68 to 100 % of the
-# clipped samples; with that resampled, which makes flat tops ring, 42 to 90 %.
+# A flat top. These constants were chosen on 11 recordings of singing and speech. They find at most
+# 2 in 10,000 samples of any 5 s as they are. With the highest 1 % clipped, they find 68 to 100 % of
+# the clipped samples; with that resampled, which makes flat tops ring, 42 to 90 %.
 _FLATNESS = (0.01, 0.003, 0.001)  # of the peak, between neighbours on a top
 _SHORTEST_TOP_SAMPLES = 4
 _STEEPNESS = 4.0  # of its flanks, over the flatness: a sine's flank reaches about 2
@@ -40,7 +40,7 @@ _ENERGY_SHARE = 0.99
 
 @dataclass(frozen=True, eq=False)
 class ClipAudio:
-    """The samples (T,) of a clip, T > 0, finite; what several measures need is worked out once."""
+    """The samples (T,) of a clip, T > 0, all finite; spectra are computed once."""
 
     wav: Array
     sample_rate: int
@@ -72,7 +72,7 @@ def _clipping_ratio(clip: ClipAudio) -> float:
 
 
 def _flat_samples(wav: Array) -> int:
-    """Samples on the flat tops of the upper side."""
+    """Count the samples on flat tops of the upper side."""
     peak = float(wav.max())
     if peak <= 0:
         return 0
@@ -92,7 +92,10 @@ def _flat_samples(wav: Array) -> int:
 def _tops(
     wav: Array, flat: NDArray[np.intp], steep: float
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """First and last samples of flat tops; `flat` lists the k where wav[k] is about wav[k + 1]."""
+    """Return the first and last samples of flat tops.
+
+    flat: every k where wav[k] is about wav[k + 1].
+    """
     gap = np.flatnonzero(np.diff(flat) > 1)
     starts = flat[np.concatenate([[0], gap + 1])] if len(flat) else flat
     ends = flat[np.concatenate([gap, [len(flat) - 1]])] + 1 if len(flat) else flat
@@ -132,7 +135,7 @@ def _ratio(db: float) -> float:
 
 
 def _power_spectra(wav: Array, sample_rate: int) -> NDArray[np.float32]:
-    """(F, K): Hann windows of about 50 ms, half overlapping, of the clip without its mean."""
+    """Return (F, K), of half overlapping Hann windows of about 50 ms; the mean is removed first."""
     from scipy import fft
 
     n_fft = 2 ** round(math.log2(sample_rate / 20))

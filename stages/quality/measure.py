@@ -1,4 +1,4 @@
-"""Measures of a clip: each is declared once, and all that is said or done about it follows.
+"""Declarations of measures and limits; columns, settings and documentation follow from them.
 
 Tested by tests/stages/quality/test_config.py.
 """
