@@ -19,6 +19,7 @@ from models.synthesizer.config import MelConfig, SynthesizerConfig
 from models.synthesizer.sovits.networks import Synthesizer
 from models.synthesizer.voice import (
     DESCRIPTION,
+    VERSION,
     WEIGHTS,
     NoPosterior,
     Voice,
@@ -205,7 +206,8 @@ def within(*way: str, **values: Any) -> Callable[[dict[str, Any]], None]:
     ("spoil", "words"),
     [
         (lambda c: c.pop("format"), "does not describe a Cantor voice"),
-        (within(version=3), "has version 3; this Cantor reads 1 to 2"),
+        (within(version=VERSION + 1),
+         f"has version {VERSION + 1}; this Cantor reads 1 to {VERSION}"),
         (lambda c: c.pop("step"), "step is missing"),
         (lambda c: [c["encoder"].pop(k) for k in ("name", "dim")],
          r"encoder\.name, encoder\.dim are missing"),

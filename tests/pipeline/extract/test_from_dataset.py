@@ -20,7 +20,6 @@ from pipeline.dataset.shards import (
     iter_shards,
     read_dataset_info,
     read_footer,
-    write_dataset_info,
     write_shard,
 )
 from pipeline.dataset.verify import verify
@@ -141,33 +140,6 @@ def test_settings_that_make_no_sense_are_refused(
     with pytest.raises(UserError, match=words):
         run_reextract(dataset, tmp_path / "new", settings)
     assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.slow
-def test_a_dataset_of_the_format_before_is_told_of_and_taken_over(
-    dataset: Path, corpus: Path, tmp_path: Path, run_extract: Extract, run_reextract: Reextract
-) -> None:
-    old = Path(shutil.copytree(dataset, tmp_path / "old"))
-    info = read_dataset_info(old)
-    settings = {k: v for k, v in info["settings"].items() if k != "f0.ensemble"}
-    settings["schema_version"] = 1
-    info |= {"schema_version": 1, "settings": settings, "fingerprint": fingerprint(settings)}
-    write_dataset_info(old, info)
-    measured = [name for name in PITCH_SCHEMA.names if name not in ("f0", "voiced_ratio")]
-    for path in iter_shards(old):
-        footer = replace(read_footer(path), schema_version=1, fingerprint=info["fingerprint"])
-        table = pq.read_table(path).drop_columns(measured)
-        entry = {b"cantor": footer.to_json().encode()}
-        pq.write_table(table.replace_schema_metadata(entry), path)
-
-    words = r"shards of schema version 1, .*; run `cantor extract --from .*old NEW`"
-    for command in (verify, lambda folder: run_extract(corpus, folder)):
-        with pytest.raises(UserError, match=words):
-            command(old)
-    run_reextract(old, tmp_path / "new", [])
-    assert verify(tmp_path / "new").problems == []
-    before, after = columns(dataset), columns(tmp_path / "new")
-    assert {name: after[name] for name in measured} == {name: before[name] for name in measured}
 
 
 def test_a_dataset_is_not_made_from_itself(dataset: Path, run_reextract: Reextract) -> None:
