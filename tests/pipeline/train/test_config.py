@@ -123,7 +123,7 @@ def test_a_number_that_is_a_name_is_taken_as_one() -> None:
         ("data.max_frames=25", "data.max_frames is 25; it must be at least data.min_frames, 30"),
         ("model.n_layers=-1", "model.n_layers is -1; it must be 1 or more"),
         ("model.n_heads=0", "model.n_heads is 0; it must be 1 or more"),
-        ("model.upsample_rates=[8,8,4,2,1]", "upsample_kernel_sizes has 4 where .* has 1"),
+        ("model.upsample_rates=[8,8,4,2,1]", "upsample_kernel_sizes has 4 for the rate 1"),
         ("model.upsample_initial_channel=16", "upsample_initial_channel is 16; it must be 32 or"),
         ("mel.n_mels=0", "mel.n_mels is 0"),
         ("mel.f_max=0", "mel.f_max is 0.0; it must be above mel.f_min, 0.0"),
