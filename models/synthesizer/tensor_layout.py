@@ -92,7 +92,7 @@ def matching_tensors(
         what,
         [
             ("has different values where the flows share one network:", unequal),
-            ("has NaN or infinity in", infinite),
+            ("has values that are not finite (NaN or infinity) in", infinite),
         ],
     )
     return tensors

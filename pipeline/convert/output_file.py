@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 from collections.abc import Iterator
@@ -67,6 +68,8 @@ class SongFile:
 
     num_samples: length of the file, at its own rate: as many as the source has at that rate.
     peak: the largest magnitude written.
+
+    Raises: UserError: when a sample is not finite.
     """
 
     def __init__(
@@ -108,11 +111,13 @@ class SongFile:
         trace: TracebackType | None,
     ) -> None:
         try:
-            if kind is None:
-                self._put(self._stream.push(np.zeros(0, np.float32), last=True))
-                self._put(np.zeros(self._left, np.float32))
-            with self._storing():
-                self._file.close()
+            try:
+                if kind is None:
+                    self._put(self._stream.push(np.zeros(0, np.float32), last=True))
+                    self._put(np.zeros(self._left, np.float32))
+            finally:
+                with self._storing():
+                    self._file.close()
             if kind is None:
                 self._commit()
         finally:
@@ -123,7 +128,13 @@ class SongFile:
         self._left -= len(wav)
         if len(wav):
             loud = np.abs(wav)
-            self.peak = max(self.peak, float(loud.max()))
+            highest = float(loud.max())
+            if not math.isfinite(highest):
+                raise UserError(
+                    f"{self.path} is not written: the voice's output is not finite (a sample "
+                    "exceeds the range of float32); its weights are unusable"
+                )
+            self.peak = max(self.peak, highest)
             self._over += int((loud > 1).sum())
         samples = _as_stored(wav, self._file.subtype)
         if self.cfg.channels == "dual":

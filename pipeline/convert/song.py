@@ -48,6 +48,10 @@ from stages.units import UnitStatistics, encode_units, pack_units, unpack_units
 
 HIGHEST_HZ = 1100.0  # so-vits-svc's networks do not tell higher pitches apart
 MAX_LEVEL_DIFFERENCE_DB = 6.0  # between song and voice; a larger one gives a notice
+_OTHER_VOICE = (
+    "its weights are unusable. Convert with an earlier checkpoint of its training, or train it "
+    "again with a lower optimizer.learning_rate"
+)
 Progress = Callable[[float], None]  # called with the seconds of the song done since the last call
 
 
@@ -132,7 +136,7 @@ class Converter:
         """
         begun, cpu = time.perf_counter(), time.process_time()
         with decoder.decode(source, self.sample_rate, self.config.resample) as decoded:
-            song = _SongConversion(self, decoded, progress)
+            song = _SongConversion(self, song_id, decoded, progress)
             song.analyse()
             with SongFile(
                 output, self.config.output, decoded, self.config.resample, self.sample_rate
@@ -166,8 +170,10 @@ class _SongConversion:
     statistics: mean and variance of the song's units, where the voice learnt normalised ones.
     """
 
-    def __init__(self, converter: Converter, decoded: Decoded, progress: Progress) -> None:
-        self.progress = progress
+    def __init__(
+        self, converter: Converter, song_id: str, decoded: Decoded, progress: Progress
+    ) -> None:
+        self.song_id, self.progress = song_id, progress
         self.models, self.config = converter.models, converter.config
         self.rate, self.hop = converter.sample_rate, converter.hop_length
         self.song = decoded.wav
@@ -394,9 +400,11 @@ class _SongConversion:
         predicted = self.models.network.predict_f0(
             inputs.units, f0, inputs.voiced, inputs.speaker, inputs.volume_of(self.models)
         )
+        own = predicted[0].cpu().numpy()
+        self._require_finite(own, piece, self.rate / self.hop, "the pitch that the voice predicts")
         first = piece.start if piece.joined else piece.read_start
         frames = slice(first - stretch.start, piece.read_stop - stretch.start)
-        melody[frames] = predicted[0].cpu().numpy()[first - piece.read_start :]
+        melody[frames] = own[first - piece.read_start :]
         stretch.target_f0[frames] = np.where(stretch.target_f0[frames] > 0, melody[frames], 0)
 
     def _sing(self, piece: Piece, inputs: _Inputs, f0: Array, phase: Tensor) -> Array:
@@ -414,7 +422,25 @@ class _SongConversion:
             volume=inputs.volume_of(self.models),
             phase=phase.to(device),
         )
-        return wav[0].float().cpu().numpy()
+        sung = wav[0].float().cpu().numpy()
+        self._require_finite(sung, piece, self.rate, "the voice's output")
+        return sung
+
+    def _require_finite(
+        self, values: Array, piece: Piece, rate: float, what: str, remedy: str = _OTHER_VOICE
+    ) -> None:
+        """Check the values that a network returned for a piece. rate: of the values, in Hz.
+
+        Raises: UserError: when a value is NaN or infinite.
+        """
+        finite = np.isfinite(values)
+        if finite.all():
+            return
+        second = max(0.0, piece.read_start * self.hop / self.rate + finite.argmin() / rate)
+        raise UserError(
+            f"{self.song_id}: {what} is not finite (NaN or infinity, first at {second:.2f} s); "
+            f"{remedy}"
+        )
 
     def _enhance(
         self, enhancer: Enhancer, piece: Piece, wav: Array, f0: Array, phase: Tensor
@@ -432,6 +458,9 @@ class _SongConversion:
             phase=phase,
         )
         out = resample(enhanced.cpu().numpy(), rate, self.rate, self.config.resample)[: len(wav)]
+        self._require_finite(
+            out, piece, self.rate, "the enhancer's output", "name another enhancer.checkpoint"
+        )
         return np.pad(out, (0, len(wav) - len(out)))
 
 

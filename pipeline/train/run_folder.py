@@ -14,6 +14,7 @@ A checkpoint gets its name when it is complete and on the disk, and loses it bef
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -189,17 +190,17 @@ class Checkpoints:
         return None
 
     def best(self) -> Checkpoint | None:
-        """Return the checkpoint of the least mel distance; None when none was validated.
+        """Return the checkpoint of the least finite mel distance; None when no one has any.
 
         Their files are not checked.
         """
-        known = [c for c in self._readable() if _BEST_BY in c.validation]
+        known = [c for c in self._readable() if _distance(c.validation) is not None]
         return min(known, key=lambda c: (c.validation[_BEST_BY], c.step), default=None)
 
     def would_be_best(self, validation: Mapping[str, float]) -> bool:
         """Return True when no checkpoint has a smaller mel distance."""
         best = self.best()
-        value = validation.get(_BEST_BY)
+        value = _distance(validation)
         return value is not None and (best is None or value < best.validation[_BEST_BY])
 
     def folder_of(self, step: int) -> Path:
@@ -226,6 +227,12 @@ class Checkpoints:
         for folder in self._folders()[: -self.keep_last]:
             if best is None or folder != best.folder:
                 _remove(folder)
+
+
+def _distance(validation: Mapping[str, float]) -> float | None:
+    """Return the mel distance; None when it was not measured or is not finite."""
+    value = validation.get(_BEST_BY, math.nan)
+    return value if math.isfinite(value) else None
 
 
 def _seal(folder: Path, step: int, validation: Mapping[str, float]) -> None:

@@ -13,12 +13,16 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+from torch import Tensor
+
 from models.synthesizer.batch import Batch
 from models.synthesizer.voice import Voice, VoiceEncoder, save_voice
 from pipeline.dataset.shard_dataset import ShardDataset
+from pipeline.errors import UserError, first_names
 from pipeline.train.config import TrainConfig
 from pipeline.train.run_folder import Checkpoints, RunFolder, write_training
-from pipeline.train.train_state import TrainState
+from pipeline.train.train_state import REMEDY, TrainState
 from pipeline.train.validation import Metrics, describe_measures, fixed_clips
 from pipeline.train.watch import Watch
 
@@ -69,7 +73,8 @@ class RunWriter:
         if self.state.steps_done == 0:
             self._validate()
             if self.validation:
-                self.log.write(json.dumps({"step": 0, "validation": self.validation}) + "\n")
+                line = {"step": 0, "validation": _json_values(self.validation)}
+                self.log.write(json.dumps(line) + "\n")
 
     def write_step(self, line: dict[str, Any], losses: Mapping[str, float]) -> bool:
         """Write a step that is done. line: for the log. Returns whether the run is to stop."""
@@ -80,7 +85,7 @@ class RunWriter:
         if done % run.validate_every == 0 or last:
             self._validate()
             if self.validation:
-                line["validation"] = self.validation
+                line["validation"] = _json_values(self.validation)
         self.log.write(json.dumps(_json_values(line)) + "\n")
         self.log.flush()
         if done % run.save_every == 0 or last or (run.keep_best and self._is_best()):
@@ -106,12 +111,34 @@ class RunWriter:
     def _save(self) -> None:
         done = self.state.steps_done
         validation = self.validation if self._validated_at == done else {}
-        self.checkpoints.save(done, self._write_checkpoint, validation)
+        tensors = self.state.tensors()
+        _require_finite(done, tensors, validation)
+        self.checkpoints.save(
+            done, lambda folder: self._write_checkpoint(folder, tensors), validation
+        )
         self._saved_at = done
 
-    def _write_checkpoint(self, folder: Path) -> None:
+    def _write_checkpoint(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         save_voice(folder, _describe_voice(self.state, self.config, self.data))
-        write_training(folder, self.state.tensors(), self.state.notes())
+        write_training(folder, tensors, self.state.notes())
+
+
+def _require_finite(
+    step: int, tensors: Mapping[str, Tensor], validation: Mapping[str, float]
+) -> None:
+    """Refuse to save a state that no training can continue from and no voice can sing with.
+
+    Raises: UserError: when weights, moments of the optimizers or validation are not finite.
+    """
+    wrong = [
+        f"validation's {name}" for name, value in validation.items() if not math.isfinite(value)
+    ]
+    wrong += [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if wrong:
+        raise UserError(
+            f"{first_names(wrong)} became not finite (NaN or infinity) at step {step}, which is "
+            f"not saved. Earlier checkpoints of this run may have diverged already; {REMEDY}"
+        )
 
 
 def _describe_voice(state: TrainState, config: TrainConfig, data: ShardDataset) -> Voice:

@@ -33,6 +33,10 @@ from pipeline.train.run_folder import (
     part_of,
 )
 
+REMEDY = (
+    "start a new run with a lower optimizer.learning_rate, with optimizer.clip_norm, or with "
+    "run.precision=bf16 or fp32"
+)
 Networks = tuple[Synthesizer, MultiPeriodDiscriminator]
 
 

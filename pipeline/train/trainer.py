@@ -44,7 +44,7 @@ from pipeline.train.run_folder import (
 )
 from pipeline.train.run_settings import numeric_settings, require_suitable
 from pipeline.train.run_writer import RunWriter, open_writer
-from pipeline.train.train_state import TrainState, new_state, resume_state
+from pipeline.train.train_state import REMEDY, TrainState, new_state, resume_state
 from pipeline.train.watch import ConsoleWatch, SilentWatch, Watch
 
 
@@ -225,7 +225,6 @@ class _Trainer:
             self.folder.write_json(name, {**values, "clips": clips})
         raise UserError(
             f"{' and '.join(wrong)} became {self.losses[wrong[0]]} at step {line['step']}, at a "
-            f"learning rate of {line['lr']:g}; {self.folder.folder / name} lists the clips. Begin "
-            "a new run from an earlier checkpoint with --init-from, and lower "
-            "optimizer.learning_rate, set optimizer.clip_norm, or set run.precision to bf16 or fp32"
+            f"learning rate of {line['lr']:g}; {self.folder.folder / name} lists the clips. The "
+            f"checkpoints of this run may have diverged already; {REMEDY}"
         )

@@ -122,7 +122,7 @@ class Metrics:
         """Analyse wav (1, T)."""
         spec = spectrogram(wav, self.mel, self.hop_length)
         mel = mel_of(spec, self.mel, self.sample_rate)[0].cpu().numpy()
-        # A run that diverged is stopped by the check of its losses, not here.
+        # A run that diverged is stopped by the checks of its losses and of its checkpoints.
         finite = np.nan_to_num(wav[0].cpu().numpy(), posinf=0.0, neginf=0.0)
         settings = F0Config(
             method="praat", hop_length=self.hop_length, f0_max=min(1100.0, 0.45 * self.sample_rate)

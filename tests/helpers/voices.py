@@ -56,6 +56,14 @@ def small_voice(seed: int = 0, **changes: Any) -> Voice:
     )
 
 
+def write_overflowing_voice(folder: Path) -> Path:
+    """Write a voice with finite weights and an output of NaN, as a training that diverged does."""
+    voice = small_voice()
+    tensors = {name: tensor * 1e30 for name, tensor in voice.tensors.items()}
+    save_voice(folder, dataclasses.replace(voice, tensors=tensors))
+    return folder
+
+
 def write_small_voice(folder: Path, seed: int = 0, **changes: Any) -> Path:
     save_voice(folder, small_voice(seed, **changes))
     return folder

@@ -108,7 +108,7 @@ REFUSED_FILES: dict[str, tuple[dict[str, Any], str]] = {
     "surplus": ({"generator": tiny_state(extra=torch.zeros(1))}, "1 unknown tensors: extra$"),
     "not finite": (
         {"generator": tiny_state(**{"ups.1.bias": torch.full((8,), torch.nan)})},
-        "has NaN or infinity in ups.1.bias",
+        r"has values that are not finite \(NaN or infinity\) in ups\.1\.bias",
     ),
     "voice": ({"model": {"enc_p.proj.weight": torch.zeros(1)}}, "is a voice, which takes"),
     "rvc": ({"weight": {"enc_p.emb_phone.weight": torch.zeros(1)}}, "is a voice of RVC"),

@@ -35,7 +35,12 @@ from stages.decode import DecodeConfig, Decoder
 from stages.types import Array
 from tests.helpers.checkpoints import GOLDEN, write_hubert_base
 from tests.helpers.songs import tune
-from tests.helpers.voices import SETTINGS, small_voice, write_small_voice
+from tests.helpers.voices import (
+    SETTINGS,
+    small_voice,
+    write_overflowing_voice,
+    write_small_voice,
+)
 from tests.models.synthesizer.test_vocoder import write_vocoder
 from tests.pipeline.conftest import Extract
 
@@ -54,6 +59,14 @@ def song(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight seconds, with pauses."""
     path = tmp_path_factory.mktemp("song") / "song.wav"
     sf.write(path, tune(8.0, RATE), RATE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second."""
+    path = tmp_path_factory.mktemp("short") / "song.wav"
+    sf.write(path, tune(1.0, RATE), RATE)
     return path
 
 
@@ -311,6 +324,45 @@ def test_what_a_person_can_put_right_is_said(voice: Path, song: Path, tmp_path: 
         convert(voice, song, song)
     with pytest.raises(UserError, match="holds no voice"):
         read_request(tmp_path)
+
+
+def test_output_that_is_not_finite_is_one_sentence_and_no_file(short: Path, tmp_path: Path) -> None:
+    voice = write_overflowing_voice(tmp_path / "voice")
+    (tmp_path / "out").mkdir()
+    words = r"song\.wav: the voice's output is not finite .*at \d\.\d\d s"
+    for name, *settings in (
+        ("a.wav",),
+        ("a.wav", FLOAT, "units.second_pass=true"),
+        ("a.flac", "output.subtype=PCM_24"),
+        ("a.ogg", "output.envelope=1"),
+    ):
+        who = "voice.speaker=ann"
+        refused(voice, short, tmp_path / "out" / name, who, *settings, words=words)
+        assert list((tmp_path / "out").iterdir()) == []
+    guess = ("voice.speaker=ann", "pitch.predict=true")
+    refused(voice, short, tmp_path / "a.wav", *guess, words="the pitch that the voice predicts is")
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_output_that_overflows_on_its_way_to_the_file_is_refused(
+    voice: Path, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sing(*args: Any) -> Array:
+        return np.full(args[1].frames * 160, 3e38, np.float32)
+
+    monkeypatch.setattr("pipeline.convert.song._SongConversion._sing", sing)
+    quiet = "loudness.target_lufs=-60"  # undone by a gain
+    out = tmp_path / "out.wav"
+    refused(voice, short, out, "voice.speaker=ann", FLOAT, quiet, words="output is not finite")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_whose_output_is_not_finite_is_refused(short: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    voice = write_overflowing_voice(tmp_path / "voice")
+    out, onnx = tmp_path / "out.wav", "compute.backend=onnx"
+    refused(voice, short, out, "voice.speaker=ann", onnx, words="voice's output is not finite")
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ from pipeline.reports.command_summary import show_summary
 from pipeline.songs.plan import PlannedSong, Task, load_plan
 from pipeline.storage.weight_files import WeightFile
 from tests.helpers.songs import tune
-from tests.helpers.voices import write_small_voice
+from tests.helpers.voices import write_overflowing_voice, write_small_voice
 from tests.pipeline.extract.test_kills import kill_everything, start_command
 
 RATE = 16000
@@ -142,6 +142,17 @@ def test_every_song_is_converted_or_has_a_reason(made: Path, convert: Convert) -
     show_summary(Console(file=written, width=200), folder_summary(outcome, made / "out"))
     assert "1 quarantined: empty_file" in written.getvalue()
     assert "b/corrupt.flac: unreadable" in written.getvalue()
+
+
+def test_a_voice_whose_output_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    """It is no fault of the song, which is left to a better voice."""
+    voice = write_overflowing_voice(tmp_path / "voice")
+    write_song(tmp_path / "songs" / "one.wav")
+    request = read_request(voice, ["voice.speaker=ann", "output.subtype=FLOAT"])
+    console, options = Console(file=io.StringIO()), BatchOptions(local=True)
+    with pytest.raises(UserError, match=r"one\.wav: the voice's output is not finite"):
+        convert_folder(request, tmp_path / "songs", tmp_path / "out", options, console)
+    assert not [*(tmp_path / "out").rglob("*.wav"), *(tmp_path / "out").rglob("ledger/*")]
 
 
 def test_what_was_converted_can_be_told(made: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -42,6 +43,14 @@ def never(line: str) -> None:
     raise AssertionError(line)
 
 
+def test_a_distance_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path / "checkpoints")
+    kept.save(1, fill(), {"mel_distance": math.nan})
+    assert kept.best() is None
+    assert not kept.would_be_best({"mel_distance": math.nan})
+    assert kept.would_be_best({"mel_distance": 9.0})
+
+
 def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
     kept = Checkpoints(tmp_path / "checkpoints", keep_last=2, keep_best=True)
     distances = {1: 3.0, 2: 1.0, 3: 2.0, 4: None, 5: 1.5, 6: 1.0}
@@ -54,6 +63,7 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
     assert kept.would_be_best({"mel_distance": 0.9})
     assert not kept.would_be_best({"mel_distance": 1.0})
     assert not kept.would_be_best({})
+    assert not kept.would_be_best({"mel_distance": math.nan})
     Checkpoints(kept.folder, keep_last=2, keep_best=False).save(7, fill(), {})
     assert steps_in(kept) == [6, 7]
 

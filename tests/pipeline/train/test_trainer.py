@@ -221,6 +221,23 @@ def test_losses_that_are_no_numbers_stop_the_run_and_name_the_clips(
     assert len(losses(tmp_path)) == 1
 
 
+def test_weights_that_are_not_finite_are_not_saved(data: Path, tmp_path: Path) -> None:
+    """The loss of the step that makes them is finite."""
+    words = ("optimizer.learning_rate=1e39", "loss.adversarial_from=9", "run.save_every=1")
+    with pytest.raises(UserError, match=r"generator/.* became not finite .* at step 1, which is"):
+        fit(data, tmp_path, small_config(*words))
+    assert not (tmp_path / "checkpoints").exists()
+    assert len(losses(tmp_path)) == 1
+
+
+def test_a_voice_whose_validation_is_not_finite_is_not_saved(data: Path, tmp_path: Path) -> None:
+    words = ("optimizer.learning_rate=1e34", "loss.adversarial_from=9", "run.validate_every=1",
+             "run.validation_clips=1", "run.save_every=1")  # fmt: skip
+    with pytest.raises(UserError, match=r"validation's mel_\w+, .* became not finite .* step 1"):
+        fit(data, tmp_path, small_config(*words))
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_frozen_parameters_stay_and_the_others_move(
     data: Path, whole: Path, tmp_path: Path
 ) -> None:

@@ -268,7 +268,7 @@ WHOLE_NUMBERS = torch.ones(5, 12, dtype=torch.int64)
         (edit(lambda t: t.update({"emb_g.weight": WHOLE_NUMBERS})),
          r"no floating-point tensor for emb_g\.weight \(torch\.int64\)"),
         (edit(lambda t: t.update({"pre.bias": torch.full((16,), torch.nan)})),
-         r"has NaN or infinity in pre\.bias"),
+         r"not finite \(NaN or infinity\) in pre\.bias"),
         (edit(lambda t: t.update({"flow.wn.cond_layer.bias": torch.ones(64)})),
          r"different values .*flow\.wn\.cond_layer\.bias"),
         (lambda: {"model": {}}, r"lacks (\d+) of \1 tensors"),
