@@ -376,7 +376,7 @@ def convert(
     from pipeline.convert.command import convert_file, read_request, write_page
     from pipeline.convert.folder import BatchOptions, convert_folder
     from pipeline.convert.summary import folder_summary, song_summary
-    from pipeline.songs.corpus import MANIFEST_SUFFIXES
+    from pipeline.songs.manifest import MANIFEST_SUFFIXES
 
     voice, song, out = map(Path, paths)
     if not song.exists():

@@ -34,7 +34,7 @@ from pipeline.convert.speaker_mix import is_mix_file
 from pipeline.errors import UserError, first_names
 from pipeline.fingerprint import counted, differences, fingerprint, neutral_values
 from pipeline.songs.balance import QUARANTINED
-from pipeline.songs.corpus import Corpus, ListedSong, list_corpus, not_listed
+from pipeline.songs.corpus import Corpus, ListedSong, list_corpus, named_as_planned, not_listed
 from pipeline.songs.plan import PlannedSong, Task, append_plan, load_plan, plan_songs
 from pipeline.storage.atomic import read_info, write_info
 from pipeline.storage.weight_files import WeightFile, read_weights
@@ -137,6 +137,9 @@ class FolderConversion:
 
     def plan(self) -> TaskPlan[Record]:
         tasks = load_plan(self.folder)
+        self.corpus = named_as_planned(
+            self.corpus, (song.song_id for task in tasks.values() for song in task.songs)
+        )
         records, damaged = read_records(self.folder, tasks)
         self.notices += [f"{error}; its song is converted again" for error in damaged]
         added = self._plan_songs(tasks)

@@ -16,7 +16,7 @@ from pipeline.errors import first_names
 from pipeline.extract.config import ExtractConfig
 from pipeline.extract.job import TakenOver
 from pipeline.extract.plan_changes import Changes, PlanUpdate, find_changes
-from pipeline.songs.corpus import Corpus, list_corpus
+from pipeline.songs.corpus import Corpus, list_corpus, named_as_planned
 from pipeline.songs.plan import Task, default_task_minutes, make_tasks, plan_songs
 
 
@@ -53,7 +53,8 @@ class FromCorpus:
 
     def update_plan(self, tasks: Mapping[int, Task], committed: Mapping[int, Footer]) -> PlanUpdate:
         """Return tasks for songs that are new, changed or retried. Reads their headers."""
-        corpus = self.corpus
+        planned = (song.song_id for task in tasks.values() for song in task.songs)
+        corpus = named_as_planned(self.corpus, planned)
         changes = find_changes(corpus, tasks, committed, self.retry_quarantined, self.redo_changed)
         added = self._plan_changes(corpus, tasks, changes)
         speakers = Counter(source.speaker for source in corpus.songs)

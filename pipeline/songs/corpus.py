@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
-import re
+import posixpath
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TextIO
 
 from pipeline.errors import UserError, first_names
+from pipeline.songs.audio_suffixes import AUDIO_SUFFIXES
+from pipeline.songs.manifest import MANIFEST_SUFFIXES, read_manifest, writable
 
-# Names of files to list. Whether a file can be decoded, its content decides.
-AUDIO_SUFFIXES = frozenset(
-    ".wav .wave .rf64 .w64 .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf "
-    ".m4a .m4b .aac .wma .mp4 .mkv .mov .webm .avi .ape .wv .tta .ac3".split()
+_MOST_KINDS = 20  # of files that are not songs, in a notice
+
+# Folders that operating systems and storage devices make, in lower case. None is a speaker.
+_SYSTEM_FOLDERS = frozenset(
+    (
+        "$recycle.bin",
+        "recycler",
+        "system volume information",
+        "$extend",
+        "lost+found",
+        "__macosx",
+        "network trash folder",
+        "temporary items",
+        "@eadir",
+        "@recycle",
+        "@recently-snapshot",
+        "#recycle",
+        "#snapshot",
+        "@tmp",
+        "@sharebin",
+        "found.000",
+    )
 )
-MANIFEST_SUFFIXES = frozenset({".csv", ".jsonl"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +59,7 @@ class Corpus:
     songs: list[ListedSong]
     ignored: Counter[str] = field(default_factory=Counter)  # by suffix: not audio by name
     loops: list[str] = field(default_factory=list)  # symbolic links that lead back up
+    system_folders: list[str] = field(default_factory=list)  # recycle bins and the like
 
 
 def song_id_of(path: bytes) -> str:
@@ -63,7 +80,7 @@ def list_corpus(path: Path, speaker: str | None = None) -> Corpus:
     """
     path = path.absolute()
     if speaker is not None:
-        speaker = unicodedata.normalize("NFC", _writable(speaker, "--speaker").strip())
+        speaker = unicodedata.normalize("NFC", writable(speaker, "--speaker").strip())
         if not speaker:
             raise UserError("--speaker is empty; name the speaker of the whole corpus")
     if path.is_dir():
@@ -122,6 +139,9 @@ def _walk(
         if entry.name.startswith(b"."):
             continue  # .ipynb_checkpoints, ._song.wav, .git
         inside = os.path.join(relative, entry.name)
+        if os.fsdecode(entry.name).lower() in _SYSTEM_FOLDERS:
+            corpus.system_folders.append(song_id_of(inside))
+            continue
         suffix = os.fsdecode(os.path.splitext(entry.name)[1]).lower()
         try:
             stat = entry.stat()
@@ -149,99 +169,51 @@ def _list_manifest(manifest: Path, speaker: str | None) -> Corpus:
     root = manifest.parent
     corpus = Corpus(root, [])
     first_line: dict[str, int] = {}
-    for line, row in _read_manifest(manifest):
-        where = f"{manifest}, line {line}"
-        name = _text(row, "path", where)
-        if not name:
-            raise UserError(f"{where}: 'path' is missing")
-        who = speaker if speaker is not None else _text(row, "speaker", where).strip()
-        if not who:
-            raise UserError(f"{where}: 'speaker' is missing (or pass --speaker NAME)")
-        split = _text(row, "split", where) or "train"
-        if not re.fullmatch(r"[A-Za-z0-9_]{1,64}", split):
-            raise UserError(f"{where}: split {split!r} may hold letters, digits and _ only")
-        song_id = song_id_of(os.fsencode(name))
-        if song_id in first_line:
-            raise UserError(f"{where}: {name} was named in line {first_line[song_id]} already")
-        first_line[song_id] = line
+    for row in read_manifest(manifest, speaker):
+        path = os.fsencode(row.path)
+        song_id = song_id_of(os.path.normpath(path))  # ./a.wav and b/../a.wav are a.wav
+        if song_id in ("", ".", ".."):
+            raise UserError(f"{row.where}: {row.path} is a folder; name an audio file")
+        place = song_id_of(os.path.normpath(os.path.join(os.fsencode(root), path)))
+        if place in first_line:
+            raise UserError(
+                f"{row.where}: {row.path} was named in line {first_line[place]} already"
+            )
+        first_line[place] = row.line
         try:
-            stat = os.stat(root / name)
+            stat = os.stat(root / row.path)
             size, mtime_ns = stat.st_size, stat.st_mtime_ns
         except OSError:
             size, mtime_ns = 0, 0  # planned, so that it is quarantined and not lost
-        who = unicodedata.normalize("NFC", who)
-        corpus.songs.append(ListedSong(song_id, who, split, os.fsencode(name), size, mtime_ns))
+        who = unicodedata.normalize("NFC", row.speaker)
+        corpus.songs.append(ListedSong(song_id, who, row.split, path, size, mtime_ns))
     return corpus
 
 
-def _text(row: dict[str, object], key: str, where: str) -> str:
-    """Return the text of a manifest's cell; "" where it is absent."""
-    value = row.get(key)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(f"{where}: '{key}' must be text, not {value!r}")
-    return _writable(value, f"{where}: '{key}'")
+def named_as_planned(corpus: Corpus, planned: Iterable[str]) -> Corpus:
+    """Return the corpus with the song_ids of a plan.
 
-
-def _writable(text: str, what: str) -> str:
-    """Return `text`, which must be able to name a file and be written to a dataset."""
-    if "\0" in text:
-        raise UserError(f"{what} has a NUL byte; remove it")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{what} has a lone surrogate, which is no character") from error
-    return text
-
-
-def _read_manifest(manifest: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    try:
-        with manifest.open(encoding="utf-8-sig", newline="") as file:
-            if manifest.suffix.lower() == ".jsonl":
-                for number, text in enumerate(file, start=1):
-                    if text.strip():
-                        try:
-                            row = json.loads(text)
-                        except ValueError as error:  # also a number of too many digits
-                            raise UserError(f"{manifest}, line {number}: {error}") from error
-                        if not isinstance(row, dict):
-                            raise UserError(f"{manifest}, line {number}: not a JSON object")
-                        yield number, row
-            else:
-                yield from _read_csv(manifest, file)
-    except OSError as error:
-        raise UserError(f"cannot read {manifest}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{manifest} is not UTF-8: {error.reason} at byte {error.start}") from error
-
-
-def _read_csv(manifest: Path, file: TextIO) -> Iterator[tuple[int, dict[str, object]]]:
-    """Yield each row by column, with the line that it begins in."""
-    rows = csv.reader(file, strict=True)
-    line = 1
-    try:
-        columns = next(rows, [])
-        if "path" not in columns:
-            raise UserError(
-                f"{manifest}: the first line must name the columns path, speaker and "
-                f"optionally split; it names {', '.join(sorted(columns)) or 'nothing'}"
-            )
-        line = rows.line_num + 1
-        for row in rows:
-            if row:
-                yield line, dict(zip(columns, row, strict=False))
-            line = rows.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{manifest}, line {line}: {error}; is a quote left open?") from error
+    Plans of earlier versions have song_ids as a manifest spelled them, such as ./a.wav.
+    """
+    names = {posixpath.normpath(song_id): song_id for song_id in planned}
+    songs = [replace(song, song_id=names.get(song.song_id, song.song_id)) for song in corpus.songs]
+    return replace(corpus, songs=songs)
 
 
 def not_listed(corpus: Corpus) -> list[str]:
-    """Return notices about files and links of a corpus that are not listed as songs."""
+    """Return notices about files, folders and links of a corpus that are not listed as songs."""
     notices = []
     if corpus.ignored:
-        kinds = ", ".join(f"{suffix} {n}" for suffix, n in corpus.ignored.most_common(6))
+        most = corpus.ignored.most_common(_MOST_KINDS)
+        kinds = ", ".join(f"{suffix} {n}" for suffix, n in most)
+        rest = len(corpus.ignored) - len(most)
+        if rest:
+            others = corpus.ignored.total() - sum(n for _, n in most)
+            kinds += f" and {rest} more kinds ({others} files)"
         notices.append(f"files that are not named like audio were skipped: {kinds}")
+    if corpus.system_folders:
+        names = first_names(corpus.system_folders)
+        notices.append(f"folders of the operating system were skipped: {names}")
     if corpus.loops:
         notices.append(f"links that lead back up were skipped: {first_names(corpus.loops)}")
     return notices

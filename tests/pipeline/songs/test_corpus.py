@@ -6,9 +6,12 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+import soundfile
+from av.format import ContainerFormat, formats_available
 
 from pipeline.errors import UserError
-from pipeline.songs.corpus import list_corpus
+from pipeline.songs.audio_suffixes import AUDIO_SUFFIXES
+from pipeline.songs.corpus import list_corpus, named_as_planned, not_listed
 
 
 def touch(root: Path, *names: str) -> None:
@@ -31,6 +34,69 @@ def test_the_first_folder_is_the_speaker_at_any_depth(tmp_path: Path) -> None:
         ("bob/c.MP3", "bob"),
     ]
     assert corpus.ignored == {".jpg": 1}
+
+
+# Suffixes of FFmpeg's containers that have no sound, do not state the rate of their samples, or
+# mostly name other files.
+NOT_SONGS = frozenset(
+    """
+    264 265 266 adf al ans apv aqt art asc avc avif avs avs2 avs3 bit bitpacked cdata cdg cdxl cgi
+    cif dat derf diz dtk evc fits flm frm gif h261 h264 h265 h266 h26l heic heif hevc ice ico idf
+    idx ifv imx ipu ivf j2k jxl lrc lxf mcc mjpeg mjpg mks mpl2 mpo mxg nfo obu pdv pjs qcif rco rcv
+    rgb rt sami sb sbg scc sga sga sln smi son srt ss2 stl str sub sup sw tco txd txt ty+ ub ul uw
+    v v210 vb vc1 viv vt vtt vvc webvtt xl y4m yuv yuv10 ser
+    """.split()
+)
+
+
+def test_every_container_that_is_read_has_its_suffixes_listed() -> None:
+    known = {suffix.removeprefix(".") for suffix in AUDIO_SUFFIXES}
+    named = set()
+    for name in formats_available:
+        try:
+            named |= {suffix.lower() for suffix in ContainerFormat(name, "r").extensions}
+        except ValueError:
+            continue  # a container that is only written
+    assert sorted(named - known - NOT_SONGS) == []
+    written = {name.lower() for name in soundfile.available_formats()} - {"raw", "htk", "wavex"}
+    assert sorted(written - known - {"mat4", "mat5", "mpc2k", "nist"}) == []
+    named_by_users = {
+        ".mka",
+        ".weba",
+        ".3gp",
+        ".m4r",
+        ".flv",
+        ".mpg",
+        ".ts",
+        ".mp2",
+        ".ogv",
+        ".spx",
+    }
+    assert named_by_users <= AUDIO_SUFFIXES
+
+
+def test_kinds_of_files_that_are_no_songs_are_all_named_or_counted(tmp_path: Path) -> None:
+    kinds = [".txt", ".lab", ".json", ".TextGrid", ".mid", ".xml", ".zip", ".7z"]
+    touch(tmp_path, "ann/song1.wav", "ann/song2.mka", "ann/README")
+    touch(tmp_path, *(f"ann/{name}{kind}" for kind in kinds[:6] for name in ("x", "y")))
+    touch(tmp_path, *(f"ann/x{kind}" for kind in kinds[6:]))
+    assert ids(tmp_path) == ["ann/song1.wav", "ann/song2.mka"]
+    (notice,) = not_listed(list_corpus(tmp_path))
+    for kind in kinds:
+        assert f"{kind.lower()} " in notice
+    assert "(no suffix) 1" in notice
+    touch(tmp_path, *(f"ann/x.{number}" for number in range(1000, 1030)))
+    (notice,) = not_listed(list_corpus(tmp_path))
+    assert notice.endswith(" and 19 more kinds (19 files)")
+
+
+def test_folders_of_the_operating_system_are_no_speakers(tmp_path: Path) -> None:
+    folders = ["$RECYCLE.BIN", "System Volume Information", "lost+found", "__MACOSX", "@eaDir"]
+    touch(tmp_path, "ann/a.wav", "ann/@eaDir/a.wav/b.mp3", ".Trash-1000/files/d.wav")
+    touch(tmp_path, *(f"{folder}/c.wav" for folder in folders))
+    assert ids(tmp_path) == ["ann/a.wav"]
+    (notice,) = not_listed(list_corpus(tmp_path))
+    assert "$RECYCLE.BIN, @eaDir, System Volume Information and 3 more" in notice
 
 
 def test_hidden_folders_and_files_belong_to_nobody(tmp_path: Path) -> None:
@@ -130,10 +196,21 @@ def test_manifests_in_csv_and_jsonl_agree(tmp_path: Path) -> None:
         ('path,"speaker\na.wav,ann\n', "line 1: .*quote"),
         ("path,speaker\n\n\na.wav,\n", "line 4: 'speaker'"),
         ("", "path, speaker"),
+        ("path,speaker\na.wav,Smith, John\n", "line 2, column 3: 3 cells, but the header has 2"),
+        ("path;speaker\na.wav;ann;x\n", "line 2, column 3: 3 cells.* ';'"),
+        ("path,speaker,speaker\na.wav,ann,bob\n", "line 1, column 3: 'speaker' is also column 2"),
+        ("path,speaker, Speaker\na.wav,ann,bob\n", "line 1, column 3: 'speaker' is also"),
+        ("path,,speaker\na.wav,x,ann\n", "line 1, column 2: it has no name"),
+        ("path,speaker,\na.wav,ann,\n", "line 1, column 3: it has no name"),
+        ("path,speaker\n./a.wav,ann\na.wav,ann\n", "line 3: a.wav was named in line 2"),
+        ("path,speaker\na.wav,ann\nb/../a.wav,ann\n", "line 3: b/../a.wav was named in line 2"),
+        ("path,speaker\na.wav,ann\n{root}/a.wav,ann\n", "line 3: .*/a.wav was named in line 2"),
+        ("path,speaker\na//b.wav,ann\na/./b.wav,ann\n", "line 3: a/./b.wav was named in line 2"),
+        ("path,speaker\n./,ann\n", "line 2: ./ is a folder"),
     ],
 )
 def test_a_faulty_manifest_names_the_line(tmp_path: Path, text: str, words: str) -> None:
-    (tmp_path / "m.csv").write_text(text)
+    (tmp_path / "m.csv").write_text(text.replace("{root}", str(tmp_path)))
     with pytest.raises(UserError, match=words):
         list_corpus(tmp_path / "m.csv")
 
@@ -149,13 +226,39 @@ def test_a_faulty_manifest_names_the_line(tmp_path: Path, text: str, words: str)
         (r'{"path": "a.wav", "speaker": "\udcff"}', "'speaker' has a lone surrogate"),
         ('{"path": ' + "1" * 5000 + "}", "digits"),
         ("[]", "not a JSON object"),
+        ("[" * 100_000, "recursion"),
+        ('{"path": "a.wav", "speaker": "ann", " path": "b.wav"}', "column 3: 'path' is also"),
     ],
 )
 def test_a_faulty_jsonl_row_names_the_line(tmp_path: Path, row: str, words: str) -> None:
     good = json.dumps({"path": "good.wav", "speaker": "ann"})
     (tmp_path / "m.jsonl").write_text(f"{good}\n{row}\n")
-    with pytest.raises(UserError, match=r"m\.jsonl, line 2: .*" + words):
+    with pytest.raises(UserError, match=r"m\.jsonl, line 2[:,].*" + words):
         list_corpus(tmp_path / "m.jsonl")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path,speaker,split\na.wav,ann,validation\nb.wav,bob\n",
+        " Path , SPEAKER ,split\na.wav, ann, validation\nb.wav,bob,\n",
+        "\ufeffpath;speaker;split\r\na.wav;ann;validation\r\nb.wav;bob;\r\n",
+        '"path"\t"speaker"\t"split"\na.wav\tann\tvalidation\nb.wav\tbob\t\n',
+        "speaker,note,split,path\nann,x,validation,./a.wav\nbob,y,,c/../b.wav\n",
+    ],
+)
+def test_manifests_of_spreadsheets_are_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "m.csv").write_text(text)
+    assert [(s.song_id, s.speaker, s.split) for s in list_corpus(tmp_path / "m.csv").songs] == [
+        ("a.wav", "ann", "validation"),
+        ("b.wav", "bob", "train"),
+    ]
+
+
+def test_songs_keep_the_ids_of_a_plan_that_spelled_them_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("path,speaker\na.wav,ann\nb.wav,ann\n")
+    corpus = named_as_planned(list_corpus(tmp_path / "m.csv"), ["./a.wav", "gone.wav"])
+    assert [song.song_id for song in corpus.songs] == ["./a.wav", "b.wav"]
 
 
 def test_quoted_fields_may_span_lines(tmp_path: Path) -> None:
