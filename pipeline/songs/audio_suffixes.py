@@ -14,7 +14,7 @@ _AUDIO = """
     wav wave bwf bw64 rf64 w64 wavex amb aif aiff aifc aff flac alac caf au snd
     mp1 mp2 mp3 mpa m1a m2a mpga mpeg3 aac adts adt latm loas m4a m4b m4p m4r f4a f4b aax aaxc aa
     ogg oga ogx opus spx axa weba mka
-    wma xwma asf ra ram ape apl mac wv wvc tta tak ofr shn rka osq bonk wa la
+    wma xwma asf ra ram ape apl mac wv wvc tta tak ofr shn rka osq bonk wa
     mpc mpp mp+ vqf vqe vql
     ac3 eac3 ec3 ac4 dts dtshd dtsma mlp thd truehd spdif
     amr awb 3ga qcp gsm g722 722 g723_1 g726 g728 g729 lc3 sbc msbc aptx aptxhd c2 codec2 ilbc lbc
@@ -27,8 +27,9 @@ _AUDIO = """
 _VIDEO = """
     mp4 m4v mov qt mj2 3gp 3gpp 3g2 3gp2 f4v f4p ism isma ismv psp
     mkv mk3d webm ogv ogm axv avi divx wmv wtv dvr-ms flv kux swf
-    mpg mpeg mpe m2p vob evo ps ts tsv tsa m2t m2ts mts trp
-    mxf gxf nut nsv nuv rm rmvb ivr ty dv dif dav mods moflex bik bk2 smk roq usm xmv thp viv bmv yop lvf mvi
+    mpg mpeg mpe m2p vob evo ts tsv tsa m2t m2ts mts trp
+    mxf gxf nut nsv nuv rm rmvb ivr ty dv dif dav mods moflex bik bk2 smk roq usm xmv thp viv
+    bmv yop lvf mvi
 """
 
 AUDIO_SUFFIXES = frozenset(f".{name}" for name in f"{_AUDIO} {_VIDEO}".split())

@@ -33,7 +33,7 @@ def read_manifest(manifest: Path, speaker: str | None = None) -> Iterator[Manife
     """Yield the rows of a manifest.
 
     speaker: name for every row, instead of the manifest's.
-    Raises: UserError: when the file cannot be read or a row is wrong; it names line and column.
+    Raises: UserError: when the file cannot be read or a row is wrong. It names line and column.
     """
     for line, row in _read_rows(manifest):
         where = f"{manifest}, line {line}"
