@@ -14,7 +14,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from stages.decode import DecodeConfig, Decoder, Header
+import numpy as np
+
+from stages.decode import DecodeConfig, Decoded, Decoder, Header
 from stages.errors import Dropped, Reason
 from stages.f0.config import F0Config
 from stages.flac import encode_flac
@@ -22,8 +24,20 @@ from stages.loudness import LoudnessConfig, LoudnessReading, apply_gain, measure
 from stages.pcm import Subtype, dequantise, quantise
 from stages.quality import QualityConfig, measure_quality, unwanted
 from stages.resample import ResampleConfig
-from stages.slice import SliceConfig, Span, is_silent, kept_spans, slice_silence
-from stages.types import Array
+from stages.slice import (
+    BLOCK_SAMPLES,
+    SliceConfig,
+    Span,
+    frame_ms,
+    is_silent,
+    kept_spans,
+    loudest_frame_db,
+    slice_silence,
+)
+from stages.types import Array, blocks
+
+_CANCELLED = 0.25  # of the peak that a channel alone would have in the mix
+_DIGITAL_SILENCE_DB = -120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +102,7 @@ class PreparedSong:
     sample_rate: int
     dropped: list[Dropped]
     note: str = ""
+    silence: str = ""  # the cause, where all of it is silent
 
     @property
     def duration_s(self) -> float:
@@ -95,16 +110,20 @@ class PreparedSong:
 
     def why_empty(self) -> tuple[str, str]:
         """Return the main reason why a readable song has no clips, and a message."""
-        return why_empty(self.dropped, self.duration_s)
+        return why_empty(self.dropped, self.duration_s, self.silence)
 
 
-def why_empty(dropped: Sequence[Dropped], duration_s: float) -> tuple[str, str]:
-    """Return the main reason why a song with these drops has no clips, and a message."""
+def why_empty(dropped: Sequence[Dropped], duration_s: float, silence: str = "") -> tuple[str, str]:
+    """Return the main reason why a song with these drops has no clips, and a message.
+
+    silence: the result of `why_silent`.
+    """
     others = [drop for drop in dropped if drop.reason != Reason.SILENCE]
     if not dropped:
         return Reason.TOO_SHORT, "the song has no samples"
     if not others:
-        return Reason.SILENT, f"all {duration_s:.2f} s are below the silence threshold"
+        cause = f": {silence}" if silence else ""
+        return Reason.SILENT, f"all {duration_s:.2f} s are below the silence threshold{cause}"
     main = max(others, key=lambda drop: (drop.seconds, drop.reason))
     parts = ", ".join(f"{drop.reason} {drop.seconds:.2f} s" for drop in dropped)
     return main.reason, f"none of its {duration_s:.2f} s is kept ({parts})"
@@ -144,7 +163,39 @@ def prepare_song(
             else:
                 left_out.append((span, reason))
         note = clips[0].reading.note if clips else ""
-        return PreparedSong(clips, decoded.header, len(song), rate, _tally(left_out, rate), note)
+        tally = _tally(left_out, rate)
+        silence = ""
+        if {drop.reason for drop in tally} == {Reason.SILENCE} and not clips:
+            silence = why_silent(decoded, rate, cfg.slice, cfg.decode)
+        return PreparedSong(clips, decoded.header, len(song), rate, tally, note, silence)
+
+
+def why_silent(decoded: Decoded, rate: int, cfg: SliceConfig, decode: DecodeConfig) -> str:
+    """Return the cause of the silence of a song of which no frame reaches the threshold.
+
+    rate: of the decoded samples, in Hz.
+    """
+    wav, count = decoded.wav, decoded.header.channels
+    peak = max(
+        (float(np.abs(wav[start:stop]).max()) for start, stop in blocks(wav, BLOCK_SAMPLES)),
+        default=0.0,
+    )
+    # A channel alone keeps 1 / count of its peak in the mean, and resampling some of that.
+    alone = decoded.channels_peak / (count if decode.channels == "mean" else 1)
+    audible = decoded.channels_peak > 10 ** (cfg.threshold_db / 20)
+    if count > 1 and audible and peak < _CANCELLED * alone:
+        if decode.channels == "mean":
+            return (
+                f"its {count} channels cancel each other; decode.channels=first reads one of them"
+            )
+        return f"its first of {count} channels is silent; decode.channels=mean mixes all of them"
+    level = loudest_frame_db(wav, rate, cfg)
+    if level < _DIGITAL_SILENCE_DB:
+        return "it is digital silence"
+    return (
+        f"its loudest {frame_ms(rate, cfg)} ms are at {level:.1f} dB, and slice.threshold_db is "
+        f"{cfg.threshold_db:g}"
+    )
 
 
 def _prepare_clip(

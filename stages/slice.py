@@ -6,6 +6,8 @@ frames of 4 hops. Added are forced cuts of long spans, and memory that does not 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -133,11 +135,25 @@ def is_silent(wav: Samples, sample_rate: int, cfg: SliceConfig) -> bool:
     because it keeps that much silence beside every cut.
     """
     threshold = 10 ** (cfg.threshold_db / 20)
-    seconds = (wav[start : start + sample_rate] for start in range(0, len(wav), sample_rate))
-    return all(
-        (rms_frames(second - second.mean(), sample_rate, cfg) < threshold).all()
-        for second in seconds
-    )
+    return all(level < threshold for level in _loudest_frames(wav, sample_rate, cfg))
+
+
+def loudest_frame_db(wav: Samples, sample_rate: int, cfg: SliceConfig) -> float:
+    """Return the level in dBFS that `is_silent` compares with the threshold; -inf for zeros."""
+    loudest = max(_loudest_frames(wav, sample_rate, cfg), default=0.0)
+    return 20 * math.log10(loudest) if loudest > 0 else -math.inf
+
+
+def frame_ms(sample_rate: int, cfg: SliceConfig) -> int:
+    """Return the length of a frame, rounded to milliseconds."""
+    return round(1000 * _frames(sample_rate, cfg).win_length / sample_rate)
+
+
+def _loudest_frames(wav: Samples, sample_rate: int, cfg: SliceConfig) -> Iterator[float]:
+    """Yield the highest RMS of each second, without its mean."""
+    for start in range(0, len(wav), sample_rate):
+        second = wav[start : start + sample_rate]
+        yield float(rms_frames(second - second.mean(), sample_rate, cfg).max(initial=0.0))
 
 
 def rms_frames(

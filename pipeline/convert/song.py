@@ -34,6 +34,7 @@ from pipeline.convert.result import Conversion
 from pipeline.convert.speaker_mix import SpeakerMix
 from pipeline.convert.unit_blend import UnitControls
 from pipeline.errors import UserError
+from stages.chain import why_silent
 from stages.conversion_controls import EnvelopeMix, protect, semitones_between, transpose
 from stages.decode import Decoded, Decoder
 from stages.f0 import estimate_f0
@@ -137,7 +138,7 @@ class Converter:
         begun, cpu = time.perf_counter(), time.process_time()
         with decoder.decode(source, self.sample_rate, self.config.resample) as decoded:
             song = _SongConversion(self, song_id, decoded, progress)
-            song.analyse()
+            song.analyse(decoded)
             with SongFile(
                 output, self.config.output, decoded, self.config.resample, self.sample_rate
             ) as file:
@@ -184,7 +185,7 @@ class _SongConversion:
         self.key = 0.0
         self.statistics: UnitStatistics | None = None
 
-    def analyse(self) -> None:
+    def analyse(self, decoded: Decoded) -> None:
         """Slice the song, measure its loudness, estimate f0 and choose the transposition.
 
         Raises: UserError: when pitch.transpose is auto and the speaker's range is not known.
@@ -193,7 +194,8 @@ class _SongConversion:
         reading = measure_loudness(self.song, self.rate, self.config.loudness)
         self.gain_db = reading.gain_db if self.config.loudness.per == "song" else 0.0
         if not self.pieces:
-            self.notices.append("the song is silent throughout")
+            cause = why_silent(decoded, self.rate, self.config.slice, self.config.decode)
+            self.notices.append(f"the song is silent throughout: {cause}")
         groups = [(pieces, self._f0(pieces)) for pieces in stretches(self.pieces)]
         semitones = self._semitones([f0 for _, f0 in groups])
         self.stretches = [_Stretch(p, f0, transpose(f0, semitones)) for p, f0 in groups]

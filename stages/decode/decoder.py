@@ -78,11 +78,16 @@ class Header:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A song at the target rate in a scratch file; `close` (or leaving `with`) deletes it."""
+    """A song at the target rate in a scratch file; `close` (or leaving `with`) deletes it.
+
+    channels_peak: the highest absolute sample of all channels before they were mixed; 1 is full
+    scale.
+    """
 
     wav: PcmFile
     header: Header
     source_samples: int  # per channel, as decoded
+    channels_peak: float = 0.0
 
     def close(self) -> None:
         self.wav.path.unlink(missing_ok=True)

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import soundfile as sf
 
-from stages.chain import AudioConfig, ChainConfig, PreparedSong, StageClock, prepare_song
-from stages.decode import DecodeConfig, Decoder
+from stages.chain import (
+    AudioConfig,
+    ChainConfig,
+    PreparedSong,
+    StageClock,
+    prepare_song,
+    why_silent,
+)
+from stages.decode import DecodeConfig, Decoded, Decoder, Header
 from stages.errors import Reason
 from stages.flac import decode_flac
 from stages.loudness import LoudnessConfig
 from stages.pcm import dequantise
 from stages.quality import QualityConfig, measure_quality
 from stages.slice import SliceConfig
+from stages.types import PcmFile
 from tests.helpers.songs import tune
 
 SHORT = ChainConfig(slice=SliceConfig(min_length_ms=1000))
@@ -46,7 +56,39 @@ def test_a_silent_song_has_no_clips_whatever_its_length(
     noise = np.random.default_rng(seed).standard_normal(int(seconds * 44100))
     song = prepare(tmp_path / "a.wav", noise * 10 ** (level_db / 20), decoder, ChainConfig())
     assert song.clips == []
-    assert song.why_empty()[0] == Reason.SILENT
+    reason, detail = song.why_empty()
+    assert reason == Reason.SILENT
+    number = re.search(
+        r"its loudest 80 ms are at (-[\d.]+) dB, and slice.threshold_db is -40", detail
+    )
+    assert number and level_db < float(number[1]) < level_db + 2
+
+
+CANCEL = r"channels cancel each other; decode\.channels=first reads one of them"
+QUIET = r"its loudest 80 ms are at -\d\d\.\d dB, and slice\.threshold_db is -40"
+
+
+@pytest.mark.parametrize(
+    ("mixed", "peak", "channels", "words"),
+    [
+        (0.0, 0.3, "mean", rf"its 2 {CANCEL}"),
+        (0.005, 0.3, "mean", rf"its 2 {CANCEL}"),  # not exactly opposite
+        (0.005, 0.01, "mean", QUIET),  # one channel of two is used
+        (0.004, 0.009, "mean", QUIET),  # the channels themselves are silent
+        (0.0, 0.009, "mean", "it is digital silence"),
+        (0.0, 0.3, "first", r"its first of 2 channels is silent; decode\.channels=mean mixes all"),
+        (0.005, 0.005, "first", QUIET),
+    ],
+)
+def test_the_cause_of_silence(
+    tmp_path: Path, mixed: float, peak: float, channels: Literal["mean", "first"], words: str
+) -> None:
+    wav = mixed * np.sin(np.arange(3 * 16000) / 8)
+    wav.astype("<f4").tofile(tmp_path / "song.f32")
+    song = PcmFile(tmp_path / "song.f32", len(wav))
+    decoded = Decoded(song, Header(16000, 2, len(wav), "WAV"), len(wav), peak)
+    found = why_silent(decoded, 16000, SliceConfig(), DecodeConfig(channels=channels))
+    assert re.fullmatch(words + ".*", found), found
 
 
 def test_the_stages_read_the_samples_that_are_stored(tmp_path: Path, decoder: Decoder) -> None:

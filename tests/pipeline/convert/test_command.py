@@ -182,7 +182,7 @@ def test_pauses_stay_silent_and_the_level_is_the_songs(
     sf.write(silence, np.zeros(2 * RATE, np.float32), RATE)
     nothing, conversion = convert(voice, silence, tmp_path / "c.wav")
     assert len(nothing) == 2 * RATE and not nothing.any()
-    assert conversion.notices == ("the song is silent throughout",)
+    assert conversion.notices == ("the song is silent throughout: it is digital silence",)
 
 
 def test_pieces_of_a_held_note_meet_without_a_seam(voice: Path, held: Path, tmp_path: Path) -> None:
