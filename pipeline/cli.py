@@ -16,10 +16,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import typer
 import typer.core
-from rich.console import Console
 
-from pipeline.errors import Interrupted, SongBug, StorageFault, UserError
+from pipeline.errors import Interrupted, SongBug, StorageFault, UserError, printable
 from pipeline.reports.command_summary import Summary, show_summary
+from pipeline.reports.terminal import TerminalConsole
 from pipeline.tools.old_flags import translate_old_flags
 
 T = TypeVar("T")
@@ -145,9 +145,9 @@ def _print_settings(settings: Any) -> None:
     raise typer.Exit
 
 
-def _console() -> Console:
+def _console() -> TerminalConsole:
     """Return a console as wide as the terminal, or of 120 columns when output is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return TerminalConsole()
 
 
 def _finish(summary: Summary, json_path: Path | None, problems: Sequence[str] = ()) -> None:
@@ -644,7 +644,7 @@ def main() -> None:
     0 success, 1 the dataset does not balance, 2 the user can fix it, 3 storage, 4 a bug of Cantor,
     130 interrupted.
     """
-    error_console = Console(stderr=True, soft_wrap=True)
+    error_console = TerminalConsole(stderr=True, soft_wrap=True)
 
     def fail(message: str, status: int) -> None:
         error_console.print(message, markup=False, highlight=False)
@@ -660,7 +660,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        fail(f"error: {error}", 2)
+        fail(f"error: {printable(str(error))}", 2)
     except StorageFault as error:
         fail_storage(error)
     except OSError as error:

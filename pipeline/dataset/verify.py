@@ -31,7 +31,7 @@ from pipeline.dataset.shards import (
     read_supported_info,
     shard_writer,
 )
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 from pipeline.fingerprint import fingerprint
 from pipeline.songs.plan import load_plan
 from pipeline.songs.source_file import hash_source
@@ -249,12 +249,24 @@ def check_export(path: Path) -> None:
 
 
 def export_ledger(account: Account, path: Path) -> None:
-    """Write one row for each song to a .csv or .parquet file; create its folder."""
+    """Write one row for each song to a .csv or .parquet file; create its folder.
+
+    In .csv, text is as a spreadsheet may show it: control characters are escaped, and a cell that a
+    spreadsheet would take for a formula starts with an apostrophe.
+    """
     check_export(path)
     entries: list[SongEntry] = sorted(account.entries.values(), key=lambda e: (e.status, e.song_id))
     table = pd.DataFrame([entry_record(entry) for entry in entries])
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
-        table.to_csv(path, index=False)
+        table.map(_spreadsheet_cell).to_csv(path, index=False)
     else:
         table.to_parquet(path, index=False)
+
+
+def _spreadsheet_cell(value: object) -> object:
+    """Return a cell that no spreadsheet runs as a formula. Numbers stay numbers."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.lstrip().startswith(tuple("=+-@＝＋－＠")) else text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from pipeline.dataset.shards import (
     read_footers,
     require_supported,
 )
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 from pipeline.extract.config import ExtractConfig, fingerprinted
 from pipeline.extract.dataset_card import write_card, write_dataset_json
 from pipeline.extract.from_corpus import FromCorpus
@@ -229,7 +228,10 @@ class Extraction:
 
     def describe(self, plan: TaskPlan[Footer]) -> None:
         """Print the plan, for --dry-run."""
-        say = functools.partial(self.console.print, highlight=False, markup=False, soft_wrap=True)
+
+        def say(line: str) -> None:
+            self.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+
         for line in self.lines:
             say(line)
         say(f"plan     {len(plan.tasks)} tasks, {len(plan.committed)} of them done")

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.errors import printable
+
 MOST_LINES = 50  # lines or rows of one kind; figures have all of them
 
 
@@ -31,7 +33,7 @@ def text_table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> Tab
     """Build a table without a frame. Cells are plain text: no markup, no highlighting."""
     table = Table(*header, box=None, pad_edge=False, show_header=bool(header), header_style="")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table
 
 
@@ -49,7 +51,7 @@ def show_summary(console: Console, summary: Summary, json_path: Path | None = No
     """
     for part in summary.parts:
         if isinstance(part, str):
-            console.print(part, markup=False, highlight=False, soft_wrap=True)
+            console.print(printable(part), markup=False, highlight=False, soft_wrap=True)
         else:
             console.print(part, highlight=False)
     if json_path is not None:
