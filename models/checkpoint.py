@@ -8,6 +8,7 @@ optimizer's state or higher layers, are not read from disk.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import mmap
 import os
@@ -24,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.unpickler import Opaque, Refused, Storage, pickle_end, plain, unpickle
+from models.unpickler import Budget, Opaque, Refused, Storage, plain, unpickle
 
 __all__ = [
     "CheckpointError",
@@ -43,6 +44,7 @@ _LEGACY_PROTOCOL = 1001
 _CONFIGURATION = ("config.json", "preprocessor_config.json")
 OWN_HEADER = "cantor"  # entry in safetensors' metadata that marks Cantor's own format
 _MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
+_MAX_ZIP_DIRECTORY = 8 << 20  # about 100,000 tensors; zipfile needs ten times as much memory
 
 _OTHER_FILES = (
     (b"version https://git-lfs", "is a git-lfs pointer, not the file: run `git lfs pull`"),
@@ -273,10 +275,15 @@ def _what_it_is(head: bytes) -> str:
 def _load_zip(path: Path, data: mmap.mmap) -> Any:
     """Load torch's container since 1.6: a zip of data.pkl and an uncompressed entry per storage."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = {info.filename: info for info in archive.infolist()}
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        with _ZipFile(path) as file, zipfile.ZipFile(file) as archive:
+            infos = archive.infolist()
+    except (
+        zipfile.BadZipFile, OSError, ValueError, NotImplementedError, LookupError, struct.error,
+    ) as error:  # fmt: skip
         raise Refused(f"is truncated or damaged ({error}): download it again") from error
+    entries = {info.filename: info for info in infos}
+    if len(entries) < len(infos):
+        raise Refused("is damaged (it has several entries of one name)")
     roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise Refused("is a zip archive, but not one of torch")
@@ -290,11 +297,23 @@ def _load_zip(path: Path, data: mmap.mmap) -> Any:
     def read(storage: Storage) -> Tensor:
         entry = entries.get(f"{root}data/{storage.key}")
         if entry is None:
-            raise Refused(f"lacks its storage {storage.key}: download it again")
-        return _numbers(_entry(data, entry), storage)
+            raise Refused(f"lacks its storage {storage.key!r}: download it again")
+        return _numbers(_entry(data, entry), storage.dtype)
 
-    content, _ = unpickle(_entry(data, entries[f"{root}data.pkl"]).tobytes())
-    return plain(content, read)
+    pickled = io.BytesIO(_entry(data, entries[f"{root}data.pkl"]))
+    content, _ = unpickle(pickled, Budget(len(data)))
+    return plain(content, read, Budget(len(data)))
+
+
+class _ZipFile(io.FileIO):
+    """A file whose zip directory, which zipfile reads at once, has to be of a sane size."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:  # zipfile looks for the directory's end in the last 64 KiB
+            size = 1 << 17
+        if size > _MAX_ZIP_DIRECTORY:
+            raise Refused("has a zip directory for more tensors than any network has")
+        return super().read(size) or b""
 
 
 def _entry(data: mmap.mmap, entry: zipfile.ZipInfo) -> memoryview:
@@ -312,15 +331,13 @@ def _entry(data: mmap.mmap, entry: zipfile.ZipInfo) -> memoryview:
 
 def _load_legacy(data: mmap.mmap) -> Any:
     """Load torch's container before 1.6: consecutive pickles, then the storages' bytes."""
-    start = 0
     pickles: list[Any] = []
     storages: dict[str, Storage] = {}
+    budget = Budget(len(data))
     while len(pickles) < 5:
-        end = pickle_end(data, start)
-        content, pickled_storages = unpickle(data[start:end])
+        content, pickled_storages = unpickle(data, budget)
         pickles.append(content)
         storages |= pickled_storages
-        start = end
         if pickles[0] != _LEGACY_MAGIC:
             raise Refused("is a pickle, but not a checkpoint of torch")
     _, protocol, system, content, keys = pickles
@@ -329,7 +346,7 @@ def _load_legacy(data: mmap.mmap) -> Any:
     if isinstance(system, dict) and not system.get("little_endian", True):
         raise Refused("was written on a machine of another byte order")
 
-    raw = memoryview(data)[start:]
+    raw = memoryview(data)[data.tell() :]
     data_of: dict[str, memoryview] = {}
     at = 0
     for key in keys:
@@ -344,24 +361,18 @@ def _load_legacy(data: mmap.mmap) -> Any:
 
     def read(storage: Storage) -> Tensor:
         if storage.key not in data_of:
-            raise Refused(f"lacks its storage {storage.key}: download it again")
-        return _numbers(data_of[storage.key], storage)
+            raise Refused(f"lacks its storage {storage.key!r}: download it again")
+        return _numbers(data_of[storage.key], storage.dtype)
 
-    return plain(content, read)
+    return plain(content, read, Budget(len(data)))
 
 
-def _numbers(raw: memoryview, storage: Storage) -> Tensor:
-    """Return the elements of `storage` in `raw`, in place where they are aligned."""
-    size = storage.dtype.itemsize
-    begin, end = storage.start * size, (storage.start + storage.numel) * size
-    if end > len(raw):
-        raise Refused(
-            f"is truncated or damaged (storage {storage.key} claims {end} bytes and has "
-            f"{len(raw)}): download it again"
-        )
-    if begin == end:
-        return torch.empty(0, dtype=storage.dtype)
-    if storage.dtype == torch.bool:  # bytes other than 0 and 1 would be undefined behaviour
-        return torch.frombuffer(raw[begin:end], dtype=torch.uint8).ne(0)
-    numbers = torch.frombuffer(raw[begin:end], dtype=storage.dtype)
-    return numbers if numbers.data_ptr() % size == 0 else numbers.clone()
+def _numbers(raw: memoryview, dtype: torch.dtype) -> Tensor:
+    """Return the elements of `dtype` in `raw`, in place where they are aligned."""
+    count = len(raw) // dtype.itemsize
+    if not count:
+        return torch.empty(0, dtype=dtype)
+    if dtype == torch.bool:  # bytes other than 0 and 1 would be undefined behaviour
+        return torch.frombuffer(raw, dtype=torch.uint8).ne(0)
+    numbers = torch.frombuffer(raw, dtype=dtype, count=count)
+    return numbers if numbers.data_ptr() % dtype.itemsize == 0 else numbers.clone()

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import struct
 import tarfile
 import zipfile
@@ -250,7 +251,7 @@ LIES = {
     "storage longer than its entry": (tensor_pickle(numel=5), "claims 20 bytes and has 16"),
     "absurd storage": (tensor_pickle(numel=1 << 60, size=f"(I{1 << 60}\nt"), "claims"),
     "negative storage": (tensor_pickle(numel=-4), "negative size"),
-    "no such storage": (tensor_pickle(key="7"), "lacks its storage 7"),
+    "no such storage": (tensor_pickle(key="7"), "lacks its storage '7'"),
     "path as a storage": (tensor_pickle(key="../../etc/passwd"), "lacks its storage"),
     "malformed reference": (b"S'module'\nQ.", "refers to something other"),
     "no unpickling at all": (b"\x80\x02\xff\xff.", "damaged pickle"),
@@ -265,11 +266,11 @@ LIES = {
     ),
     "tensor never made": (
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)\x81.",
-        "damaged data",
+        "damaged pickle",
     ),
     "size beyond any": (
         tensor_pickle(size=f"(I0\nI{1 << 80}\nt", stride="(I1\nI1\nt"),
-        "damaged data",
+        "beyond 2",
     ),
     "text of a container": (
         # ten times the last list, seven times over: 30 MB of text from 200 bytes
@@ -285,7 +286,7 @@ LIES = {
         "an invalid name",
     ),
     "deep": (b"\x80\x02" + b"]" * 5000 + b"a" * 4999 + b".", "nested deeper"),
-    "unhashable": (b"\x80\x02}]K\x01s.", "damaged"),
+    "unhashable": (b"\x80\x02}]K\x01s.", "a list as a key"),
 }
 
 
@@ -298,13 +299,126 @@ def test_a_claim_beyond_the_file_is_refused(tmp_path: Path, lie: str) -> None:
     assert str(path) in str(caught.value) and str(caught.value).isprintable()
 
 
-def test_what_is_shared_a_million_times_is_walked_once(tmp_path: Path) -> None:
-    doubling = b"\x80\x02]q\x00" + b"".join(
-        b"]q" + bytes([n]) + b"(h" + bytes([n - 1]) + b"h" + bytes([n - 1]) + b"e"
-        for n in range(1, 60)
-    )
-    loaded = load_foreign(zip_with(tmp_path / "a.pt", doubling + b"."))
+def doubling(levels: int) -> bytes:
+    """Opcodes of 2 ** levels references to one list: each level is a list of two of the last."""
+    return b"]q\x00" + b"".join(b"]q%c(h%ch%ce" % (n, n - 1, n - 1) for n in range(1, levels + 1))
+
+
+def test_what_is_shared_a_thousand_times_is_walked_once(tmp_path: Path) -> None:
+    loaded = load_foreign(zip_with(tmp_path / "a.pt", b"\x80\x02" + doubling(10) + b"."))
     assert loaded[0] is loaded[1]
+
+
+# a tuple of two references to a tuple of two references and so on
+TUPLES = b")q\x000" + b"".join(b"h%ch%c\x86q%c0" % (n, n, n + 1) for n in range(45)) + b"h\x2d"
+LARGE = b"X" + struct.pack("<I", 200_000) + b"a" * 200_000 + b"q\x000"  # text, number 0
+HUGE_INT = b"\x8b" + struct.pack("<I", 100_000) + b"\x7f" * 100_000
+BY_CALL = b"cbuiltins\n%b\nq\x01h\x00\x85R"  # name 1 of `%b`, called with object 0
+AGAIN = b"h\x01h\x00\x85R"
+ENCODE = b"c_codecs\nencode\nq\x01X\x06\x00\x00\x00latin1q\x020"
+LIST = b"(" + b"N" * 100_000 + b"lq\x000"
+NUMBERS = b"c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86Rq\x010"
+ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n)R(K\x01J\x40\x0d\x03\x00\x85h\x02\x89h\x01tb"
+DTYPE = b"cnumpy\ndtype\nX\x02\x00\x00\x00u1\x85Rq\x020"
+MEMORY = "far more memory"
+KEY = "as a key"
+
+BOMBS = {
+    # a hash of 2^45 steps
+    "tuples as a key": (b"}" + TUPLES + b"Ns", KEY),
+    "tuples as keys": (b"}(" + TUPLES + b"Nu", KEY),
+    "tuples in a closed dict": (b"(" + TUPLES + b"Nd", KEY),
+    "tuples as a member": (b"\x8f(" + TUPLES + b"\x90", KEY),
+    "tuples in a frozenset": (b"(" + TUPLES + b"\x91", KEY),
+    "tuples in a called set": (b"cbuiltins\nset\n(" + TUPLES + b"l\x85R", KEY),
+    "tuples in a called frozenset": (b"cbuiltins\nfrozenset\n(" + TUPLES + b"l\x85R", KEY),
+    "tuples in pairs": (
+        b"ccollections\nOrderedDict\n(" + TUPLES + b"N\x86l\x85R",
+        KEY,
+    ),
+    "tuples behind a stub": (
+        b"}comegaconf.nodes\nAnyNode\n)\x81}X\x04\x00\x00\x00_val" + TUPLES + b"sbNs",
+        KEY + "|" + MEMORY,
+    ),
+    "frozenset as a key": (b"}(\x91Ns", KEY),
+    "complex key": (b"}cbuiltins\ncomplex\nK\x01K\x01\x86RNs", KEY),
+    # numbers of one hash: a dictionary of them is quadratic
+    "key beyond its own hash": (b"}\x8a\x08" + b"\xff" * 7 + b"\x1fNs", "as a key"),
+    "huge number": (HUGE_INT, "bits"),
+    "huge number by a call": (
+        b"cbuiltins\nint\nX\xa0\x0f\x00\x00" + b"9" * 4000 + b"\x85R",
+        "digits",
+    ),
+    # copies
+    "lists copied": (LIST + b"(" + BY_CALL % b"list" + AGAIN * 500 + b"t", MEMORY),
+    "tuples copied": (LIST + b"(" + BY_CALL % b"tuple" + AGAIN * 500 + b"t", MEMORY),
+    "texts encoded": (
+        LARGE + ENCODE + b"(" + b"h\x01h\x00h\x02\x86R" * 500 + b"t",
+        MEMORY,
+    ),
+    "lists appended": (LIST + b"]" + b"h\x00a" * 10 + b"(" + b"h\x00" * 900_000 + b"e", MEMORY),
+    "arrays of one buffer": (
+        LARGE + NUMBERS + DTYPE + b"(" + ARRAY * 500 + b"t",
+        MEMORY,
+    ),
+    # references that a reader, a copy or a printed message would expand
+    "doubled list": (doubling(60), MEMORY),
+    "doubled tuple": (TUPLES, MEMORY),
+    "doubled text": (LARGE + b"(" + b"h\x00" * 1000 + b"l", MEMORY),
+    # small opcodes of large objects
+    "sets": (b"(" + b"\x8f" * 400_000 + b"l", MEMORY),
+    "marks": (b"(" * 1_000_000, MEMORY),
+    "names": (
+        b"(" + b"".join(b"ca\nb%d\n" % n for n in range(130_000)) + b"l",
+        MEMORY,
+    ),
+    # names that might take a length for content, and opcodes of other protocols
+    "extension": (b"\x82\x01", "EXT1"),
+    "buffer": (b"\x97", "NEXT_BUFFER"),
+    "persistent text": (b"Pstorage\n", "refers to something other"),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_pickle_costs_no_more_than_its_file_explains(tmp_path: Path, bomb: str) -> None:
+    opcodes, words = BOMBS[bomb]
+    path = zip_with(tmp_path / "a.pt", b"\x80\x04" + opcodes + b".")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=words) as caught:
+        load_foreign(path)
+    assert len(str(caught.value)) < 500 and str(caught.value).isprintable()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 80 << 10  # KiB
+
+
+def test_views_of_a_storage_share_its_numbers_and_their_sum_is_bounded(tmp_path: Path) -> None:
+    """A flag needs a byte of 0 or 1, so flags are copied: once for a storage, not for each view."""
+    views = b"(" + b"".join(
+        tensor_pickle(n, size="(I1\nt").removesuffix(b".").replace(b"Float", b"Bool")
+        for n in range(1, 2001)
+    )
+    path = zip_with(tmp_path / "a.pt", views + b"t.", s0=bytes(1_000_000))
+    loaded = load_foreign(path)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in loaded}) == 1
+    # whoever copies these needs 4 MB for each
+    whole = tensor_pickle(1_000_000, size="(I1000000\nt").removesuffix(b".")
+    for many in (whole * 100, whole + b"q\x01" + b"h\x01" * 100):
+        path = zip_with(tmp_path / "b.pt", b"(" + many + b"t.", s0=bytes(4_000_000))
+        with pytest.raises(CheckpointError, match="far more memory"):
+            load_foreign(path)
+    tied = whole + b"q\x01" + b"h\x01" * 3
+    assert len(load_foreign(zip_with(tmp_path / "c.pt", b"(" + tied + b"t.", s0=bytes(4_000_000))))
+
+
+def test_a_zip_of_too_many_or_equal_entries_is_refused(tmp_path: Path) -> None:
+    entry = struct.pack("<4s6H3I5H2I", b"PK\x01\x02", *[0] * 9, 1, *[0] * 6) + b"a"
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 9, 9, 200_000 * len(entry), 4, 0)
+    (tmp_path / "many.pt").write_bytes(b"PK\x03\x04" + entry * 200_000 + end)
+    with pytest.raises(CheckpointError, match="more tensors than any network"):
+        load_foreign(tmp_path / "many.pt")
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 2, 2, 2 * len(entry), 4, 0)
+    (tmp_path / "two.pt").write_bytes(b"PK\x03\x04" + entry * 2 + end)
+    with pytest.raises(CheckpointError, match="several entries of one name"):
+        load_foreign(tmp_path / "two.pt")
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
