@@ -327,7 +327,8 @@ def convert(
         str | None, typer.Option(help="Who sings. Not needed if the voice has one speaker.")
     ] = None,
     transpose: Annotated[
-        str | None, typer.Option(help="Semitones, or auto: into the speaker's range.")
+        str | None,
+        typer.Option(help="Semitones; auto or octave: into the speaker's range."),
     ] = None,
     encoder_checkpoint: Annotated[
         Path | None, typer.Option(help="Weights of the encoder, if the voice does not name them.")

@@ -20,8 +20,10 @@ def transpose(f0: Array, semitones: float) -> Array:
     return (f0 * np.float64(2 ** (semitones / 12))).astype(np.float32)
 
 
-def semitones_between(f0: Array, target_hz: float) -> int:
-    """Return the whole semitones that move the median of voiced f0 (F,) nearest to `target_hz`.
+def semitones_between(f0: Array, target_hz: float, step: int = 1) -> int:
+    """Return the semitones that move the median of voiced f0 (F,) nearest to `target_hz`.
+
+    step: they are a multiple of it; 12 keeps the key.
 
     Raises: ValueError: when no frame is voiced or the target is not a positive frequency.
     """
@@ -30,7 +32,7 @@ def semitones_between(f0: Array, target_hz: float) -> int:
         raise ValueError("no frame is voiced, so there is no pitch to transpose")
     if not 0 < target_hz < math.inf:
         raise ValueError(f"the target pitch is {target_hz} Hz; it must be finite and above 0")
-    return round(12 * math.log2(target_hz / float(np.median(voiced))))
+    return step * round(12 / step * math.log2(target_hz / float(np.median(voiced))))
 
 
 def protect(units: Array, plain: Array, voiced: NDArray[np.bool_], ratio: float) -> Array:

@@ -48,7 +48,7 @@ class PitchConfig:
     """Settings of the melody.
 
     transpose: semitones, or "auto": as many whole semitones as bring the song into the speaker's
-      range.
+      range, or "octave": as many octaves, which keep the key.
     predict: the voice predicts the melody (for speech), at the pitch level of the song.
     """
 
@@ -56,13 +56,13 @@ class PitchConfig:
     predict: bool = False
 
     def __post_init__(self) -> None:
-        if self.transpose != "auto":
+        if self.transpose not in AUTOMATIC:
             try:
                 semitones = float(self.transpose)
             except ValueError:
                 raise ValueError(
-                    f"pitch.transpose is '{self.transpose}'; it must be a number of semitones, or "
-                    "auto"
+                    f"pitch.transpose is '{self.transpose}'; it must be a number of semitones, "
+                    "auto or octave"
                 ) from None
             if not -MOST_SEMITONES <= semitones <= MOST_SEMITONES:
                 raise ValueError(
@@ -72,6 +72,7 @@ class PitchConfig:
 
 
 MOST_SEMITONES = 36
+AUTOMATIC = {"auto": 1, "octave": 12}  # the multiple of semitones that each chooses from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +187,7 @@ def convert_config(
     before = check_settings(ConvertConfig, base, "the voice")
     before["f0"] = of_the_same_method(before["f0"], given.get("f0", {}))
     config = build_settings(ConvertConfig, before, given)
+    _refuse_idle_ratios(given, read_settings(ConvertConfig, None, overrides))
     _refuse_other_identity(voice, config)
     if config.pitch.predict and not voice.config.predict_f0:
         raise UserError(
@@ -207,6 +209,27 @@ def _voice_settings(voice: Voice) -> dict[str, Any]:
     base["f0"]["hop_length"] = voice.hop_length
     base.setdefault("encoder", {})["name"] = voice.encoder.name
     return base
+
+
+def _refuse_idle_ratios(given: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Refuse the ratio of an index or a codebook that is not set.
+
+    A file that lists every setting has the default ratio beside an index of null; that is allowed.
+
+    Raises: UserError: when a ratio above 0 would have no effect.
+    """
+    units = given.get("units", {})
+    for name, command in (("index", "cantor index"), ("codebook", "cantor codebook")):
+        key = f"{name}_ratio"
+        listed = name in units and key not in overrides.get("units", {})
+        if listed and units.get(key) == getattr(UnitsConfig(), key):
+            continue
+        if units.get(key, 0) > 0 and units.get(name) is None:
+            raise UserError(
+                f"units.{key} is {units[key]:g}, but units.{name} is not set; make one of the "
+                f"speaker with `{command}` and name it with units.{name}=PATH, or leave out the "
+                "ratio"
+            )
 
 
 def _refuse_other_identity(voice: Voice, config: ConvertConfig) -> None:

@@ -18,7 +18,7 @@ from pipeline.cluster.environment import mixed, threads_before
 from pipeline.cluster.resumable_run import TaskOutcome, TaskPlan, complete, with_added
 from pipeline.cluster.run_tasks import Work, run_tasks
 from pipeline.convert.command import Request
-from pipeline.convert.config import ConvertConfig
+from pipeline.convert.config import AUTOMATIC, ConvertConfig
 from pipeline.convert.ledger import (
     CONVERTED,
     ConvertAccount,
@@ -328,7 +328,7 @@ def _fingerprinted(config: ConvertConfig, weights: Mapping[str, WeightFile]) -> 
     left_out = {"compute.device", *weights, *_FILES, *_without_effect(config)}
     settings = {key: value for key, value in counted(config).items() if key not in left_out}
     settings["encoder.dtype"] = config.encoder.dtype
-    if config.pitch.transpose != "auto":
+    if config.pitch.transpose not in AUTOMATIC:
         settings["pitch.transpose"] = float(config.pitch.transpose)  # "0" and "0.0" are the same
     hashes = {f"{key}_sha256": file.sha256 for key, file in weights.items()}
     return {"version": VERSION, **settings, **hashes}

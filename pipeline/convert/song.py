@@ -28,7 +28,7 @@ from models.synthesizer.blocks.source import first_phase, phase_after
 from models.synthesizer.config import SynthesizerConfig
 from models.synthesizer.enhancer import Enhancer, automatic_key
 from models.synthesizer.voice import Voice
-from pipeline.convert.config import ConvertConfig
+from pipeline.convert.config import AUTOMATIC, ConvertConfig
 from pipeline.convert.output_file import SongFile
 from pipeline.convert.result import Conversion
 from pipeline.convert.speaker_mix import SpeakerMix
@@ -188,7 +188,8 @@ class _SongConversion:
     def analyse(self, decoded: Decoded) -> None:
         """Slice the song, measure its loudness, estimate f0 and choose the transposition.
 
-        Raises: UserError: when pitch.transpose is auto and the speaker's range is not known.
+        Raises: UserError: when pitch.transpose is auto or octave, and the speaker's range is not
+        known.
         """
         self.pieces = self._plan()
         reading = measure_loudness(self.song, self.rate, self.config.loudness)
@@ -277,7 +278,10 @@ class _SongConversion:
 
     def _semitones(self, contours: Sequence[Array]) -> float:
         setting = self.config.pitch.transpose
-        if setting != "auto":
+        f0 = np.concatenate([*contours, np.zeros(0, np.float32)])
+        if setting not in AUTOMATIC:
+            if float(setting) == 0:
+                self._tell_distance(f0)
             return float(setting)
         if self.models.target_hz is None:
             why = (
@@ -285,13 +289,34 @@ class _SongConversion:
                 if self.config.voice.mix
                 else "the voice does not record its speaker's range"
             )
-            raise UserError(f"pitch.transpose is auto, but {why}; set it to a number of semitones")
-        f0 = np.concatenate([*contours, np.zeros(0, np.float32)])
+            raise UserError(
+                f"pitch.transpose is {setting}, but {why}; set it to a number of semitones"
+            )
         if not (f0 > 0).any():
             return 0.0
-        semitones = semitones_between(f0, self.models.target_hz)
+        semitones = semitones_between(f0, self.models.target_hz, AUTOMATIC[setting])
         self.notices.append(f"transposed by {semitones:+d} semitones")
         return semitones
+
+    def _tell_distance(self, f0: Array) -> None:
+        """Compare the song's median pitch with the speaker's, where it is not transposed."""
+        target_hz = self.models.target_hz
+        if target_hz is None or not (f0 > 0).any():
+            return
+        auto, octave = (semitones_between(f0, target_hz, step) for step in (1, 12))
+        if auto == 0:
+            return
+        where = "below" if auto > 0 else "above"
+        moves = f"auto moves it by {auto:+d}"
+        if octave == auto:
+            moves = f"auto or octave moves it by {octave:+d}, which keeps the key"
+        elif octave:
+            moves += f", octave by {octave:+d}, which keeps the key"
+        self.notices.append(
+            f"the song's median pitch, {np.median(f0[f0 > 0]):.0f} Hz, lies {abs(auto)} semitones "
+            f"{where} that of {self.config.voice.speaker}, {target_hz:.0f} Hz; --transpose "
+            f"{moves}"
+        )
 
     def _vocoder_key(self) -> float:
         """Return the semitones that the enhancer sings lower by, the same for the whole song."""

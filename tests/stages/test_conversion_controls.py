@@ -42,6 +42,13 @@ def test_the_median_of_what_is_voiced_goes_to_the_target(target: float, expected
     assert semitones_between(f0, target) == expected
 
 
+@pytest.mark.parametrize(
+    ("target", "expected"), [(220, 0), (310, 0), (312, 12), (100, -12), (50, -24), (156, 0)]
+)
+def test_octaves_keep_the_key(target: float, expected: int) -> None:
+    assert semitones_between(np.array([0, 220, 220], "f4"), target, 12) == expected
+
+
 def test_no_pitch_to_transpose_from_or_to() -> None:
     with pytest.raises(ValueError, match="no frame is voiced"):
         semitones_between(np.zeros(5, "f4"), 200)

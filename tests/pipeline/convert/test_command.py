@@ -20,7 +20,7 @@ from models.synthesizer.blocks.noise import Noise
 from models.synthesizer.sovits.files import write_voice
 from models.synthesizer.sovits.networks import Synthesizer
 from models.synthesizer.vocoder import Vocoder
-from models.synthesizer.voice import VoiceEncoder, save_voice
+from models.synthesizer.voice import VoiceEncoder, load_voice, save_voice
 from pipeline.cli import app
 from pipeline.convert.command import Request, convert_file, load_models, read_request
 from pipeline.convert.result import Conversion
@@ -215,6 +215,17 @@ def test_transposition(voice: Path, song: Path, tmp_path: Path) -> None:
     assert fitted.notices[0] == "transposed by -12 semitones"
     _, high = convert(voice, song, tmp_path / "d.wav", "pitch.transpose=36")
     assert "lie above 1100 Hz" in high.notices[0]
+    assert plain.notices[0] == (
+        "the song's median pitch, 220 Hz, lies 12 semitones below that of ann, 440 Hz; "
+        "--transpose auto or octave moves it by +12, which keeps the key"
+    )
+    assert not any("median pitch" in notice for notice in higher.notices)
+    low = dataclasses.replace(load_voice(voice), pitch_hz={"ann": 147.0})
+    save_voice(tmp_path / "low", low)
+    _, far = convert(tmp_path / "low", song, tmp_path / "e.wav")
+    assert far.notices[0].endswith("auto moves it by -7, octave by -12, which keeps the key")
+    _, octave = convert(tmp_path / "low", song, tmp_path / "f.wav", "pitch.transpose=octave")
+    np.testing.assert_allclose(octave.target_f0, plain.target_f0 / 2, rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -311,7 +322,7 @@ def test_what_a_person_can_put_right_is_said(voice: Path, song: Path, tmp_path: 
     refused(voice, song, out, words=r"no speaker is named; name one of .* with --speaker: ann, ben")
     refused(voice, song, out, "voice.speaker=eve", words=r"no speaker 'eve'; name .*: ann")
     refused(voice, song, out, "pitch.transpose=99", words=r"it must lie in -36 to 36 semitones")
-    refused(voice, song, out, "pitch.transpose=up", words=r"a number of semitones, or auto")
+    refused(voice, song, out, "pitch.transpose=up", words=r"semitones, auto or octave")
     refused(voice, song, out, "encoder.name=log-mel", words=r"this voice was trained with mfcc")
     refused(voice, song, out, "voice.speaker=ann", "voice.mix=ann=1", words="give one of them")
     refused(voice, song, out, "voice.mix=eve=1", words="eve")

@@ -178,7 +178,31 @@ def test_the_settings_of_a_conversion_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "given, kept", [("auto", "auto"), ("-12", "-12"), ("+3", "3"), ("0.5", "0.5")]
+    "overrides, words",
+    [
+        (["units.index_ratio=0.5"], r"units\.index is not set; make one .* `cantor index`"),
+        (["units.index_ratio=0.2", "units.index=null"], r"index_ratio is 0\.2, but units\.index"),
+        (["units.codebook_ratio=1", "units.index=i"], r"units\.codebook is not set; .*codebook`"),
+    ],
+)
+def test_a_ratio_without_an_index_or_a_codebook_is_refused(
+    overrides: list[str], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=words):
+        convert_config(make_voice(), overrides=overrides)
+    (tmp_path / "own.yaml").write_text(dump_yaml({"units": {"index": None, "index_ratio": 0.9}}))
+    with pytest.raises(UserError, match=r"units\.index_ratio is 0\.9"):
+        convert_config(make_voice(), tmp_path / "own.yaml")
+    listed = Path("configs/convert.yaml")
+    assert convert_config(make_voice(), listed).units.index is None
+    with pytest.raises(UserError, match=words):
+        convert_config(make_voice(), listed, overrides)
+    assert convert_config(make_voice(), None, ["units.index_ratio=0"]).units.index_ratio == 0
+
+
+@pytest.mark.parametrize(
+    "given, kept",
+    [("auto", "auto"), ("octave", "octave"), ("-12", "-12"), ("+3", "3"), ("0.5", "0.5")],
 )
 def test_transpositions(given: str, kept: str) -> None:
     config = convert_config(make_voice(), overrides=[f"pitch.transpose={given}"])
@@ -195,7 +219,7 @@ def test_transpositions(given: str, kept: str) -> None:
         ("voice.noise_scale=.nan", "voice.noise_scale is nan"),
         (
             "pitch.transpose=high",
-            "pitch.transpose is 'high'; it must be a number of semitones, or auto",
+            "pitch.transpose is 'high'; it must be a number of semitones, auto or octave",
         ),
         ("pitch.transpose=37", "pitch.transpose is 37; it must lie in -36 to 36 semitones"),
         ("pitch.transpose=.nan", "pitch.transpose is nan; it must lie in"),
