@@ -68,9 +68,11 @@ def balance_dataset(tasks: Sequence[Task], footers: Iterable[tuple[Footer, int]]
         if task is None or task.task_id != footer.task_id:
             account.problems.append(f"{where}: its shard is not the one that was planned")
             continue
-        names = [entry.song_id for entry in footer.ledger]
-        if names != [song.song_id for song in task.songs]:
-            account.problems.append(f"{where}: the ledger does not list the planned songs")
+        names = [(entry.song_id, entry.speaker) for entry in footer.ledger]
+        if names != [(song.song_id, song.speaker) for song in task.songs]:
+            account.problems.append(
+                f"{where}: the ledger does not list the planned songs and speakers"
+            )
         if sum(entry.clips for entry in footer.ledger) != rows:
             account.problems.append(f"{where}: {rows} rows, but the ledger says otherwise")
         for entry in footer.ledger:

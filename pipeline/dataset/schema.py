@@ -116,6 +116,11 @@ class XvectorIdentity:
     checkpoint_sha256: str
 
 
+def clip_name(song_id: str, number: int) -> str:
+    """Return the id of a song's clip; numbers begin at 0."""
+    return f"{song_id}#{number:06d}"
+
+
 def shard_schema(
     encoders: Sequence[EncoderIdentity],
     sample_rate: int,

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import soundfile as sf
 
 from pipeline.dataset.account import Account, balance_dataset
+from pipeline.dataset.clip_checks import IDENTITY_COLUMNS, audio_fault, identity_faults
 from pipeline.dataset.ledger import SongEntry, entry_record
 from pipeline.dataset.schema import XVECTOR_COLUMN, EncoderIdentity, shard_schema
 from pipeline.dataset.shards import (
@@ -33,10 +34,10 @@ from pipeline.dataset.shards import (
 )
 from pipeline.errors import UserError, printable
 from pipeline.fingerprint import fingerprint
+from pipeline.songs.corpus import song_ids_of
 from pipeline.songs.plan import load_plan
 from pipeline.songs.source_file import hash_source
 from stages.errors import BadInput
-from stages.flac import decode_flac
 from stages.frames import num_frames
 from stages.units import unpack_ids
 
@@ -86,6 +87,9 @@ def verify(dataset: Path, source: Path | None = None) -> Verification:
             footers.append((footer, len(clip_ids)))
             result.shards += 1
             result.audio_s += audio_s
+    for song in (song for task in tasks.values() for song in task.songs):
+        if song.song_id not in song_ids_of(song.path):
+            problems.append(f"plan: {song.song_id} is not the id of a song at {song.path!r}")
     missing = sorted(set(tasks) - {footer.task for footer, _ in footers})
     if missing:
         problems.append(f"{len(missing)} of {len(tasks)} tasks are not done; extract resumes them")
@@ -104,8 +108,7 @@ def _check_shard(path: Path) -> tuple[Footer, set[str], float, list[str]] | User
             problems = _check_metadata(file, footer)
             if problems:
                 return footer, set(), 0.0, problems
-            clip_ids: list[str] = []
-            samples = 0
+            identities = []
             for number in range(file.num_row_groups):
                 table = file.read_row_group(number)
                 if _has_nulls(table):
@@ -113,21 +116,22 @@ def _check_shard(path: Path) -> tuple[Footer, set[str], float, list[str]] | User
                     return footer, set(), 0.0, problems
                 if _statistics(file.metadata, number) != _statistics_of(table, footer):
                     problems.append(f"row group {number}: its statistics are not those of its rows")
+                identities.append(table.select(IDENTITY_COLUMNS))
                 for row in table.to_pylist():
-                    clip_ids.append(row["clip_id"])
-                    samples += row["num_samples"]
                     problems += [f"{row['clip_id']}: {w}" for w in _check_clip(row, footer)]
-            if len(clip_ids) != file.metadata.num_rows:
-                problems.append(
-                    f"{len(clip_ids)} rows, but its footer says {file.metadata.num_rows}"
-                )
+            clips = pa.concat_tables(identities) if identities else file.schema_arrow.empty_table()
+            if len(clips) != file.metadata.num_rows:
+                problems.append(f"{len(clips)} rows, but its footer says {file.metadata.num_rows}")
+            problems += identity_faults(clips, footer)
     except (pa.ArrowException, OSError, ValueError) as error:
         return UserError(f"{path.name} cannot be read: {error}")
     except UserError as error:
         return error
-    if len(set(clip_ids)) != len(clip_ids):
+    clip_ids = set(clips["clip_id"].to_pylist())
+    if len(clip_ids) != len(clips):
         problems.append("a clip_id occurs twice")
-    return footer, set(clip_ids), samples / footer.sample_rate, problems
+    audio_s = (pc.sum(clips["num_samples"]).as_py() or 0) / footer.sample_rate
+    return footer, clip_ids, audio_s, problems
 
 
 def _check_metadata(file: pq.ParquetFile, footer: Footer) -> list[str]:
@@ -186,13 +190,11 @@ def _statistics_of(table: pa.Table, footer: Footer) -> list[tuple[Any, ...]]:
 
 
 def _check_clip(row: dict[str, Any], footer: Footer) -> Iterator[str]:
-    try:
-        samples = decode_flac(row["audio"]["bytes"], footer.subtype)
-    except sf.LibsndfileError as error:
-        yield f"the audio does not decode: {error}"
-        return
-    if samples.ndim != 1 or not len(samples) == row["num_samples"] == row["stop"] - row["start"]:
-        yield f"{len(samples)} samples decoded, but num_samples is {row['num_samples']}"
+    fault = audio_fault(row["audio"]["bytes"], row["num_samples"], footer)
+    if fault is not None:
+        yield fault
+    if row["audio"]["path"] != f"{row['clip_id']}.flac":
+        yield f"its audio has the path {row['audio']['path']}"
     frames = num_frames(row["num_samples"], footer.hop_length)
     f0 = np.asarray(row["f0"], dtype=np.float32)
     if len(f0) != frames:

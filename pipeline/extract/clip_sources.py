@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,14 +14,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.cluster.task_rows import CRASHED
+from pipeline.dataset.clip_checks import audio_faults, identity_faults
 from pipeline.dataset.decoded_clips import DecodedClips
 from pipeline.dataset.ledger import SongEntry, prepared_entry, quarantined_entry
-from pipeline.dataset.schema import AUDIO_SCHEMA
+from pipeline.dataset.schema import AUDIO_SCHEMA, clip_name
 from pipeline.dataset.shards import Footer, Origin, read_footer
 from pipeline.errors import UserError, name_song_in_errors
 from pipeline.extract.config import ExtractConfig
 from pipeline.extract.job import ExtractJob, TakenOver
-from pipeline.extract.pitch_columns import clip_name
 from pipeline.songs.plan import PlannedSong, Task
 from pipeline.songs.source_file import check_unchanged, require_mounted
 from pipeline.storage.scratch import Scratch
@@ -138,6 +139,9 @@ class ClipsOfShards:
                 raise UserError(f"{path} was replaced while it was read; run this command again")
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 table = file.read(self.taken_over.columns, use_threads=False)
+            faults = itertools.chain(identity_faults(table, footer), audio_faults(table, footer))
+            if (fault := next(faults, None)) is not None:
+                raise damaged_source(path, fault)
         except FileNotFoundError as error:
             raise UserError(f"{path} disappeared during the run; run this command again") from error
         except (pa.ArrowException, OSError) as error:
@@ -167,10 +171,10 @@ def origin_of(footer: Footer) -> Origin:
     return Origin(footer.fingerprint, footer.environment)
 
 
-def damaged_source(path: Path, error: Exception) -> UserError:
-    """Return the error for a shard of the other dataset that cannot be read."""
+def damaged_source(path: Path, fault: object) -> UserError:
+    """Return the error for a shard of the other dataset that cannot be read or is wrong."""
     return UserError(
-        f"{path} cannot be read ({error}). `cantor verify {path.parent.parent}` lists everything "
+        f"{path} cannot be used ({fault}). `cantor verify {path.parent.parent}` lists everything "
         "that is damaged. To rebuild a shard, delete it and run `cantor extract` again."
     )
 

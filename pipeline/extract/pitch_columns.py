@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.decoded_clips import DecodedClips
 from pipeline.dataset.ledger import SongEntry
-from pipeline.dataset.schema import PITCH_SCHEMA
+from pipeline.dataset.schema import PITCH_SCHEMA, clip_name
 from pipeline.errors import name_song_in_errors
 from pipeline.extract.job import ExtractJob
 from pipeline.extract.model_checks import name_setting_while_loading
@@ -172,8 +172,3 @@ def _numbered(clips: pa.Table) -> pa.Table:
         field = clips.schema.field(place)
         clips = clips.set_column(place, field, pa.array(values, field.type))
     return clips
-
-
-def clip_name(song_id: str, number: int) -> str:
-    """Return the id of a song's clip; numbers begin at 0."""
-    return f"{song_id}#{number:06d}"

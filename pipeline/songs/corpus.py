@@ -70,6 +70,11 @@ def song_id_of(path: bytes) -> str:
     )
 
 
+def song_ids_of(path: bytes) -> tuple[str, str]:
+    """Return the id of a song at a path of a plan, and the one that earlier versions gave it."""
+    return song_id_of(os.path.normpath(path)), song_id_of(path)
+
+
 def list_corpus(path: Path, speaker: str | None = None) -> Corpus:
     """List the songs of a folder tree (`root/SPEAKER/.../song.wav`) or of a CSV or JSONL manifest.
 
@@ -171,7 +176,7 @@ def _list_manifest(manifest: Path, speaker: str | None) -> Corpus:
     first_line: dict[str, int] = {}
     for row in read_manifest(manifest, speaker):
         path = os.fsencode(row.path)
-        song_id = song_id_of(os.path.normpath(path))  # ./a.wav and b/../a.wav are a.wav
+        song_id = song_ids_of(path)[0]  # ./a.wav and b/../a.wav are a.wav
         if song_id in ("", ".", ".."):
             raise UserError(f"{row.where}: {row.path} is a folder; name an audio file")
         place = song_id_of(os.path.normpath(os.path.join(os.fsencode(root), path)))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -31,6 +32,7 @@ from pipeline.extract.task import ClipMaker, FinishTask, PrepareTask
 from pipeline.fingerprint import fingerprint
 from pipeline.songs.plan import load_plan
 from stages.chain import StageClock
+from stages.flac import encode_flac
 from tests.helpers.songs import tune
 from tests.pipeline.conftest import Extract, shard_hashes
 
@@ -220,10 +222,24 @@ def test_a_damaged_shard_of_the_source_is_named(
         column = pq.read_metadata(path).row_group(0).column(7)  # audio.bytes
         middle = column.data_page_offset + column.total_compressed_size // 2
         path.write_bytes(whole[:middle] + b"torn" + whole[middle + 4 :])
-    with pytest.raises(UserError, match=rf"{path.name} cannot be read .*`cantor verify {source}`"):
+    with pytest.raises(UserError, match=rf"{path.name} cannot be used .*`cantor verify {source}`"):
         run_reextract(source, tmp_path / "new", OTHER)
     path.write_bytes(whole)
     assert run_reextract(source, tmp_path / "new", OTHER).account.problems == []
+
+
+def test_a_clip_that_is_not_as_long_as_promised_is_refused(
+    source: Path, tmp_path: Path, run_reextract: Reextract
+) -> None:
+    path = max(iter_shards(source), key=lambda path: path.stat().st_size)
+    table, footer = pq.read_table(path), read_footer(path)
+    rows = table.to_pylist()
+    clip = encode_flac(np.zeros(rows[1]["num_samples"] // 2, np.int16), 44100, "PCM_16")
+    for change in ({"audio": {"bytes": clip, "path": None}}, {"song_id": "zoe/x.wav"}):
+        forged = [rows[0], {**rows[1], **change}, *rows[2:]]
+        write_shard(source, path.name, pa.Table.from_pylist(forged, table.schema), footer)
+        with pytest.raises(UserError, match=rf"{path.name} cannot be used \({rows[1]['clip_id']}"):
+            run_reextract(source, tmp_path / "new", ["encoders.log-mel={}"])
 
 
 @pytest.mark.slow
