@@ -20,6 +20,7 @@ import typer.core
 from pipeline.errors import Interrupted, SongBug, StorageFault, UserError, printable
 from pipeline.reports.command_summary import Summary, show_summary
 from pipeline.reports.terminal import TerminalConsole
+from pipeline.storage.uri import refuse_uri
 from pipeline.tools.old_flags import translate_old_flags
 
 T = TypeVar("T")
@@ -33,6 +34,7 @@ class _Commands(typer.core.TyperGroup):
         # Help keeps line breaks, which would split paragraphs at odd places in narrow terminals.
         if command is not None and command.help is not None:
             command.help = re.sub(r"(?<!\n)\n(?!\n)", " ", command.help)
+        _refuse_uris(words)
         return name, command, translate_old_flags(name or "", words)
 
     def invoke(self, ctx: Any) -> Any:
@@ -89,6 +91,19 @@ RetryQuarantined = Annotated[
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Also write the closing figures to this file.")
 ]
+
+# Options whose value is an address, not a path.
+_ADDRESSES = ("--url", "--ray-address")
+
+
+def _refuse_uris(words: Sequence[str]) -> None:
+    """Raises: UserError: when a word of a command line, or the value of a setting, is a URI."""
+    for before, word in zip(["", *words], words, strict=False):
+        key, equals, value = word.partition("=")
+        if before not in _ADDRESSES and key not in _ADDRESSES:
+            refuse_uri(word)
+            refuse_uri(value.strip("'\"[ "), f"{key}{equals}")
+
 
 _SETTING = re.compile(r"\w+\.[\w.-]+=")
 

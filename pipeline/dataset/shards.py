@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -191,6 +191,21 @@ def units_in_words(info: dict[str, Any]) -> list[str]:
         ids = f"{section}.codebook_sha256" in info["settings"]
         words.append(f"{name} (ids)" if ids else str(name))
     return words
+
+
+def note_on_trial_units(encoders: Iterable[str]) -> str | None:
+    """Return a note when every encoder of a dataset is one for trying things out only."""
+    from models.encoders import WITHOUT_WEIGHTS  # loads torch
+
+    names = list(encoders)
+    if not names or not set(names) <= set(WITHOUT_WEIGHTS):
+        return None
+    return (
+        f"{' and '.join(names)} units are for trying things out only: a voice trained on them "
+        "keeps the timbre of the source singer. For a real voice, run `cantor fetch-encoder "
+        "contentvec-rvc`, then `cantor extract CORPUS DATASET encoder.name=contentvec768l12 "
+        "encoder.checkpoint=checkpoints/hubert_base.pt`"
+    )
 
 
 def has_xvectors(info: dict[str, Any]) -> bool:

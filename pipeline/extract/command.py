@@ -16,6 +16,7 @@ from pipeline.dataset.account import Account, balance_dataset
 from pipeline.dataset.shards import (
     Footer,
     iter_shards,
+    note_on_trial_units,
     read_dataset_info,
     read_footers,
     require_supported,
@@ -108,6 +109,9 @@ def reextract(
 
 
 def _run(extraction: Extraction) -> ExtractOutcome:
+    note = note_on_trial_units(each.name for each in extraction.config.all_encoders.values())
+    if note is not None:
+        extraction.console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     if not extraction.options.dry_run:
         return complete(extraction)
     extraction.describe(preview(extraction))

@@ -5,18 +5,20 @@ Tested by tests/pipeline/extract/test_command.py.
 
 from __future__ import annotations
 
-from collections import Counter
+import os
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 
 from pipeline.dataset.shards import Footer
-from pipeline.errors import first_names
+from pipeline.errors import first_names, printable
 from pipeline.extract.config import ExtractConfig
 from pipeline.extract.job import TakenOver
 from pipeline.extract.plan_changes import Changes, PlanUpdate, find_changes
-from pipeline.songs.corpus import Corpus, list_corpus, named_as_planned
+from pipeline.reports.command_summary import first_lines
+from pipeline.songs.corpus import Corpus, ListedSong, list_corpus, named_as_planned, song_id_of
 from pipeline.songs.plan import Task, default_task_minutes, make_tasks, plan_songs
 
 
@@ -57,14 +59,16 @@ class FromCorpus:
         corpus = named_as_planned(self.corpus, planned)
         changes = find_changes(corpus, tasks, committed, self.retry_quarantined, self.redo_changed)
         added = self._plan_changes(corpus, tasks, changes)
-        speakers = Counter(source.speaker for source in corpus.songs)
-        lines = [f"corpus   {len(corpus.songs)} songs of {len(speakers)} speakers at {corpus.root}"]
+        lines = _describe(corpus, {**tasks, **{task.index: task for task in added}})
+        notices = list(changes.notices)
+        if self.speaker is None and self.path.is_dir() and changes.add:
+            notices += _too_high(corpus)
         unreadable = [s.song_id for task in added for s in task.songs if s.duration_s == 0]
         if unreadable:
             lines.append(
                 f"trouble  {len(unreadable)} without a readable header ({first_names(unreadable)})"
             )
-        return PlanUpdate(added, changes.gone, changes.notices, lines)
+        return PlanUpdate(added, changes.gone, notices, lines)
 
     def take_over(self) -> TakenOver | None:
         """Return None: every column is made."""
@@ -89,3 +93,39 @@ class FromCorpus:
         minutes = (before + sum(song.duration_s for _, song in added)) / 60
         size = self.config.plan.task_minutes or default_task_minutes(minutes)
         return renewed + make_tasks(added, size, max(tasks, default=-1) + 1)
+
+
+def _describe(corpus: Corpus, tasks: Mapping[int, Task]) -> list[str]:
+    """Return lines on the corpus and, as a table, on each speaker."""
+    seconds = {song.song_id: song.duration_s for task in tasks.values() for song in task.songs}
+    songs: dict[str, list[ListedSong]] = defaultdict(list)
+    for song in corpus.songs:
+        songs[song.speaker].append(song)
+    rows = [("speaker", "songs", "hours", "first path")]
+    for speaker, own in sorted(songs.items()):
+        hours = sum(seconds[song.song_id] for song in own) / 3600
+        first = os.fsdecode(own[0].path)
+        rows.append((printable(speaker), str(len(own)), f"{hours:.2f}", printable(first)))
+    wide = [max(len(row[column]) for row in rows) for column in range(3)]
+    table = [
+        f"  {row[0].ljust(wide[0])}  {row[1].rjust(wide[1])}  {row[2].rjust(wide[2])}  {row[3]}"
+        for row in rows
+    ]
+    total = f"corpus   {len(corpus.songs)} songs of {len(songs)} speakers at {corpus.root}"
+    return [total, *first_lines(table, "a manifest names them all")]
+
+
+def _too_high(corpus: Corpus) -> list[str]:
+    """Return a note when every song lies deeper than SPEAKER/: CORPUS may be a folder too high."""
+    folders = [song.path.split(b"/")[:-1] for song in corpus.songs]
+    if any(len(parts) < 2 for parts in folders):
+        return []
+    tops, inner = ({song_id_of(parts[depth]) for parts in folders} for depth in (0, 1))
+    words = (
+        f"no song lies directly in the folder of its speaker: the speakers are "
+        f"{first_names(sorted(tops))}, and their songs lie in folders such as "
+        f"{first_names(sorted(inner))}. If those are the speakers, "
+    )
+    if len(tops) == 1:
+        return [f"{words}give {corpus.root / tops.pop()} as CORPUS"]
+    return [f"{words}name the songs and speakers in a manifest"]

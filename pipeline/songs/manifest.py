@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from pipeline.errors import UserError
+from pipeline.storage.uri import refuse_uri
 
 MANIFEST_SUFFIXES = frozenset({".csv", ".jsonl"})
 
@@ -40,6 +41,7 @@ def read_manifest(manifest: Path, speaker: str | None = None) -> Iterator[Manife
         path = _text(row, "path", where)
         if not path:
             raise UserError(f"{where}: 'path' is missing")
+        refuse_uri(path, f"{where}: ")
         who = speaker if speaker is not None else _text(row, "speaker", where).strip()
         if not who:
             raise UserError(f"{where}: 'speaker' is missing (or pass --speaker NAME)")

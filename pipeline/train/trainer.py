@@ -22,6 +22,7 @@ from rich.console import Console
 from models.synthesizer.batch import Batch
 from pipeline.cluster.device import choose_device
 from pipeline.dataset.shard_dataset import ShardDataset, Share
+from pipeline.dataset.shards import note_on_trial_units
 from pipeline.errors import Interrupted, UserError
 from pipeline.settings import dump_yaml
 from pipeline.storage.lock import lock
@@ -99,6 +100,9 @@ def fit(
             watch = SilentWatch() if console is None else ConsoleWatch(console, stack)
         if not group.leads:
             watch = SilentWatch()
+        note = note_on_trial_units([data.identity.encoder.name])
+        if note is not None:
+            watch.say(f"note: {note}")
         checkpoints = Checkpoints(run / "checkpoints", config.run.keep_last, config.run.keep_best)
         checkpoint = _last_checkpoint(checkpoints, group, watch)
         if checkpoint is not None:

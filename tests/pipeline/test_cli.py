@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,28 @@ def test_the_script_ends_with_the_status_of_the_command() -> None:
     run = subprocess.run(words, capture_output=True, text=True, check=False, timeout=180)
     assert (run.returncode, run.stdout) == (2, "")
     assert "is not a dataset" in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs", "file", "az+https"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["extract", "/c", "{}"], ["extract", "{}", "/d"], ["extract", "--from", "{}", "/d"]),
+        *(["extract", "--from={}", "/d"], ["extract", "/c", "/d", "encoder.checkpoint={}"]),
+        *(["extract", "/c", "/d", "--json", "{}"], ["extract", "/c", "/d", "--config", "{}"]),
+        *(["train", "{}", "/r"], ["train", "/d", "{}"], ["train", "/d", "/r", "--init-from", "{}"]),
+        *(["convert", "{}", "a", "b"], ["convert", "v", "{}", "b"], ["convert", "v", "a", "{}"]),
+        *(["convert", "v", "a", "b", "units.codebook='{}'"], ["verify", "{}"], ["report", "{}"]),
+        *(["verify", "/d", "--source={}"], ["verify", "/d", "--export", "{}.csv"]),
+        *(["demo-corpus", "{}"], ["codebook", "{}", "o"], ["index", "d", "{}"], ["purity", "{}"]),
+        *(["distill", "{}", "o"], ["export", "{}", "o"], ["export", "v", "{}"]),
+        *(["fetch-encoder", "x", "--to", "{}"], ["convert-encoder", "{}", "o"]),
+    ],
+)
+def test_no_command_takes_a_uri_for_a_path(words: list[str], scheme: str) -> None:
+    uri = f"{scheme}://bucket/place"
+    output = cantor(*(word.format(uri) for word in words), status=2)
+    assert f"{uri}" in output and "is a URI" in output
 
 
 def test_help_of_extract_names_the_options() -> None:
@@ -177,6 +200,7 @@ def test_a_training_ends_with_a_table_and_keeps_its_settings(tmp_path: Path) -> 
     assert figures["validation"]["first"]["step"] == 0
     assert "step 0: posterior / prior: mel distance" in output
     assert "2 steps done, 2 of them in this call" in output
+    assert output.count("units are for trying things out only") == 1
     for row in ("mel distance", "pitch accuracy", "voicing errors", "discriminator"):
         assert row in output
     assert str(run / "checkpoints" / "step-00000002") in "".join(output.split())
@@ -189,6 +213,17 @@ def test_a_training_ends_with_a_table_and_keeps_its_settings(tmp_path: Path) -> 
 def test_dry_run_says_what_would_run(corpus: Path, tmp_path: Path) -> None:
     output = cantor("extract", corpus, tmp_path / "d", *FAST, "--dry-run")
     assert "7 songs of 4 speakers" in output and "nothing was written" in output
+    assert re.search(r"speaker +songs +hours +first path\n", output)
+    assert re.search(r"spk2 +\d +0\.0\d +spk2/\S+\n", output)
+    assert output.count("mfcc units are for trying things out only") == 1
+    assert "cantor fetch-encoder contentvec-rvc" in output
+    assert "no song lies directly" not in output
+    above = tmp_path / "above"
+    above.mkdir()
+    (above / "songs").symlink_to(corpus)
+    output = cantor("extract", above, tmp_path / "d", *FAST, "--dry-run")
+    assert "such as spk0, spk1, spk2 and 1 more. If those are the speakers, give " in output
+    assert f"give {above}/songs as CORPUS" in output
     assert not (tmp_path / "d").exists()
 
 
