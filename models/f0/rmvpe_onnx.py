@@ -24,7 +24,7 @@ from models.checkpoint import CheckpointError
 from models.f0.bins import NUM_BINS
 from models.f0.mel import NUM_MELS
 from models.f0.rmvpe_checkpoint import LEVELS, RmvpeConfig
-from models.onnx_session import first_line, graph_faults, open_session, refuse_external_weights
+from models.onnx_session import FirstRun, open_session
 
 WINDOW_FRAMES = 16384
 OVERLAP_FRAMES = 2 * RmvpeConfig().reach
@@ -40,11 +40,14 @@ class OnnxRmvpe:
         Raises: CheckpointError: when the file is not such a graph; ValueError: when onnxruntime is
         missing or does not support `device`.
         """
-        refuse_external_weights(path)
+        mel = np.zeros((1, NUM_MELS, _TRIAL_FRAMES), np.float32)
         self.session = open_session(
-            path, torch.device(device), "RMVPE from an .onnx file needs", "f0.device"
+            path,
+            torch.device(device),
+            "RMVPE from an .onnx file needs",
+            "f0.device",
+            FirstRun("a log-mel", {"": mel}, _check_ends),
         )
-        _check_ends(path, self.session)
         _check_trial(path, self.session)
 
     def salience(self, mels: Sequence[Tensor]) -> list[Tensor]:
@@ -85,10 +88,7 @@ def _check_ends(path: Path, session: Any) -> None:
 
 
 def _check_trial(path: Path, session: Any) -> None:
-    try:
-        salience = _run(session, torch.zeros(NUM_MELS, _TRIAL_FRAMES))
-    except graph_faults() as error:
-        raise CheckpointError(f"{path} cannot run on a log-mel ({first_line(error)})") from error
+    salience = _run(session, torch.zeros(NUM_MELS, _TRIAL_FRAMES))
     expected = (1, _TRIAL_FRAMES, NUM_BINS)
     if salience.shape != expected or salience.dtype != np.float32:
         raise CheckpointError(

@@ -21,15 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.onnx_session import open_session, refuse_external_weights
+from models.onnx_session import FirstRun, open_session
 from models.synthesizer.blocks.noise import Noise
 from models.synthesizer.blocks.source import HARMONICS, first_phase
 from models.synthesizer.blocks.weight_norm import fold_weight_norm
 from models.synthesizer.config import SynthesizerConfig
 from models.synthesizer.sovits.networks import Synthesizer
 from models.synthesizer.voice import (
+    DESCRIPTION,
     Voice,
     atomic_file,
+    described_network,
     load_network,
     read_description,
     voice_folder,
@@ -165,9 +167,18 @@ class OnnxSynthesizer:
 
 def _open(path: Path, device: str) -> tuple[Any, Voice]:
     """Open a session and read its voice."""
-    refuse_external_weights(path)
-    session = open_session(path, torch.device(device), "a voice as ONNX needs", "compute.device")
-    return session, read_description(path, session.get_modelmeta().custom_metadata_map)
+    example = _example(described_network(path))
+    names = _CONTENT if path.name == MELODY else tuple(example)
+    feed = {name: example[name].numpy() for name in names if name in example}
+    first_run = FirstRun(f"the inputs that {DESCRIPTION} describes", feed, _description)
+    session = open_session(
+        path, torch.device(device), "a voice as ONNX needs", "compute.device", first_run
+    )
+    return session, _description(path, session)
+
+
+def _description(path: Path, session: Any) -> Voice:
+    return read_description(path, session.get_modelmeta().custom_metadata_map)
 
 
 def _run(session: Any, feed: Mapping[str, Tensor]) -> Tensor:

@@ -212,6 +212,17 @@ def read_description(weights: Path, metadata: Mapping[str, str]) -> Voice:
         raise CheckpointError(f"{path}: {error}") from error
 
 
+def described_network(weights: Path) -> SynthesizerConfig:
+    """Read the networks' settings from the description next to `weights`.
+
+    Raises: CheckpointError: when the description is missing or invalid.
+    """
+    config: SynthesizerConfig = _parse_description(
+        weights.with_name(DESCRIPTION), sibling_json(weights, DESCRIPTION)
+    )["config"]
+    return config
+
+
 def require_compatible(
     voice: Voice,
     what: str,
