@@ -222,7 +222,7 @@ def test_dry_run_says_what_would_run(corpus: Path, tmp_path: Path) -> None:
     above.mkdir()
     (above / "songs").symlink_to(corpus)
     output = cantor("extract", above, tmp_path / "d", *FAST, "--dry-run")
-    assert "such as spk0, spk1, spk2 and 1 more. If those are the speakers, give " in output
+    assert "such as quiet, spk0, spk1 and 1 more. If those are the speakers, give " in output
     assert f"give {above}/songs as CORPUS" in output
     assert not (tmp_path / "d").exists()
 
