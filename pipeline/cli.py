@@ -17,8 +17,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import typer
 import typer.core
 
+from pipeline.cluster.stop_signals import interrupt_at_stop_signal
 from pipeline.errors import Interrupted, SongBug, StorageFault, UserError, printable
 from pipeline.reports.command_summary import Summary, show_summary
+from pipeline.reports.standard_streams import keep_running_without_readers
 from pipeline.reports.terminal import TerminalConsole
 from pipeline.storage.uri import refuse_uri
 from pipeline.tools.old_flags import translate_old_flags
@@ -658,7 +660,7 @@ def main() -> None:
     """Run the command line; a fault is one sentence on stderr and an exit status.
 
     0 success, 1 the dataset does not balance, 2 the user can fix it, 3 storage, 4 a bug of Cantor,
-    130 interrupted.
+    130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 141 output that nobody read.
     """
     error_console = TerminalConsole(stderr=True, soft_wrap=True)
 
@@ -674,7 +676,7 @@ def main() -> None:
         fail(f"stopped: {fault}. Finished work is safe. {again}", 3)
 
     try:
-        app()
+        _run_until_signal()
     except UserError as error:
         fail(f"error: {printable(str(error))}", 2)
     except StorageFault as error:
@@ -689,5 +691,21 @@ def main() -> None:
             "is safe. Please report the lines above.",
             4,
         )
-    except Interrupted:
-        fail(f"\nstopped; finished work is safe. {again}", 130)
+    except Interrupted as stop:
+        fail(f"\nstopped; finished work is safe. {again}", 128 + stop.number)
+
+
+def _run_until_signal() -> None:
+    """Run the command.
+
+    Raises: Interrupted: when a stop signal ended it, whatever error that caused on its way.
+    """
+    with interrupt_at_stop_signal() as request:
+        try:
+            with keep_running_without_readers():
+                app()
+        except BaseException as error:
+            succeeded = isinstance(error, SystemExit) and not error.code
+            if request.number is None or succeeded:
+                raise
+            raise Interrupted(request.number) from error

@@ -6,6 +6,7 @@ Tested by tests/pipeline/test_cli.py.
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -27,7 +28,11 @@ class SongBug(Exception):
 
 
 class Interrupted(Exception):
-    """The user pressed Ctrl-C."""
+    """A stop that was asked for. number: the signal: Ctrl-C, SIGTERM or SIGHUP."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def printable(text: str, keep: str = "") -> str:

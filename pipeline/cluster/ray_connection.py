@@ -12,17 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Before Ray starts.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Ray reports restarted actors and lost workers on our terminal; we handle those.
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-
 import ray
 
 import models
 import pipeline
 import stages
+from pipeline.cluster.stop_signals import keep_sigterm
 from pipeline.errors import StorageFault, UserError
 
 # glibc gives freed buffers of some MB back to the system at once, and the next clip's faults them
@@ -96,7 +91,10 @@ def _init(address: str, **options: Any) -> None:
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
-        ray.init(address, **options)
+        with keep_sigterm():
+            ray.init(address, **options)
+        # Ray prints the deaths of workers to stdout in many words; we handle and report those.
+        ray._private.worker._worker_logs_enabled = False
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)

@@ -1,14 +1,10 @@
-"""Settings of the training process that last as long as a run: threads, seeds, errors, signals."""
+"""Settings of the training process that last as long as a run: threads, seeds, errors."""
 
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any
 
 import torch
 
@@ -47,28 +43,3 @@ def explain_errors() -> Iterator[None]:
         ) from error
     except CheckpointError as error:
         raise UserError(str(error)) from error
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
-    """Yield an event that the first Ctrl-C or SIGTERM sets; a second one acts as before.
-
-    Only the main thread gets signals: in another thread the event is never set.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before: dict[int, Any] = {}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(number, before[number])
-
-    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-        before[number] = signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

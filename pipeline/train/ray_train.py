@@ -22,10 +22,10 @@ from rich.console import Console
 
 from pipeline.cluster.ray_connection import connected
 from pipeline.cluster.ray_graph import living_nodes
+from pipeline.cluster.stop_signals import stop_on_signal
 from pipeline.errors import Interrupted, StorageFault, UserError
 from pipeline.storage.atomic import storage_fault
 from pipeline.train.config import TrainConfig
-from pipeline.train.process_setup import stop_on_signal
 from pipeline.train.run_folder import RunFolder
 from pipeline.train.trainer import TrainOutcome, fit
 from pipeline.train.watch import ConsoleWatch, SilentWatch, Watch
@@ -110,8 +110,9 @@ def train_on_ray(
 
     dataset, run, init_from: paths that are valid on every node.
 
-    Raises: UserError: when settings, data or weights do not suit; Interrupted: when Ctrl-C or
-    SIGTERM stopped the run, after the state was saved; StorageFault: when workers keep dying.
+    Raises: UserError: when settings, data or weights do not suit; Interrupted: when Ctrl-C,
+    SIGTERM or SIGHUP stopped the run, after the state was saved; StorageFault: when workers keep
+    dying.
     """
     run = run.absolute()
     RunFolder(run).require_run()
@@ -189,12 +190,14 @@ def _train(job: dict[str, Any], workers: int, watch: Watch) -> TrainOutcome:
     fitting = threading.Thread(target=run, daemon=True)
     fitting.start()
     try:
-        _follow(fitting, progress, watch)
+        number = _follow(fitting, progress, watch)
         result = ray.get(progress.result.remote())
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if isinstance(result, TrainOutcome):
         return result
+    if isinstance(result, Interrupted) and number is not None:
+        raise Interrupted(number)
     if result is not None:
         raise result
     if failure:
@@ -202,12 +205,12 @@ def _train(job: dict[str, Any], workers: int, watch: Watch) -> TrainOutcome:
     raise StorageFault("the workers ended without a result; run the same command to resume")
 
 
-def _follow(fitting: threading.Thread, actor: Any, watch: Watch) -> None:
-    """Show the progress of the workers until they end; the first Ctrl-C stops them."""
+def _follow(fitting: threading.Thread, actor: Any, watch: Watch) -> int | None:
+    """Show the progress of the workers until they end, and return the signal that stopped them."""
     import ray
 
     begun = None
-    with stop_on_signal() as signalled:
+    with stop_on_signal() as request:
         while True:
             fitting.join(_POLL_S)
             progress: Progress = ray.get(actor.read.remote())
@@ -219,9 +222,11 @@ def _follow(fitting: threading.Thread, actor: Any, watch: Watch) -> None:
             if progress.losses:
                 watch.step(progress.done, progress.losses)
             if progress.refused or not fitting.is_alive():
-                return
-            if signalled.is_set():
+                return request.number
+            if request.number is not None:
                 ray.get(actor.stop.remote())
+                if begun is None:  # there is nothing to save
+                    return request.number
 
 
 def _work(job: dict[str, Any]) -> None:

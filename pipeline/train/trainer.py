@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
@@ -21,6 +22,7 @@ from rich.console import Console
 
 from models.synthesizer.batch import Batch
 from pipeline.cluster.device import choose_device
+from pipeline.cluster.stop_signals import stop_on_signal
 from pipeline.dataset.shard_dataset import ShardDataset, Share
 from pipeline.dataset.shards import note_on_trial_units
 from pipeline.errors import Interrupted, UserError
@@ -32,7 +34,6 @@ from pipeline.train.process_group import ProcessGroup
 from pipeline.train.process_setup import (
     explain_errors,
     keep_global_generators,
-    stop_on_signal,
     training_threads,
 )
 from pipeline.train.random_keys import clip_noise, seed_dropout
@@ -77,8 +78,8 @@ def fit(
     init_from: initial weights of a new run: a voice, a checkpoint, a run, or a G_*.pth.
     console, watch: where progress is shown; give one of the two.
 
-    Raises: UserError: when settings, data or weights do not suit; Interrupted: when Ctrl-C, SIGTERM
-    or the watch stopped the run, after the state was saved.
+    Raises: UserError: when settings, data or weights do not suit; Interrupted: when Ctrl-C,
+    SIGTERM, SIGHUP or the watch stopped the run, after the state was saved.
     """
     device = torch.device(choose_device(config.run.device, "run.device"))
     if device.type == "cuda":
@@ -176,7 +177,7 @@ class _Trainer:
         """
         state, steps = self.state, self.config.run.steps
         stream = self.data.batches(state.steps_done, self.group.rank, self.group.size)
-        with closing(stream), stop_on_signal() as signalled:
+        with closing(stream), stop_on_signal() as request:
             while state.steps_done < steps:
                 begun = time.perf_counter()
                 share = next(stream)
@@ -184,10 +185,11 @@ class _Trainer:
                 line = self._do_step(share)
                 line |= {"seconds": time.perf_counter() - begun, "data_wait_s": waited}
                 stop = writer is not None and writer.write_step(line, self.losses)
-                if self.group.any(stop or signalled.is_set()) and state.steps_done < steps:
+                stop = stop or request.number is not None
+                if self.group.any(stop) and state.steps_done < steps:
                     if writer is not None:
                         writer.save_unsaved()
-                    raise Interrupted
+                    raise Interrupted(request.number or signal.SIGINT)
 
     def _do_step(self, share: Share) -> dict[str, Any]:
         """Do a step and return its line of the log."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,22 @@ def test_ctrl_c_ends_every_command_with_one_sentence(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("pipeline.tools.demo_corpus.make_demo_corpus", interrupt)
     with pytest.raises(Interrupted):
         CliRunner().invoke(cli.app, ["demo-corpus", "d"], catch_exceptions=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_script_with_one_sentence(number: int, tmp_path: Path) -> None:
+    words = ["demo-corpus", str(tmp_path / "demo"), "--minutes", "600"]
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "run_pipeline.py"), *words], stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "demo").exists():
+        assert run.poll() is None
+        time.sleep(0.02)
+    run.send_signal(number)
+    errors = run.communicate(timeout=60)[1]
+    assert run.returncode == 128 + number
+    assert errors == "\nstopped; finished work is safe. Run the same command again to resume.\n"
 
 
 @pytest.mark.slow
@@ -249,6 +267,7 @@ NEW = "run the command WITHOUT --force-new"
         (OSError(errno.EIO, "Input/output error"), 3, "stopped: the storage failed: Input/output"),
         (PermissionError(errno.EACCES, "Permission denied", "/d"), 3, "at /d: Permission denied"),
         (Interrupted(), 130, "stopped; finished work is safe."),
+        (Interrupted(signal.SIGTERM), 143, "stopped; finished work is safe."),
     ],
 )
 @pytest.mark.parametrize("force_new", [False, True])

@@ -1,10 +1,6 @@
-"""Threads, generators, errors and signals of the training process."""
+"""Threads, generators and errors of the training process."""
 
 from __future__ import annotations
-
-import os
-import signal
-import threading
 
 import pytest
 import torch
@@ -14,7 +10,6 @@ from pipeline.errors import UserError
 from pipeline.train.process_setup import (
     explain_errors,
     keep_global_generators,
-    stop_on_signal,
     training_threads,
 )
 
@@ -49,34 +44,3 @@ def test_errors_of_memory_and_checkpoints_are_explained(error: Exception, words:
         raise error
     with pytest.raises(KeyError), explain_errors():
         raise KeyError
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_sets_the_event_and_the_second_acts_as_before(number: int) -> None:
-    received: list[int] = []
-    before = signal.signal(number, lambda number, frame: received.append(number))
-    try:
-        with stop_on_signal() as stop:
-            assert not stop.is_set()
-            os.kill(os.getpid(), number)
-            assert stop.is_set() and not received
-            os.kill(os.getpid(), number)
-            assert received == [number]
-        os.kill(os.getpid(), number)
-        assert received == [number, number]
-    finally:
-        signal.signal(number, before)
-
-
-def test_another_thread_gets_no_signal() -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    seen: list[bool] = []
-
-    def run() -> None:
-        with stop_on_signal() as stop:
-            seen.append(stop.is_set() or signal.getsignal(signal.SIGINT) is not handler)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert seen == [False]

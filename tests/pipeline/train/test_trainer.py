@@ -112,7 +112,7 @@ def test_a_run_that_was_ended_twice_and_made_longer_equals_a_whole_one(
     assert "12 steps are done already" in console.file.getvalue()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_step_keeps_the_state_and_leaves(
     data: Path, whole: Path, tmp_path: Path, number: int
 ) -> None:
