@@ -662,10 +662,9 @@ def main() -> None:
     0 success, 1 the dataset does not balance, 2 the user can fix it, 3 storage, 4 a bug of Cantor,
     130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 141 output that nobody read.
     """
-    error_console = TerminalConsole(stderr=True, soft_wrap=True)
 
     def fail(message: str, status: int) -> None:
-        error_console.print(message, markup=False, highlight=False)
+        TerminalConsole(stderr=True, soft_wrap=True).print(message, markup=False, highlight=False)
         sys.exit(status)
 
     again = "Run the same command again to resume."
