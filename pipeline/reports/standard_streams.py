@@ -35,8 +35,8 @@ class _Stream(io.FileIO):
 def keep_running_without_readers() -> Iterator[None]:
     """Let a command run on when nobody reads its output any more.
 
-    Raises: SystemExit: at the end, with status 141, when a command that succeeded could not print
-    all of its output; OSError: when the file that it prints to is full.
+    Raises: SystemExit: when the block ends, with status 141 if it succeeded but could not print all
+    of its output; OSError: when the file that it prints to is full.
     """
     _open_missing()
     stdout = _guard(sys.stdout, sys.__stdout__, 1)
