@@ -23,7 +23,7 @@ from pipeline.cluster.task_rows import TaskResult, read_result, task_row
 from pipeline.cluster.workload import Job, Needs, WorkersConfig, Workload
 from pipeline.errors import SongBug, UserError
 from pipeline.songs.plan import Task
-from pipeline.storage.atomic import storage_fault
+from pipeline.storage.atomic import storage_fault, temporary_folder
 from pipeline.storage.weight_files import WeightFile, size_and_mtime
 
 
@@ -187,8 +187,7 @@ def check_nodes(dataset: Path, corpus: Path, weights: Collection[WeightFile] = (
     Raises: UserError: when a node cannot (the message names it).
     """
     token = secrets.token_hex(8)
-    path = dataset / ".tmp" / f"token-{token}"
-    path.parent.mkdir(exist_ok=True)
+    path = temporary_folder(dataset) / f"token-{token}"
     path.write_text(token)
 
     def inspect() -> str:

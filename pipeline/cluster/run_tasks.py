@@ -31,6 +31,7 @@ from pipeline.cluster.task_rows import (
 from pipeline.cluster.workload import Workload
 from pipeline.errors import SongBug, StorageFault, UserError, first_names
 from pipeline.songs.plan import Task
+from pipeline.storage.scratch import Scratch
 
 _STORAGE_WAITS_S = (1.0, 5.0, 25.0)  # before each further try after a storage fault
 _ROUNDS_OF_DEATH = 3
@@ -68,10 +69,11 @@ def run_tasks(
     """Commit every task of `missing`. Committed tasks stay, whatever happens to the rest.
 
     Raises: StorageFault: when the disk or the cluster fails; SongBug: when our code fails on a
-    song; UserError: when no worker fits, or weights do not load.
+    song; UserError: when no worker fits, weights do not load, or scratch folders are not safe.
     """
     work = Work(audio_s=sum(task.duration_s for task in missing.values()))
     started = time.monotonic()
+    Scratch(workload.job.config.workers.scratch).close()  # refused here rather than by each worker
     open_session = local_session if local else functools.partial(ray_session, ray_address)
     with open_session(workload, missing) as session:
         work.start_up_s = time.monotonic() - started

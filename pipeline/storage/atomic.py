@@ -19,13 +19,12 @@ from pipeline.errors import StorageFault, UserError
 def commit_file(dataset: Path, relative: str, write: Callable[[BinaryIO], Any]) -> Path:
     """Write `dataset/relative`, whole or not at all.
 
-    Raises: OSError: when the storage fails, after the half-written file is removed.
+    Raises: OSError: when the storage fails, after the half-written file is removed; UserError: when
+    the folder for half-written files is a link.
     """
     final = dataset / relative
     final.parent.mkdir(parents=True, exist_ok=True)
-    folder = dataset / ".tmp"
-    folder.mkdir(exist_ok=True)
-    temporary = folder / f"{final.name}.{secrets.token_hex(6)}"
+    temporary = temporary_folder(dataset) / f"{final.name}.{secrets.token_hex(6)}"
     try:
         with temporary.open("wb") as file:
             write(file)
@@ -39,10 +38,25 @@ def commit_file(dataset: Path, relative: str, write: Callable[[BinaryIO], Any]) 
     return final
 
 
+def temporary_folder(folder: Path) -> Path:
+    """Make and return FOLDER/.tmp, for half-written files.
+
+    Raises: UserError: when it is a link, behind which are files of others, or a file.
+    """
+    temporary = folder / ".tmp"
+    if temporary.is_symlink() or (temporary.exists() and not temporary.is_dir()):
+        raise UserError(f"{temporary} is not a folder of this program; remove it")
+    temporary.mkdir(exist_ok=True)
+    return temporary
+
+
 def sweep(folder: Path) -> None:
-    """Remove half-written files of killed writers."""
-    if (folder / ".tmp").is_dir():
-        for path in (folder / ".tmp").iterdir():
+    """Remove half-written files of killed writers.
+
+    Raises: UserError: when FOLDER/.tmp is a link or a file.
+    """
+    if os.path.lexists(folder / ".tmp"):
+        for path in temporary_folder(folder).iterdir():
             path.unlink(missing_ok=True)
 
 

@@ -28,7 +28,7 @@ from pipeline.dataset.schema import XVECTOR_COLUMN
 from pipeline.dataset.shards import Footer, read_supported_info
 from pipeline.errors import UserError
 from pipeline.reports.command_summary import MOST_LINES, Summary, text_table
-from pipeline.storage.atomic import commit_file
+from pipeline.storage.atomic import commit_file, temporary_folder
 from stages.xvector import XvectorConfig, embed_clips
 
 SIDECAR = "purity.parquet"
@@ -106,11 +106,9 @@ def measure_purity(
     clips = len(rows)
     if clips == 0:
         raise UserError(f"{dataset} has no clips")
-    spool_folder = dataset / ".tmp"
-    spool_folder.mkdir(exist_ok=True)
     with (
         show_bar(console, "clips", 2 * clips) as advance,
-        tempfile.TemporaryFile(dir=spool_folder) as spool,
+        tempfile.TemporaryFile(dir=temporary_folder(dataset)) as spool,
     ):
         sums, counts = _spool_vectors(row_groups, column, embed, spool, advance)
         spool.seek(0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import stat
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 from pipeline.cluster.resumable_run import TaskPlan, complete, preview, with_added
 from pipeline.errors import UserError
 from pipeline.songs.plan import PlannedSong, Task
+from pipeline.storage.atomic import sweep, write_info
 from pipeline.storage.lock import lock
 
 
@@ -100,6 +104,67 @@ def test_the_folder_is_locked_while_a_run_works(
     with lock(tmp_path / "d"), pytest.raises(UserError, match="is in use by process"):
         complete(run)
     assert run.steps == ["list"]
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A folder of somebody else, with a file that would be truncated or removed."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "precious").write_text("precious")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "fifo", "folder", "socket", "hard link"])
+def test_a_lock_that_is_no_plain_file_of_ours_is_refused_at_once(
+    kind: str, tmp_path: Path, elsewhere: Path
+) -> None:
+    path = tmp_path / "d" / ".lock"
+    path.parent.mkdir()
+    if kind == "link":
+        path.symlink_to(elsewhere / "precious")
+    elif kind == "dangling":
+        path.symlink_to(elsewhere / "new")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "socket":
+        os.mknod(path, stat.S_IFSOCK | 0o600)
+    else:
+        path.hardlink_to(elsewhere / "precious")
+    run = Letters(tmp_path / "d", "ab")
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=r"/d/\.lock is not a plain file of this program; remove"):
+        complete(run)
+    assert time.monotonic() - begun < 1.0
+    assert files(elsewhere) == {"precious"} and run.steps == ["list"]
+    assert (elsewhere / "precious").read_text() == "precious"
+
+
+def test_a_lock_of_another_program_keeps_its_content(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / ".lock").write_text("4711\n")
+    with pytest.raises(UserError, match=r"/\.lock is of another program; name another folder"):
+        complete(Letters(tmp_path / "d", "ab"))
+    assert (tmp_path / "d" / ".lock").read_text() == "4711\n"
+    (tmp_path / "d" / ".lock").write_text("process 42 on a-machine-that-died")
+    complete(Letters(tmp_path / "d", "ab"))
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_folder_for_half_written_files_that_is_a_link_is_refused(
+    kind: str, tmp_path: Path, elsewhere: Path
+) -> None:
+    (tmp_path / "d").mkdir()
+    if kind == "link":
+        (tmp_path / "d" / ".tmp").symlink_to(elsewhere)
+    else:
+        (tmp_path / "d" / ".tmp").touch()
+    for act in (sweep, lambda folder: write_info(folder, "x.json", {})):
+        with pytest.raises(UserError, match=r"/\.tmp is not a folder of this program; remove it"):
+            act(tmp_path / "d")
+    assert files(elsewhere) == {"precious"}
 
 
 def test_missing_tasks_are_those_that_left_nothing() -> None:

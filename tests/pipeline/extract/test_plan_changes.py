@@ -11,8 +11,9 @@ import soundfile as sf
 
 from pipeline.dataset.shards import iter_shards
 from pipeline.dataset.verify import verify
-from pipeline.errors import StorageFault
+from pipeline.errors import StorageFault, UserError
 from pipeline.songs.plan import Task, append_plan, load_plan
+from pipeline.storage.lock import lock
 from pipeline.storage.scratch import Scratch
 from tests.helpers.songs import tune
 from tests.pipeline.conftest import Extract
@@ -217,6 +218,56 @@ def test_scratch_folders_of_the_living_stay_and_of_the_dead_go(tmp_path: Path) -
     for scratch in (one, other, third):
         scratch.close()
         assert not scratch.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("link", "is not a folder"),
+        ("dangling", "is not a folder"),
+        ("file", "is not a folder"),
+        ("open", "is open to other users"),
+        ("other", "belongs to another user"),
+    ],
+)
+def test_a_scratch_folder_that_others_may_control_is_refused(
+    kind: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, elsewhere = tmp_path / f"cantor-scratch-{os.getuid()}", tmp_path / "elsewhere"
+    (elsewhere / "theirs").mkdir(parents=True)
+    if kind in ("link", "dangling"):
+        root.symlink_to(elsewhere if kind == "link" else elsewhere / "new")
+    elif kind == "file":
+        root.touch()
+    else:
+        root.mkdir()
+        root.chmod(0o777 if kind == "open" else 0o700)
+    if kind == "other":
+        monkeypatch.setattr(os, "getuid", lambda: root.stat().st_uid + 1)
+        root.rename(tmp_path / f"cantor-scratch-{os.getuid()}")
+    with pytest.raises(UserError, match=rf"{words}; remove it, or set workers\.scratch"):
+        Scratch(str(tmp_path))
+    assert [path.name for path in elsewhere.iterdir()] == ["theirs"]
+
+
+def test_odd_things_among_scratch_folders_are_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch, elsewhere = Scratch(str(tmp_path)), tmp_path / "elsewhere"
+    root = scratch.folder.parent
+    (elsewhere / "theirs").mkdir(parents=True)
+    (root / "link").symlink_to(elsewhere)
+    for name in ("with-link", "with-fifo"):
+        (root / name).mkdir()
+    (root / "with-link" / ".lock").symlink_to(elsewhere / "new")
+    os.mkfifo(root / "with-fifo" / ".lock")
+    Scratch(str(tmp_path)).close()
+    assert {path.name for path in elsewhere.iterdir()} == {"theirs"}
+    assert {path.name for path in root.iterdir()} == {".lock", "link", scratch.folder.name}
+    monkeypatch.setattr("pipeline.storage.scratch._LOCK_WAIT_S", 0.0)
+    with lock(root), pytest.raises(UserError, match="is in use by process"):
+        Scratch(str(tmp_path))
+    scratch.close()
 
 
 def test_a_hundred_thousand_songs_make_a_plan(tmp_path: Path) -> None:
