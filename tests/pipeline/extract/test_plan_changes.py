@@ -243,8 +243,9 @@ def test_a_scratch_folder_that_others_may_control_is_refused(
         root.mkdir()
         root.chmod(0o777 if kind == "open" else 0o700)
     if kind == "other":
-        monkeypatch.setattr(os, "getuid", lambda: root.stat().st_uid + 1)
-        root.rename(tmp_path / f"cantor-scratch-{os.getuid()}")
+        uid = os.getuid() + 1
+        monkeypatch.setattr(os, "getuid", lambda: uid)
+        root.rename(tmp_path / f"cantor-scratch-{uid}")
     with pytest.raises(UserError, match=rf"{words}; remove it, or set workers\.scratch"):
         Scratch(str(tmp_path))
     assert [path.name for path in elsewhere.iterdir()] == ["theirs"]
