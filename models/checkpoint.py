@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import mmap
 import os
 import struct
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.input_file import read_json, require_regular
 from models.unpickler import Budget, Opaque, Refused, Storage, plain, unpickle
 
 __all__ = [
@@ -44,6 +44,7 @@ _LEGACY_PROTOCOL = 1001
 _CONFIGURATION = ("config.json", "preprocessor_config.json")
 OWN_HEADER = "cantor"  # entry in safetensors' metadata that marks Cantor's own format
 _MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
+_MOST_HEADER_BYTES = 8 << 20  # about 80,000 tensors
 _MAX_ZIP_DIRECTORY = 8 << 20  # about 100,000 tensors; zipfile needs ten times as much memory
 
 _OTHER_FILES = (
@@ -108,14 +109,19 @@ def read_safetensors(
 
     Raises: CheckpointError: when the file does not exist or is damaged.
     """
+    path = Path(path)
+    head = _head(path)
+    if _is_safetensors(head) and struct.unpack_from("<Q", head)[0] > _MOST_HEADER_BYTES:
+        raise CheckpointError(f"{path} has a header for more tensors than any network has")
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys() if keys is None else keys
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a complete safetensors file ({error})") from error
+    except (
+        SafetensorError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError,
+    ) as error:  # fmt: skip
+        line = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} is not a complete safetensors file ({line})") from error
 
 
 def save_safetensors(
@@ -149,10 +155,10 @@ def weight_files(path: str | os.PathLike[str]) -> list[Path]:
         index = path / f"{name}.index.json"
         if index.is_file():
             try:
-                parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                parts = {str(part) for part in read_json(index)["weight_map"].values()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{index} does not list weight files ({error!r})") from error
-            return [path / Path(part).name for part in sorted(map(str, parts))]
+                raise CheckpointError(f"{index} does not list weight files ({error})") from error
+            return [path / Path(part).name for part in sorted(parts)]
     raise CheckpointError(
         f"{path} has neither model.safetensors nor pytorch_model.bin: name the checkpoint file"
     )
@@ -181,11 +187,11 @@ def sibling_json(path: str | os.PathLike[str], name: str) -> dict[str, Any]:
     path = Path(path)
     file = (path if path.is_dir() else path.parent) / name
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
+        raise CheckpointError(str(error)) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} is not a JSON object")
     return content
@@ -231,11 +237,9 @@ def _has_configuration_beside(path: Path) -> bool:
 
 
 def _file_sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
+    _require_file(path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _umask() -> int:
@@ -244,14 +248,19 @@ def _umask() -> int:
     return mask
 
 
-def _head(path: Path) -> bytes:
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; name the checkpoint file in it")
+def _require_file(path: Path) -> None:
     try:
-        with path.open("rb") as file:
-            head = file.read(512)
+        require_regular(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _head(path: Path) -> bytes:
+    _require_file(path)
+    with path.open("rb") as file:
+        head = file.read(512)
     if not head:
         raise CheckpointError(f"{path} is empty")
     return head

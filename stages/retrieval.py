@@ -16,6 +16,9 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
+from models.input_file import read_json, require_regular
+from models.synthesizer.json_fields import typed
+
 Frames = NDArray[np.float32]
 
 _LONGEST_NAME = 200  # file names end at 255 bytes on most file systems
@@ -121,7 +124,8 @@ def load_index(folder: str | Path, speaker: str) -> SpeakerIndex:
     faiss = import_faiss()
     index_path, note_path = index_files(Path(folder), speaker)
     try:
-        note = IndexNote(**json.loads(note_path.read_text("utf-8")))
+        note: IndexNote = typed(IndexNote, read_json(note_path), "")
+        require_regular(index_path)
         with index_path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as error:
@@ -132,7 +136,16 @@ def load_index(folder: str | Path, speaker: str) -> SpeakerIndex:
         raise IndexFault(f"{note_path} does not describe an index: {error}") from error
     if sha256 != note.sha256:  # faiss may crash on a damaged file
         raise IndexFault(f"{index_path} is not the file that {note_path.name} describes")
-    return SpeakerIndex(note, faiss.read_index(str(index_path)))
+    try:
+        index = faiss.read_index(str(index_path))
+    except RuntimeError as error:
+        raise IndexFault(f"{index_path} is not an index that faiss can read") from error
+    if (index.d, index.ntotal) != (note.dim, note.vectors):
+        raise IndexFault(
+            f"{index_path} has {index.ntotal} vectors of width {index.d}, but {note_path.name} "
+            f"describes {note.vectors} of width {note.dim}"
+        )
+    return SpeakerIndex(note, index)
 
 
 def import_faiss() -> Any:

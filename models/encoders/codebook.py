@@ -18,6 +18,7 @@ from models.checkpoint import (
     read_safetensors,
     save_safetensors,
 )
+from models.input_file import parse_json
 
 MAX_CLUSTERS = 32767  # ids are int16
 _FORMAT = "cantor-codebook"
@@ -153,7 +154,7 @@ def load_codebooks(path: str | Path) -> list[Codebook]:
     if _FORMAT not in metadata:
         raise CheckpointError(f"{path} is not a codebook; `cantor codebook` makes one")
     try:
-        header = json.loads(metadata[_FORMAT])
+        header = parse_json(metadata[_FORMAT])
         return [
             Codebook(
                 header["encoder"],

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.bounded_meta import bounded_meta, most_parameters
 from models.checkpoint import CheckpointError, load_weights, sibling_json
 from models.encoders.adapter import Adapter
 from models.encoders.layouts import read_encoder_file
@@ -262,13 +263,21 @@ def load_head(
     adapter = f"{prefix}adapter."
     outer |= {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(adapter)}
 
-    head = _head_of(config, backbone.width, outer, path, rng)
-    layer_sum = config.get("use_weighted_layer_sum") and not isinstance(head, CtcHead)
+    try:
+        with bounded_meta(most_parameters(len(outer))):
+            described = _head_of(config, backbone.width, outer, path, rng)
+        layer_sum = config.get("use_weighted_layer_sum") and not isinstance(described, CtcHead)
+        expected = described.state_dict()
+        if layer_sum:
+            with torch.device("meta"):
+                expected["layer_weights"] = LayerSum(backbone).layer_weights
+        _check(expected, outer, path)
+        head = _head_of(config, backbone.width, outer, path, rng)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, LookupError) as error:
+        raise CheckpointError(f"{path} has a head of an invalid shape: {error}") from error
     network = (LayerSum if layer_sum else Wav2Vec2)(backbone)
-    expected = head.state_dict()
-    if isinstance(network, LayerSum):
-        expected["layer_weights"] = network.layer_weights
-    _check(expected, outer, path)
     if isinstance(network, LayerSum):
         state["layer_weights"] = outer.pop("layer_weights")
     network.load_state_dict(state)

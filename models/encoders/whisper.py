@@ -32,11 +32,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.batching import Batcher, windows
+from models.bounded_meta import bounded_meta
 from models.checkpoint import OWN_HEADER, CheckpointError, load_weights, sibling_json
 from models.cpu_packing import PackedLinear, can_pack
 from models.encoders.encoder import DType, check_clips
 from models.encoders.encoder_names import FAMILIES, names_for, other_kind
 from models.encoders.layouts import read_encoder_file
+from models.input_file import parse_json, shown
 
 SAMPLE_RATE = 16000
 HOP_LENGTH = 320
@@ -320,6 +322,7 @@ _LAYER_NAMES = {
 }
 _IGNORED = ("decoder.", "model.decoder.", "proj_out.")
 
+_MOST = 1_000_000  # far above any real number
 # Field of WhisperConfig -> key in OpenAI's dims and in Hugging Face's config.json.
 _DIMS = {
     "n_mels": "n_mels",
@@ -339,11 +342,17 @@ _CONFIG_JSON = {
 def _config(path: Path, stated: Any, names: Mapping[str, str]) -> WhisperConfig:
     """Read the shape that a file states. names: field of WhisperConfig -> key in the file."""
     try:
-        shapes = {field: int(stated[key]) for field, key in names.items()}
-    except (KeyError, TypeError, ValueError) as error:
+        shapes = {field: stated[key] for field, key in names.items()}
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} does not state the encoder's shape: {error}") from error
+    wrong = [n for n, v in shapes.items() if type(v) is not int or not 1 <= v <= _MOST]
+    if wrong:
+        raise CheckpointError(
+            f"{path} states an invalid shape: {names[wrong[0]]} is {shown(shapes[wrong[0]])}; it "
+            f"must be a whole number in 1 to {_MOST}"
+        )
     config = WhisperConfig(**{"feed_forward": 4 * shapes["width"]} | shapes)
-    if min(asdict(config).values()) < 1 or config.width % config.heads:
+    if config.width % config.heads:
         raise CheckpointError(f"{path} states an invalid shape: {config}")
     return config
 
@@ -389,7 +398,7 @@ def _parse_cantor_file(
 ) -> tuple[WhisperConfig, Any]:
     """Parse a file with `header`."""
     try:
-        stated = json.loads(cantor)
+        stated = parse_json(cantor)
         kind = stated["kind"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} has a damaged header: {error}") from error
@@ -397,12 +406,20 @@ def _parse_cantor_file(
         raise CheckpointError(f"{path} is a {kind} encoder, not a Whisper")
     names = {field.name: field.name for field in fields(WhisperConfig)}
     config = _config(path, stated.get("config"), names)
+    _require_layers(path, config, tensors)
     _check(path, tensors, _shapes(config))
     return config, {key: tensor.float() for key, tensor in tensors.items()}
 
 
+def _require_layers(path: Path, config: WhisperConfig, tensors: Mapping[str, Any]) -> None:
+    if config.layers > len(tensors):
+        raise CheckpointError(
+            f"{path} states {config.layers} layers, but its encoder has {len(tensors)} tensors"
+        )
+
+
 def _shapes(config: WhisperConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
+    with bounded_meta(None):
         network = WhisperNetwork(config)
     return {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
 
@@ -414,6 +431,7 @@ def _renamed(
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{path}: model_state_dict is not a dict of tensors")
     tensors = {k: v for k, v in tensors.items() if not str(k).startswith(_IGNORED)}
+    _require_layers(path, config, tensors)
     parts = dict(_parts(config))
     keys = {name: prefix + _foreign_key(name, source) for name in parts}
     _check(path, tensors, {keys[name]: shape for name, shape in parts.items()})

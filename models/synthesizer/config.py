@@ -12,6 +12,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 SPEAKER_LAYER = 2  # layer of a text transformer that gets the speaker embedding, from 0
+# Limits of what no tensor's shape limits, far above any real setting.
+MOST_HZ = 1_000_000
+MOST_FFT = 1 << 17
+_MOST_MELS = 4096
+_MOST_UPSAMPLINGS = 16
 _DISCRIMINATOR_CHANNELS = (64, 128, 256, 512, 1024)
 _COUNTS = (
     "inter_channels",
@@ -33,6 +38,15 @@ def require_at_least(least: float, name: str, value: float) -> None:
     """
     if not value >= least:
         raise ValueError(f"{name} is {value}; it must be {least} or more")
+
+
+def require_at_most(most: float, name: str, value: float) -> None:
+    """Check an upper limit.
+
+    Raises: ValueError: when the value is above it (the message names the setting).
+    """
+    if not value <= most:
+        raise ValueError(f"{name} is {value}; it must be {most} or less")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +81,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in _COUNTS:
             require_at_least(1, f"model.{name}", getattr(self, name))
+        if not 1 <= len(self.upsample_rates) <= _MOST_UPSAMPLINGS:
+            raise ValueError(
+                f"model.upsample_rates has {len(self.upsample_rates)} numbers; it must have 1 to "
+                f"{_MOST_UPSAMPLINGS}"
+            )
         if len(self.upsample_rates) != len(self.upsample_kernel_sizes):
             raise ValueError(
                 f"model.upsample_rates has {len(self.upsample_rates)} numbers and "
@@ -124,6 +143,16 @@ class SynthesizerConfig(ModelConfig):
     n_fft: int = 2048
     source_rate: int = 44100
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("units_dim", "n_speakers", "n_fft"):
+            require_at_least(1, f"model.{name}", getattr(self, name))
+        for name in ("sample_rate", "source_rate"):
+            require_at_least(1, name, getattr(self, name))
+            require_at_most(MOST_HZ, name, getattr(self, name))
+        require_at_most(MOST_FFT, "n_fft", self.n_fft)
+        require_at_most(MOST_HZ, "the product of model.upsample_rates", self.hop_length)
+
     @property
     def spec_channels(self) -> int:
         return self.n_fft // 2 + 1
@@ -141,6 +170,8 @@ class MelConfig:
 
     def __post_init__(self) -> None:
         require_at_least(1, "mel.n_mels", self.n_mels)
+        require_at_most(_MOST_MELS, "mel.n_mels", self.n_mels)
+        require_at_most(MOST_FFT, "mel.n_fft", self.n_fft)
         require_at_least(0, "mel.f_min", self.f_min)
         if self.f_max is not None and not self.f_max > self.f_min:
             raise ValueError(f"mel.f_max is {self.f_max}; it must be above mel.f_min, {self.f_min}")

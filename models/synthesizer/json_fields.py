@@ -6,9 +6,12 @@ Tested by tests/models/synthesizer/test_voice.py.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any, Literal
+
+from models.input_file import shown
 
 
 def typed(kind: Any, value: Any, where: str) -> Any:
@@ -28,23 +31,27 @@ def typed(kind: Any, value: Any, where: str) -> Any:
         if value in arguments and type(value) in map(type, arguments):
             return value
         choices = ", ".join(map(str, arguments))
-        raise ValueError(f"{where} is {value!r}; choose from {choices}")
+        raise ValueError(f"{where} is {shown(value)}; choose from {choices}")
     if origin is dict and isinstance(value, dict):
         return {name: typed(arguments[1], one, f"{where}.{name}") for name, one in value.items()}
     if kind is Any:
         return value
     if origin is tuple and isinstance(value, list):
         return tuple(typed(arguments[0], one, f"{where}[{i}]") for i, one in enumerate(value))
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 1 << 1000:
         return float(value)
+    if kind is int and type(value) is int and abs(value) >> 62:
+        raise ValueError(f"{where} is {shown(value)}; it must be below 2^62")
+    if kind is float and type(value) is float and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}; it must be a finite number")
     if type(value) is not kind:
-        raise ValueError(f"{where} is {value!r}; it must be a {_type_name(kind)}")
+        raise ValueError(f"{where} is {shown(value)}; it must be a {_type_name(kind)}")
     return value
 
 
 def _typed_fields(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is {value!r}; it must be an object with fields")
+        raise ValueError(f"{where} is {shown(value)}; it must be an object with fields")
     within = f"{where}." if where else ""
     names = [field.name for field in dataclasses.fields(kind)]
     missing = [within + name for name in names if name not in value]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.bounded_meta import bounded_meta
 from models.checkpoint import CheckpointError
 
 _SHOWN = 4  # names listed in an error before "and … more"
@@ -44,9 +45,14 @@ class TensorLayout:
         )
 
 
-def layout_of(build: Callable[[], nn.Module]) -> TensorLayout:
-    """Return the layout of the network that `build` makes."""
-    with torch.device("meta"):
+def layout_of(build: Callable[[], nn.Module], most: int | None = None) -> TensorLayout:
+    """Return the layout of the network that `build` makes.
+
+    most: number of parameters at which to give up; None: no limit.
+
+    Raises: ValueError: when the network has more, or cannot be built.
+    """
+    with bounded_meta(most):
         network = build()
     state = network.state_dict(keep_vars=True)
     owners: dict[int, str] = {}

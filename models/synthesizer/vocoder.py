@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.bounded_meta import most_parameters
 from models.checkpoint import CheckpointError, load_foreign, sibling_json
 from models.synthesizer.blocks.decoder import SourceFilter, prepare_for_inference
 from models.synthesizer.blocks.noise import Noise
@@ -113,10 +114,14 @@ def load_vocoder(path: str | os.PathLike[str], device: torch.device | str = "cpu
         network = Vocoder(config)
         return fold_weight_norm(network) if folded else network
 
+    described = "the vocoder that config.json describes"
+    try:
+        layout = layout_of(build, most_parameters(len(content)))
+    except ValueError as error:
+        raise CheckpointError(f"{path} does not match {described}: {error}") from error
+    tensors = matching_tensors(path, described, content, layout)
     with torch.device("meta"):
         network = build()
-    layout = layout_of(build)
-    tensors = matching_tensors(path, "the vocoder that config.json describes", content, layout)
     network.load_state_dict(tensors, assign=True)
     return prepare_for_inference(network).to(device)
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from models.bounded_meta import most_parameters
 from models.checkpoint import (
     OWN_HEADER,
     CheckpointError,
@@ -29,7 +31,8 @@ from models.checkpoint import (
     save_safetensors,
     sibling_json,
 )
-from models.synthesizer.config import MelConfig, SynthesizerConfig
+from models.input_file import parse_json, shown
+from models.synthesizer.config import MelConfig, SynthesizerConfig, require_at_least
 from models.synthesizer.json_fields import typed
 from models.synthesizer.sovits.networks import Synthesizer
 from models.synthesizer.tensor_layout import TensorLayout, layout_of, matching_tensors
@@ -56,6 +59,13 @@ class VoiceEncoder:
     checkpoint_sha256: str | None = None
     codebook_sha256: str | None = None
     codebook_size: int | None = None
+
+    def __post_init__(self) -> None:
+        require_at_least(1, "encoder.dim", self.dim)
+        if self.codebook_size is not None:
+            require_at_least(1, "encoder.codebook_size", self.codebook_size)
+        if self.frame_rate_hz is not None and not self.frame_rate_hz > 0:
+            raise ValueError(f"encoder.frame_rate_hz is {self.frame_rate_hz}; it must be positive")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,7 +99,7 @@ class Voice:
     licence: str = ""
 
     def __post_init__(self) -> None:
-        twice = {name for name in self.speakers if self.speakers.count(name) > 1}
+        twice = {name for name, count in Counter(self.speakers).items() if count > 1}
         if twice:
             raise ValueError(f"speakers has {', '.join(sorted(twice))} more than once")
         if len(self.speakers) > self.config.n_speakers:
@@ -97,6 +107,9 @@ class Voice:
                 f"speakers has {len(self.speakers)} names, and n_speakers is "
                 f"{self.config.n_speakers}"
             )
+        for name, hz in {"f0_min": self.f0_min, "f0_max": self.f0_max, **self.pitch_hz}.items():
+            if hz is not None and not hz > 0:
+                raise ValueError(f"the pitch {name!r} is {hz} Hz; it must be positive")
 
     @property
     def sample_rate(self) -> int:
@@ -121,10 +134,34 @@ class NoPosterior(nn.Module):
         )
 
 
-@functools.cache
-def synthesizer_layout(config: SynthesizerConfig, posterior: bool = True) -> TensorLayout:
-    layout = layout_of(lambda: Synthesizer(config))
+@functools.lru_cache(maxsize=16)
+def synthesizer_layout(
+    config: SynthesizerConfig, posterior: bool = True, most: int | None = None
+) -> TensorLayout:
+    """Return the layout of a synthesizer's tensors.
+
+    posterior: with those of the posterior encoder. most: number of parameters at which to give up.
+
+    Raises: ValueError: when the network has more, or cannot be built.
+    """
+    layout = layout_of(lambda: Synthesizer(config), most)
     return layout if posterior else layout.without(POSTERIOR)
+
+
+def layout_for(
+    path: Path, config: SynthesizerConfig, tensors: Mapping[str, Any], described: str
+) -> TensorLayout:
+    """Return the layout of the tensors that a file must have, whose description may be hostile.
+
+    path: of the file. described: the description, for errors.
+
+    Raises: CheckpointError: when the description is of a network far larger than the file.
+    """
+    posterior = any(str(name).startswith(POSTERIOR) for name in tensors)
+    try:
+        return synthesizer_layout(config, posterior, most_parameters(len(tensors)))
+    except ValueError as error:
+        raise CheckpointError(f"{path} does not match {described}: {error}") from error
 
 
 def network_of(config: SynthesizerConfig, tensors: Mapping[str, Tensor]) -> Synthesizer:
@@ -174,8 +211,7 @@ def load_voice(path: str | os.PathLike[str]) -> Voice:
     folder = voice_folder(Path(path), WEIGHTS)
     tensors, metadata = read_safetensors(folder / WEIGHTS)
     voice = read_description(folder / WEIGHTS, metadata)
-    posterior = any(name.startswith(POSTERIOR) for name in tensors)
-    layout = synthesizer_layout(voice.config, posterior)
+    layout = layout_for(folder / WEIGHTS, voice.config, tensors, DESCRIPTION)
     tensors = matching_tensors(folder / WEIGHTS, DESCRIPTION, tensors, layout, shared_once=True)
     return dataclasses.replace(voice, tensors=tensors)
 
@@ -360,7 +396,7 @@ def _parse_description(path: Path, content: Mapping[str, Any]) -> dict[str, Any]
         raise CheckpointError(f"{path} does not describe a Cantor voice (by its field format)")
     if content.get("version") not in (1, VERSION):
         raise CheckpointError(
-            f"{path} has version {content.get('version')}; this Cantor reads 1 to {VERSION}"
+            f"{path} has version {shown(content.get('version'))}; this Cantor reads 1 to {VERSION}"
         )
     before = _SINCE_2 if content["version"] == 1 else {}
     try:
@@ -394,7 +430,7 @@ def _require_same_voice(
     weights: Path, content: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> None:
     try:
-        header = json.loads(metadata.get(OWN_HEADER, "{}"))
+        header = parse_json(metadata.get(OWN_HEADER, "{}"))
         kind, stated = header.get("kind"), header.get("description_sha256")
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{weights} has a damaged header: {error}") from error

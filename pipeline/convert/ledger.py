@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from models.input_file import read_json
 from pipeline.convert.result import Conversion
 from pipeline.errors import UserError
 from pipeline.songs.balance import QUARANTINED, Balance
@@ -129,7 +130,7 @@ def read_records(
     for index in tasks:
         path = folder / record_name(index)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             values["entry"]["notices"] = tuple(values["entry"]["notices"])
             records[index] = Record(**{**values, "entry": ConvertEntry(**values["entry"])})
         except FileNotFoundError:

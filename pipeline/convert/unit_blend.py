@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from models.encoders.codebook import (
     load_sovits_codebooks,
     nearest,
 )
+from models.input_file import read_json
 from models.synthesizer.voice import Voice
 from pipeline.errors import UserError, first_names
 from pipeline.extract.model_checks import name_setting_in_errors, require_same_units
@@ -102,7 +102,7 @@ def _speakers_indexed(folder: Path) -> list[str]:
     names = []
     for path in sorted(folder.glob("*.json")):
         try:
-            names.append(str(json.loads(path.read_text("utf-8"))["speaker"]))
+            names.append(str(read_json(path)["speaker"]))
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not a note of an index
     return names

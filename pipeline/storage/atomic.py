@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from models.input_file import read_json
 from pipeline.errors import StorageFault, UserError
 
 
@@ -81,10 +82,14 @@ def write_info(folder: Path, name: str, info: dict[str, Any]) -> None:
 def read_info(path: Path) -> dict[str, Any]:
     """Read what `write_info` wrote. Raises: UserError: when it is not a file of Cantor."""
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(info, dict) or not {"fingerprint", "settings"} <= info.keys():
+        info = read_json(path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if (
+        not isinstance(info, dict)
+        or not isinstance(info.get("fingerprint"), str)
+        or not isinstance(info.get("settings"), dict)
+    ):
         raise UserError(f"{path} is not the {path.name} of this program; name another folder")
     return info
 

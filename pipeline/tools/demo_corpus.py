@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import soundfile as sf
 
+from models.input_file import read_json
 from pipeline.errors import UserError
 from pipeline.tools.formant_singer import VOICES, FormantSong, FormantVoice, sing
 from stages.types import Array
@@ -228,8 +229,8 @@ def _read_marker(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        marker = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        marker = read_json(path)
+    except ValueError as error:
         raise UserError(f"{path} is damaged; delete {folder} to make a new corpus") from error
     return marker if isinstance(marker, dict) and "sha256" in marker else None
 

@@ -28,6 +28,7 @@ from models.encoders.encoder_names import NAMES, Family
 from models.encoders.layouts import EncoderFile, read_encoder, read_encoder_file, save_encoder_file
 from models.encoders.layouts.key_layouts import CANTOR
 from models.encoders.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from models.input_file import read_json
 from models.synthesizer.config import require_at_least
 from pipeline.cluster.bar import show_bar
 from pipeline.cluster.device import choose_device
@@ -154,7 +155,7 @@ class DistillRun:
     def check_settings(self) -> None:
         if not self.files.state.exists():
             return
-        before = json.loads(self.files.settings.read_text(encoding="utf-8"))
+        before = self.files.read_settings()
         differing = differences(before, self.recorded, neutral_values(DistillConfig))
         if differing:
             raise UserError(
@@ -166,8 +167,14 @@ class DistillRun:
         if not self.files.state.exists():
             return DistillPlan("prune", 0)
         notes = _read(self.files.state, [])[1]
-        phase: Phase = "prune" if notes["phase"] == "prune" else "finetune"
-        return DistillPlan(phase, int(notes["step"]))
+        try:
+            phase: Phase = "prune" if notes["phase"] == "prune" else "finetune"
+            return DistillPlan(phase, int(notes["step"]))
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"{self.files.state} does not state its step; remove the folder {self.folder} to "
+                "start over"
+            ) from error
 
     def begin(self, plan: DistillPlan) -> None:
         if plan.steps_done == 0:
@@ -305,6 +312,24 @@ class _RunFiles:
         self.state = folder / "state.safetensors"
         self._pruned = folder / "pruned.safetensors"
 
+    def read_settings(self) -> dict[str, Any]:
+        """Read the settings that the run was started with.
+
+        Raises: UserError: when they are missing or damaged.
+        """
+        try:
+            settings = read_json(self.settings)
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(
+                f"{self.settings} is missing or damaged ({error}); remove the folder "
+                f"{self.folder} to start over"
+            ) from error
+        if not isinstance(settings, dict):
+            raise UserError(
+                f"{self.settings} has no settings; remove the folder {self.folder} to start over"
+            )
+        return settings
+
     def read_state(self) -> dict[str, Tensor]:
         return _read(self.state)[0]
 
@@ -320,11 +345,15 @@ class _RunFiles:
         return _load(*read_encoder_file(self._pruned).take())
 
     def losses(self) -> list[float]:
-        return [float(line["loss"]) for line in self.log.lines()]
+        return [float(line["loss"]) for line in self.log.lines() if _is_number(line.get("loss"))]
 
     def end(self) -> None:
         """Delete the training state of a finished run; settings, log and pruned student stay."""
         self.state.unlink()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def _read(path: Path, keys: list[str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:

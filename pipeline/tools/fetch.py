@@ -28,6 +28,7 @@ from urllib.parse import urljoin, urlsplit
 from rich.console import Console
 from rich.table import Column, Table
 
+from models.input_file import read_json
 from pipeline.cluster.bar import show_bar
 from pipeline.errors import StorageFault, UserError
 from pipeline.storage.atomic import storage_fault
@@ -411,7 +412,7 @@ def _version_file(part: Path) -> Path:
 
 def _read_version(part: Path, url: str) -> str | None:
     try:
-        stated = json.loads(_version_file(part).read_text("utf-8"))
+        stated = read_json(_version_file(part))
         return str(stated["version"]) if stated["url"] == url and stated["version"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -458,7 +459,7 @@ def _check_scheme(url: str) -> None:
 
 def _read_record(record: Path) -> str | None:
     try:
-        sha256 = json.loads(record.read_text("utf-8"))["sha256"]
+        sha256 = read_json(record)["sha256"]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

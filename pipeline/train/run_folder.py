@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from models.checkpoint import CheckpointError, read_safetensors, save_safetensors, sha256_of
+from models.input_file import read_json
 from pipeline.errors import StorageFault, UserError
 from pipeline.fingerprint import differences, neutral_values
 from pipeline.storage.atomic import commit_file, sync_folder
@@ -86,12 +87,12 @@ class RunFolder:
         """
         path = self.folder / "run.json"
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+            settings = dict(read_json(path)["settings"])
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not the run.json of a Cantor run ({error!r})") from error
-        return dict(settings)
+            raise UserError(f"{path} is not the run.json of a Cantor run ({error})") from error
+        return settings
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Write a file into the folder."""
@@ -131,7 +132,7 @@ def _facts(folder: Path) -> tuple[Checkpoint, dict[str, str]]:
     """
     path = folder / _FACTS_FILE
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = read_json(path)
         checkpoint = Checkpoint(folder, int(facts["step"]), dict(facts["validation"]))
         return checkpoint, dict(facts["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:

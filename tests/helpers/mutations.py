@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,11 +63,12 @@ def mutated_bytes(data: bytes, count: int = 200, seed: int = 0) -> Iterator[byte
 def mutated_values(document: Any, count: int = 200, seed: int = 0) -> Iterator[Any]:
     """Yield `count` copies of a JSON-like document in which one or two values are wrong or missing.
 
-    The document itself is among the values that are replaced.
+    The document itself is among the values that are replaced. Only its dicts and lists are copied,
+    so it may have tensors.
     """
     rng = np.random.default_rng(seed)
     for _ in range(count):
-        root = [copy.deepcopy(document)]
+        root = [_copied(document)]
         for _ in range(int(rng.integers(1, 3))):
             places = list(_places(root))
             owner, key = places[int(rng.integers(len(places)))]
@@ -77,7 +77,7 @@ def mutated_values(document: Any, count: int = 200, seed: int = 0) -> Iterator[A
             elif rng.random() < 0.05:
                 owner[key] = [owner[key]]
             else:
-                owner[key] = copy.deepcopy(ODD_VALUES[int(rng.integers(len(ODD_VALUES)))])
+                owner[key] = _copied(ODD_VALUES[int(rng.integers(len(ODD_VALUES)))])
         yield root[0]
 
 
@@ -121,6 +121,12 @@ def check_reader(
     finally:
         path.write_bytes(original)
     return refused
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:

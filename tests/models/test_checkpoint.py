@@ -369,7 +369,7 @@ BOMBS = {
     "sets": (b"(" + b"\x8f" * 400_000 + b"l", MEMORY),
     "marks": (b"(" * 1_000_000, MEMORY),
     "names": (
-        b"(" + b"".join(b"ca\nb%d\n" % n for n in range(130_000)) + b"l",
+        b"(" + b"".join(b"ca\nb%d\n" % n for n in range(170_000)) + b"l",
         MEMORY,
     ),
     # names that might take a length for content, and opcodes of other protocols

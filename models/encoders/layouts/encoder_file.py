@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.bounded_meta import bounded_meta, most_parameters
 from models.checkpoint import (
     OWN_HEADER,
     CheckpointError,
@@ -59,11 +60,13 @@ from models.encoders.layouts.key_layouts import (
     KeyLayout,
 )
 from models.encoders.wav2vec2 import LayerShape, RelativeBias, Wav2Vec2, Wav2Vec2Config
+from models.input_file import parse_json
 
 _HEAD_DIM = 64  # in every published network
 _WRAPPERS = ("model", "state_dict", "hubert", "model_state_dict", "weight")
 _PREFIXES = ("module.", "hubert.", "wavlm.")
 _FORMAT = "wav2vec2"
+_MOST_STRIDE = 1000
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,7 @@ def parse_encoder_file(
             stated = dphubert_config(_dict(content.get("config")))
         else:
             stated = ForeignConfig()
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: {error or 'its configuration is malformed'}") from error
     return _Reader(path, layout, tensors, stated).read()
 
@@ -356,6 +359,10 @@ class _Reader:
         shapes = [self.shape(tensors, f"stem.{i}.conv.weight", 3) for i in range(count)]
         kernels = tuple(kernel for _, _, kernel in shapes)
         strides = self.stated.strides or usual_strides(kernels)
+        if not all(1 <= stride <= _MOST_STRIDE for stride in strides):
+            raise CheckpointError(
+                f"{self.seems()}, but its configuration has strides beyond {_MOST_STRIDE}"
+            )
         if len(strides) != count:
             raise CheckpointError(
                 f"{self.seems()} with {count} convolutions of kernels {kernels}, "
@@ -417,8 +424,8 @@ class _Reader:
         """
         expected: dict[str, tuple[int, ...]] = {}
         try:
-            shapes = _shapes(config)
-        except (TypeError, ValueError, RuntimeError, KeyError) as error:
+            shapes = _shapes(config, most_parameters(len(tensors)))
+        except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:
             raise CheckpointError(f"{self.seems()}, but of an invalid shape: {error}") from error
         for name, shape in shapes:
             expected |= _expected(name, shape, tensors)
@@ -461,7 +468,7 @@ def _unused(config: Wav2Vec2Config, tensors: Mapping[str, Tensor]) -> list[str]:
 def _parse_cantor_file(path: Path, tensors: dict[str, Any], header: str) -> EncoderFile:
     """Parse a file of `save_encoder_file`."""
     try:
-        content = json.loads(header)
+        content = parse_json(header)
         if content["kind"] != _FORMAT:
             raise CheckpointError(f"{path} is a {content['kind']} file, which is another encoder")
         config = _config_of(content["config"])
@@ -470,7 +477,7 @@ def _parse_cantor_file(path: Path, tensors: dict[str, Any], header: str) -> Enco
             raise ValueError(f"the family {family!r} is unknown")
     except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{path} has a damaged header: {error!r}") from error
     reader = _Reader(path, CANTOR, tensors, ForeignConfig())
     reader.check(config, tensors, [])
@@ -492,9 +499,14 @@ def _config_of(fields: dict[str, Any]) -> Wav2Vec2Config:
 
 
 @functools.lru_cache(maxsize=8)
-def _shapes(config: Wav2Vec2Config) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Return the names and shapes of all parameters of the network."""
-    with torch.device("meta"):
+def _shapes(
+    config: Wav2Vec2Config, most: int | None = None
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Return the names and shapes of all parameters of the network.
+
+    Raises: ValueError: when it has more than `most`, or cannot be built.
+    """
+    with bounded_meta(most):
         state = Wav2Vec2(config).state_dict()
     return tuple((name, tuple(tensor.shape)) for name, tensor in state.items())
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.encoders.wav2vec2 import STEM_OF_WAV2VEC2
+from models.input_file import shown
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -23,8 +24,11 @@ _ACTIVATIONS = {
     "linear": "linear",
     "glu": "glu-swish",
 }
+_MOST = 1_000_000
+_MOST_TEXT = 1000
+_MOST_STEM_LAYERS = 100
 _STEM_TERM = re.compile(
-    r"\[\s*((?:\(\s*\d+\s*,\s*\d+\s*,\s*\d+\s*\)\s*,?\s*)+)\](?:\s*\*\s*(\d+))?"
+    r"\[\s*((?:\(\s*\d+\s*,\s*\d+\s*,\s*\d+\s*\)(?:\s*,)?\s*)+)\](?:\s*\*\s*(\d+))?"
 )
 
 
@@ -117,7 +121,11 @@ def usual_strides(kernels: tuple[int, ...]) -> tuple[int, ...]:
 
 def _number(config: Mapping[str, Any], key: str) -> int | None:
     value = config.get(key)
-    return None if value is None else int(value)
+    if value is None:
+        return None
+    if not isinstance(value, int) or not 0 <= value <= _MOST:
+        raise ValueError(f"its {key} is {shown(value)}; it must be a whole number to {_MOST}")
+    return int(value)
 
 
 def _flag(config: Mapping[str, Any], key: str) -> bool | None:
@@ -128,15 +136,22 @@ def _flag(config: Mapping[str, Any], key: str) -> bool | None:
 def _activation(name: Any) -> str | None:
     if name is None:
         return None
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"its activation is {name!r}; supported are {', '.join(_ACTIVATIONS)}")
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        raise ValueError(
+            f"its activation is {shown(name)}; supported are {', '.join(_ACTIVATIONS)}"
+        )
     return _ACTIVATIONS[name]
 
 
 def _strides(layers: Any) -> tuple[int, ...]:
     """Parse the strides of fairseq's stem, such as "[(512,10,5)] + [(512,3,2)] * 4"."""
+    text = str(layers or "")
+    if len(text) > _MOST_TEXT:
+        raise ValueError(f"its conv_feature_layers has {len(text)} characters")
     strides: list[int] = []
-    for term, times in _STEM_TERM.findall(str(layers or "")):
+    for term, times in _STEM_TERM.findall(text):
         numbers = re.findall(r"\d+", term)
+        if int(times or 1) > _MOST_STEM_LAYERS:
+            raise ValueError(f"its conv_feature_layers has a layer {times} times")
         strides += [int(n) for n in numbers[2::3]] * int(times or 1)
     return tuple(strides)

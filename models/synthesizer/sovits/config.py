@@ -5,7 +5,6 @@ Source: so-vits-svc (commit 730930d), models.py, configs_template/, preprocess_f
 
 from __future__ import annotations
 
-import json
 import os
 import typing
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from models.checkpoint import CheckpointError
+from models.input_file import read_json, shown
 from models.synthesizer.config import MelConfig, SynthesizerConfig
 from models.synthesizer.json_fields import typed
 
@@ -127,11 +127,11 @@ def read_config(path: str | os.PathLike[str]) -> SovitsConfig:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = read_json(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
-    except (ValueError, RecursionError, IsADirectoryError) as error:
-        raise CheckpointError(f"{path} is not a JSON file: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     try:
         return _config_of(content)
     except ValueError as error:
@@ -288,7 +288,7 @@ def _require_positive(section: Mapping[str, Any], name: str, keys: Sequence[str]
         if not numbers:
             raise ValueError(f"{name}.{key} is empty")
         if any(type(number) is int and number < 1 for number in numbers):
-            raise ValueError(f"{name}.{key} is {section[key]}; it must be 1 or more")
+            raise ValueError(f"{name}.{key} is {shown(section[key])}; it must be 1 or more")
 
 
 def _flat(value: Any) -> list[Any]:
@@ -314,7 +314,7 @@ def _speakers(section: Mapping[str, Any], n_speakers: int) -> dict[str, int]:
     for name, row in section.items():
         if type(row) is not int or not 0 <= row < n_speakers:
             raise ValueError(
-                f"spk.{name} is {row!r}; it must be a whole number below model.n_speakers, "
+                f"spk.{name} is {shown(row)}; it must be a whole number below model.n_speakers, "
                 f"{n_speakers}"
             )
         if row in rows:
@@ -336,7 +336,9 @@ def _encoder(model: Mapping[str, Any], units_dim: int) -> str | None:
         return None
     typed(str, stated, "model.speech_encoder")
     if stated not in ENCODERS:
-        raise ValueError(f"model.speech_encoder is {stated!r}; choose from {', '.join(ENCODERS)}")
+        raise ValueError(
+            f"model.speech_encoder is {shown(stated)}; choose from {', '.join(ENCODERS)}"
+        )
     name, width = ENCODERS[stated]
     if width != units_dim:
         raise ValueError(

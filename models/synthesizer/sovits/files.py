@@ -41,6 +41,7 @@ from models.synthesizer.voice import (
     Voice,
     VoiceEncoder,
     atomic_file,
+    layout_for,
     load_network,
     network_of,
     synthesizer_layout,
@@ -264,9 +265,9 @@ def state_dict_in(path: Path, content: Any) -> dict[str, Any]:
 
 def _synthesizer_tensors(path: Path, config: SynthesizerConfig) -> dict[str, Tensor]:
     content = _tensors(path, _SYNTHESIZER, _DISCRIMINATOR)
-    posterior = any(str(name).startswith(POSTERIOR) for name in content)
-    layout = synthesizer_layout(config, posterior)
-    tensors = matching_tensors(path, "the network that config.json describes", content, layout)
+    described = "the network that config.json describes"
+    layout = layout_for(path, config, content, described)
+    tensors = matching_tensors(path, described, content, layout)
     return tensors | _filters(path, content, layout)
 
 
