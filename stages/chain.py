@@ -101,7 +101,7 @@ class PreparedSong:
     num_samples: int  # of the resampled song
     sample_rate: int
     dropped: list[Dropped]
-    note: str = ""
+    note: str = ""  # what is odd about it, although it can be used
     silence: str = ""  # the cause, where all of it is silent
 
     @property
@@ -162,7 +162,8 @@ def prepare_song(
                 clips.append(clip)
             else:
                 left_out.append((span, reason))
-        note = clips[0].reading.note if clips else ""
+        reading_note = clips[0].reading.note if clips else ""
+        note = "; ".join([*decoded.notes, *([reading_note] if reading_note else [])])
         tally = _tally(left_out, rate)
         silence = ""
         if {drop.reason for drop in tally} == {Reason.SILENCE} and not clips:

@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _LONG = ("pipeline/extract/test_kills.py",)
-_INSTALL = {"ffmpeg": "apt install ffmpeg", "chromium": "apt install chromium"}
+_INSTALL = {"chromium": "apt install chromium"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,7 +21,7 @@ _DISTRIBUTION_OF = {"pyworld": "pyworld-prebuilt"}  # datasets record the module
 @functools.cache
 def environment(threads: int) -> dict[str, str]:
     """Return everything that may change last bits of the output without changing its meaning."""
-    libraries = ("numpy", "scipy", "torch", "librosa", "soxr", "soundfile", "pyloudnorm")
+    libraries = ("numpy", "scipy", "torch", "librosa", "soxr", "av", "soundfile", "pyloudnorm")
     estimators = ("praat-parselmouth", "pyworld", "pyarrow")
     versions = {
         name: importlib.metadata.version(_DISTRIBUTION_OF.get(name, name))

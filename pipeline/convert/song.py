@@ -191,6 +191,7 @@ class _SongConversion:
         Raises: UserError: when pitch.transpose is auto or octave, and the speaker's range is not
         known.
         """
+        self.notices += decoded.notes
         self.pieces = self._plan()
         reading = measure_loudness(self.song, self.rate, self.config.loudness)
         self.gain_db = reading.gain_db if self.config.loudness.per == "song" else 0.0

@@ -45,7 +45,8 @@ def prepared_entry(planned: PlannedSong, song: PreparedSong, sha256: str | None)
 
     sha256: hash of its file.
     """
-    reason, detail = (None, song.note or None) if song.clips else song.why_empty()
+    reason, why = (None, "") if song.clips else song.why_empty()
+    detail = "; ".join(filter(None, (why, song.note))) or None
     kept_samples = sum(clip.span.stop - clip.span.start for clip in song.clips)
     header = song.header
     return SongEntry(

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,11 +35,15 @@ class DecodeConfig:
     A header must be read within `timeout_s`. After `timeout_s`, decoding must be faster than
     `MIN_SPEED` times real time: a song of D seconds has `timeout_s + D / MIN_SPEED` seconds in all.
     D counts decoded seconds, so a header that claims hours does not extend the limit.
-    `memory_mb` is address space beyond that of the idle child: 64 is enough for libsndfile and
-    soxr, 256 for ffmpeg and common formats.
+    `memory_mb` is address space beyond that of the idle child; 64 is enough for common formats.
+    `damaged`: a song with damage inside is left out, or kept, with silence in place of what is lost
+    and a note in the ledger. A song that is cut is always left out.
     """
 
     channels: Literal["mean", "first"] = "mean"
+    damaged: Literal["quarantine", "keep"] = field(
+        default="quarantine", metadata={"neutral": "quarantine"}
+    )
     max_channels: int = 32
     timeout_s: float = 60.0
     memory_mb: int = 2048
@@ -87,7 +91,8 @@ class Decoded:
     wav: PcmFile
     header: Header
     source_samples: int  # per channel, as decoded
-    channels_peak: float = 0.0
+    channels_peak: float = 0.0  # highest absolute sample of any channel before the down-mix
+    notes: tuple[str, ...] = ()  # what is odd about the file, although it can be used
 
     def close(self) -> None:
         self.wav.path.unlink(missing_ok=True)
@@ -159,7 +164,13 @@ class Decoder:
             out.unlink(missing_ok=True)
             raise
         wav = PcmFile(out, reply["num_samples"])
-        return Decoded(wav, Header(*reply["header"]), reply["source_samples"])
+        return Decoded(
+            wav,
+            Header(*reply["header"]),
+            reply["source_samples"],
+            reply["channels_peak"],
+            tuple(reply["notes"]),
+        )
 
     @property
     def child_pid(self) -> int | None:
@@ -313,7 +324,7 @@ class _Child:
             return message
 
     def kill(self) -> None:
-        """Kill the child and any ffmpeg in its process group."""
+        """Kill the child."""
         with self._process, self._stderr:  # closes the pipes and waits
             if self.alive:
                 os.killpg(self.pid, signal.SIGKILL)

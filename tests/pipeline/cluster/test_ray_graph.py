@@ -239,13 +239,10 @@ def cluster() -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    from pipeline.cluster.ray_connection import on_loopback
-
-    with on_loopback():
-        cluster = Cluster()
-        yield cluster
-        ray.shutdown()
-        cluster.shutdown()
+    cluster = Cluster()
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
 
 
 @pytest.mark.ray

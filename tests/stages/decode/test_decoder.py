@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import av
 import numpy as np
 import psutil
 import pytest
@@ -29,11 +30,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from stages.decode import DecodeConfig, Decoder, Header
-from stages.decode.child import GuardedFile, OnePassSound
-from stages.decode.mp3 import parse_frame
+from stages.decode.container import open_stream
+from stages.decode.frames import mpeg_frame
+from stages.decode.source import SourceFile
 from stages.errors import BadInput, Reason
 from stages.resample import ResampleConfig, resample
-from tests.helpers.zoo import make_zoo, sung, write_audio
+from tests.helpers.coded_audio import write_coded
+from tests.helpers.zoo import make_zoo, sung
 
 RATE = 44100
 NATIVE = ResampleConfig()
@@ -115,6 +118,12 @@ SUBTYPES = [
 ]
 
 
+# Decoders of these codecs round differently.
+TOLERANCES = {"VORBIS": 1e-6, "OPUS": 2e-3, "MPEG_LAYER_III": 1e-4}
+# Libraries predict samples of ADPCM from rounded ones: both are compared with the original.
+ROUNDED = {("WAV", "MS_ADPCM"), ("AIFF", "IMA_ADPCM")}
+
+
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize(("kind", "subtype"), SUBTYPES)
 def test_every_format_decodes_to_what_libsndfile_reads(
@@ -123,12 +132,24 @@ def test_every_format_decodes_to_what_libsndfile_reads(
     if channels == 2 and subtype in ("GSM610", "G721_32"):
         pytest.skip("mono by definition")
     rate = 48000 if subtype == "OPUS" else RATE
-    path = put(tmp_path, encoded(song(BLOCK + 12_345, channels), rate, subtype, kind))
+    original = song(BLOCK + 12_345, channels)
+    path = put(tmp_path, encoded(original, rate, subtype, kind))
     reference = sf.read(path, dtype="float32", always_2d=True)[0].mean(axis=1)
-    np.testing.assert_array_equal(decoded(decoder, path), reference)
+    got = decoded(decoder, path)
+    if (kind, subtype) in ROUNDED:
+        assert len(got) == len(reference)
+        original = original.mean(axis=1)
+        errors = [np.square(wav[: len(original)] - original).mean() for wav in (got, reference)]
+        assert errors[0] <= 1.1 * errors[1]
+    else:
+        if subtype == "GSM610":  # libsndfile states a block more than there is
+            assert len(reference) - len(got) in (0, 320)
+        # libsndfile writes noise into the end of 24-bit ALAC
+        compared = min(len(got), len(reference)) - (64 if subtype == "ALAC_24" else 0)
+        tolerance = TOLERANCES.get(subtype, 0)
+        np.testing.assert_allclose(got[:compared], reference[:compared], rtol=0, atol=tolerance)
     header = decoder.probe(path)
     assert (header.sample_rate, header.channels) == (rate, channels)
-    assert subtype in header.format
 
 
 @pytest.mark.parametrize(
@@ -144,7 +165,8 @@ def test_every_format_decodes_to_what_libsndfile_reads(
 def test_rates(kind: str, subtype: str, rate: int, decoder: Decoder, tmp_path: Path) -> None:
     path = put(tmp_path, encoded(song(rate), rate, subtype, kind))
     assert decoder.probe(path).duration_s == 1.0
-    assert len(decoded(decoder, path)) == rate
+    decoded_rate = 48000 if subtype == "OPUS" else rate  # RFC 7845: the header's is informative
+    assert len(decoded(decoder, path)) == decoded_rate
 
 
 @pytest.mark.parametrize(("kind", "subtype"), [("WAV", "PCM_16"), ("FLAC", "PCM_16")])
@@ -292,7 +314,7 @@ def test_flac_that_does_not_state_its_length_is_read_to_its_end(
 def test_content_and_not_the_name_tells_the_format(decoder: Decoder, tmp_path: Path) -> None:
     data = encoded(song(), kind="FLAC")
     for name in ("song.wav", "song.mp3", "song.raw", "song.sd2", "song", "song.m4a"):
-        assert decoder.probe(put(tmp_path, data, name)).format == "FLAC PCM_16"
+        assert decoder.probe(put(tmp_path, data, name)).format == "FLAC"
 
 
 NAMES = [
@@ -318,7 +340,7 @@ def test_real_recordings(real_audio: Path, decoder: Decoder) -> None:
     assert len(paths) >= 5
     for path in paths:
         expected = sf.read(path, dtype="float32", always_2d=True)[0].mean(axis=1)
-        np.testing.assert_array_equal(decoded(decoder, path), expected)
+        np.testing.assert_allclose(decoded(decoder, path), expected, rtol=0, atol=1e-6)
 
 
 # ---- MP3 ----------------------------------------------------------------------------------------
@@ -341,7 +363,7 @@ def mp3_parts(rate: int, mode: str, channels: int = 1) -> tuple[bytes, bytes, in
     with sf.SoundFile(buffer, "w", rate, channels, "MPEG_LAYER_III", **settings) as file:
         file.write(wav)
     data = buffer.getvalue()
-    first = parse_frame(data[:4])
+    first = mpeg_frame(data[:4])
     assert first is not None and (b"Xing" in data[:200] or b"Info" in data[:200])
     return data[: first.length], data[first.length :], len(wav)
 
@@ -448,14 +470,16 @@ def test_ogg_cut_between_pages(subtype: str, rate: int, decoder: Decoder, tmp_pa
 def test_ogg_with_pages_missing_inside(decoder: Decoder, tmp_path: Path) -> None:
     pages = ogg_pages(encoded(song(5 * RATE), RATE, "VORBIS", "OGG"))
     del pages[6:9]
-    assert refusal(decoder, put(tmp_path, b"".join(pages))).reason is Reason.TRUNCATED
+    bad = refusal(decoder, put(tmp_path, b"".join(pages)))
+    assert bad.reason is Reason.DAMAGED
+    assert "missing Ogg pages, about at" in bad.detail
 
 
 def test_flac_that_breaks_in_the_middle(decoder: Decoder, tmp_path: Path) -> None:
     data = bytearray(encoded(song(2 * BLOCK), kind="FLAC"))
     data[len(data) // 2 : len(data) // 2 + 4000] = bytes(4000)
     bad = refusal(decoder, put(tmp_path, bytes(data)))
-    assert bad.reason is Reason.TRUNCATED
+    assert bad.reason is Reason.DAMAGED
     assert str(2 * BLOCK) in bad.detail
 
 
@@ -467,10 +491,13 @@ def test_a_wave_decodes_only_if_it_holds_what_it_declares(
     data = fmt() + b"data" + struct.pack("<I", declared) + PCM.tobytes()
     path = put(scratch, wave(data)[:cut], "any.wav")
     held = max(0, cut - 44)
+    unknown = held - declared - declared % 2  # bytes behind the audio that are no chunk
     if 0x7F000000 <= declared:
         return  # may be a placeholder
     if declared // 2 == 0 or held < declared:
         assert refusal(decoder, path).reason in (Reason.TRUNCATED, Reason.UNREADABLE, Reason.EMPTY)
+    elif unknown / 2 > 0.1 * RATE:
+        assert refusal(decoder, path).reason is Reason.TRUNCATED
     else:
         assert len(decoded(decoder, path)) == declared // 2
 
@@ -530,7 +557,7 @@ def test_files_that_are_not_there_or_not_files(decoder: Decoder, tmp_path: Path)
         with pytest.raises(BadInput) as caught:
             decoder.probe(path)
         assert caught.value.reason is reason, name
-    assert "libsndfile: Format not recognised" in refusal(decoder, tmp_path / "text.wav").detail
+    assert "no known audio format" in refusal(decoder, tmp_path / "text.wav").detail
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -543,9 +570,19 @@ def test_samples_that_are_not_finite(value: float, decoder: Decoder, tmp_path: P
     assert f"number {BLOCK - 1} " in bad.detail
 
 
-def test_huge_finite_samples_are_finite(decoder: Decoder, tmp_path: Path) -> None:
-    wav = np.full((1000, 1), 1e38, np.float32)  # their sum overflows
-    assert (decoded(decoder, put(tmp_path, encoded(wav, RATE, "FLOAT"))) == wav[:, 0]).all()
+@pytest.mark.parametrize("value", [1e38, -4e4])
+def test_samples_far_beyond_full_scale(value: float, decoder: Decoder, tmp_path: Path) -> None:
+    wav = song(2 * RATE, 2)
+    wav[RATE, 1] = value
+    bad = refusal(decoder, put(tmp_path, encoded(wav, RATE, "FLOAT")))
+    assert bad.reason is Reason.OUT_OF_RANGE
+    assert f"{abs(value):.3g} times full scale" in bad.detail
+
+
+def test_floats_that_hold_16_bit_integers_are_audio(decoder: Decoder, tmp_path: Path) -> None:
+    wav = np.round(32767 * song(1000))
+    with decoder.decode(put(tmp_path, encoded(wav, RATE, "FLOAT")), RATE, NATIVE) as result:
+        assert result.channels_peak == np.abs(wav).max() > 1000
 
 
 def test_limits(tmp_path: Path, scratch: Path, decoder: Decoder) -> None:
@@ -599,7 +636,7 @@ DECODE_ONE = """
     with Decoder(DecodeConfig(), Path(sys.argv[2])) as decoder:
         try:
             with decoder.decode(sys.argv[1], 48000, ResampleConfig()) as song:
-                print(len(song.wav), "soundfile" in sys.modules, "torch" in sys.modules)
+                print(len(song.wav), "av" in sys.modules, "torch" in sys.modules)
         except BadInput as bad:
             print(bad.reason)
         except OSError as fault:
@@ -697,16 +734,24 @@ def test_headers_are_asked_for_as_they_are_consumed(tmp_path: Path, decoder: Dec
 # ---- children that crash, hang and swell --------------------------------------------------------
 
 
-def ffmpeg_script(folder: Path, body: str) -> str:
-    """PATH of a folder whose `ffmpeg` is a shell script: a library that misbehaves on command."""
-    folder.mkdir()
-    script = folder / "ffmpeg"
-    script.write_text(f"#!/bin/sh\n{body}\n")
-    script.chmod(0o755)
-    return f"{folder}:/usr/bin:/bin"
-
-
 FOREIGN = b"\0\0\0\x20ftypM4A " + bytes(1000)
+
+
+def misbehave(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the child run `body` when it opens `FOREIGN`: a library that misbehaves on command."""
+    script = f"""
+        import os, signal, time
+        import av
+        _open = av.open
+        def opened(source, **options):
+            if source.read_at(4, 4) == b"ftyp":
+                {body}
+            return _open(source, **options)
+        av.open = opened
+    """
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(textwrap.dedent(script))
+    monkeypatch.syspath_prepend(folder)
 
 
 @pytest.mark.slow
@@ -714,8 +759,9 @@ def test_a_crash_names_its_signal_and_the_next_file_is_fine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = tmp_path / "log"
-    body = f"echo $PPID >> {log}; kill -SEGV $PPID; sleep 10"
-    monkeypatch.setenv("PATH", ffmpeg_script(tmp_path / "bin", body))
+    note_pid = f"print(os.getpid(), file=open({str(log)!r}, 'a'))"
+    body = f"{note_pid}; os.kill(os.getpid(), signal.SIGSEGV)"
+    misbehave(tmp_path / "modules", body, monkeypatch)
     poison, fine = put(tmp_path, FOREIGN), put(tmp_path, SHAPES["plain"], "fine.wav")
     with Decoder(DecodeConfig(), tmp_path / "scratch") as decoder:
         bad = refusal(decoder, poison)
@@ -731,12 +777,10 @@ def test_a_crash_names_its_signal_and_the_next_file_is_fine(
         assert kinds == [None, Reason.CRASHED, None, Reason.CRASHED, Reason.CRASHED, None]
 
 
-def test_a_hang_is_ended_with_all_that_hangs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hang_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "log"
-    body = f"echo $$ >> {log}; exec sleep 1000"
-    monkeypatch.setenv("PATH", ffmpeg_script(tmp_path / "bin", body))
+    body = f"print(os.getpid(), file=open({str(log)!r}, 'a')); time.sleep(1000)"
+    misbehave(tmp_path / "modules", body, monkeypatch)
     poison, fine = put(tmp_path, FOREIGN), put(tmp_path, SHAPES["plain"], "fine.wav")
     with Decoder(DecodeConfig(timeout_s=0.5), tmp_path / "scratch") as decoder:
         outcomes = list(decoder.probe_many([fine, poison, fine]))
@@ -920,11 +964,11 @@ def test_a_child_that_cannot_start_is_an_error_of_ours(
 ) -> None:
     broken = tmp_path / "modules"
     broken.mkdir()
-    (broken / "soundfile.py").write_text("raise ImportError('no libsndfile here')")
+    (broken / "av.py").write_text("raise ImportError('no FFmpeg here')")
     monkeypatch.syspath_prepend(broken)
     with (
         Decoder(DecodeConfig(), tmp_path) as decoder,
-        pytest.raises(RuntimeError, match="no libsndfile here"),
+        pytest.raises(RuntimeError, match="no FFmpeg here"),
     ):
         decoder.probe(put(tmp_path, SHAPES["plain"]))
 
@@ -963,17 +1007,15 @@ def test_an_io_error_is_not_the_files_fault(decoder: Decoder, tmp_path: Path) ->
     assert len(decoded(decoder, put(tmp_path, SHAPES["plain"]))) == len(PCM)
 
 
-def test_an_io_error_inside_libsndfile_is_kept(tmp_path: Path) -> None:
-    source = GuardedFile(os.fsencode(put(tmp_path, encoded(song(2 * BLOCK)))))
-    with OnePassSound(source) as sound:
-        buffer = np.empty((BLOCK, 1), np.float32)
-        assert sound.buffer_read_into(buffer.data.cast("B"), "float32") == BLOCK
-        source.check()
+def test_an_io_error_while_decoding_is_not_the_files_fault(tmp_path: Path) -> None:
+    source = SourceFile(os.fsencode(put(tmp_path, encoded(song(4 * BLOCK)))))
+    with open_stream(source) as stream:
+        blocks = stream.blocks(fill_gaps=False)
+        assert len(next(blocks)) > 0
         with open(unreadable_device_file(), "rb") as failing:
             os.dup2(failing.fileno(), source._fd)
-        sound.buffer_read_into(buffer.data.cast("B"), "float32")
         with pytest.raises(OSError) as caught:
-            source.check()
+            list(blocks)
         assert caught.value.errno == errno.EIO
         assert caught.value.filename == str(tmp_path / "song.bin")
     source.close()
@@ -1002,116 +1044,95 @@ def test_a_full_scratch_disk(tmp_path: Path) -> None:
     result = run_python(DECODE_ONE, path, disk, prefix=[*prefix, "sh", "-c", mount, "sh"])
     if result.returncode == 5:
         pytest.skip("may not mount here")
+    assert result.stdout.split() == [Reason.NO_ROOM], result.stderr  # it is too big for this disk
+    fill = f"head -c 63M /dev/zero > {disk}/other"
+    mount = f'mount -t tmpfs -o size=64M small {disk} || exit 5; {fill}; exec "$@"'
+    result = run_python(DECODE_ONE, path, disk, prefix=[*prefix, "sh", "-c", mount, "sh"])
     number, name, left = result.stdout.split()
-    assert int(number) == errno.ENOSPC, result.stderr
+    assert int(number) == errno.ENOSPC, result.stderr  # others have filled the disk
     assert name.startswith(str(disk))
     assert left == "[]"
 
 
-# ---- ffmpeg -------------------------------------------------------------------------------------
-
-HAS_FFMPEG = shutil.which("ffmpeg") is not None
-needs_ffmpeg = pytest.mark.skipif(not HAS_FFMPEG, reason="ffmpeg is not installed")
+# ---- other formats ------------------------------------------------------------------------------
 
 
-def test_without_ffmpeg_the_fix_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "bin").mkdir()
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    heads = {
-        "m4a": FOREIGN,
-        "aac": bytes.fromhex("fff150801ffffcde") + bytes(500),
-        "wma": bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c") + bytes(500),
-        "webm": b"\x1a\x45\xdf\xa3" + bytes(500),
-        "avi": b"RIFF\0\0\1\0AVI LIST" + bytes(500),
-        "id3 before aac": b"ID3\4\0\0\0\0\0\x0a" + bytes(10) + b"\xff\xf1\x50\x80" + bytes(500),
-        "speex": b"OggS\0\2" + bytes(20) + b"\1\x50Speex   1.2" + bytes(500),
-    }
-    with Decoder(DecodeConfig(), tmp_path / "scratch") as decoder:
-        for name, head in heads.items():
-            bad = refusal(decoder, put(tmp_path, head))
-            assert bad.reason is Reason.NEEDS_FFMPEG, name
-            assert "install" in bad.detail
-
-
-def test_ffmpeg_sees_only_what_it_alone_can_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A playlist or a text named .m4a never reaches it: both could make it open other files."""
-    seen = tmp_path / "seen"
-    monkeypatch.setenv("PATH", ffmpeg_script(tmp_path / "bin", f'echo "$@" >> {seen}; exit 1'))
+def test_no_file_makes_the_decoder_open_another(tmp_path: Path, decoder: Decoder) -> None:
+    """A playlist or a script named .m4a is no audio, whatever it points at."""
+    wav = put(tmp_path, SHAPES["plain"], "other.wav")
     texts = (
-        b"#EXTM3U\nfile:///etc/passwd\n",
-        b"ffconcat version 1.0\nfile /etc/passwd\n",
-        b"x" * 999,
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile://{wav}\n#EXT-X-ENDLIST\n",
+        f"ffconcat version 1.0\nfile '{wav}'\n",
+        f"v=0\nc=IN IP4 127.0.0.1\nm=audio 9 RTP/AVP 0\na={wav}\n",
+        "x" * 999,
     )
-    with Decoder(DecodeConfig(), tmp_path / "scratch") as decoder:
-        for text in texts:
-            assert refusal(decoder, put(tmp_path, text, "song.m4a")).reason is Reason.UNREADABLE
-        assert not seen.exists()
-        assert refusal(decoder, put(tmp_path, FOREIGN)).reason is Reason.UNREADABLE
-        command = seen.read_text()
-        assert "-nostdin" in command
-        assert "-protocol_whitelist file,pipe" in command
-        assert "-f mov -i file:" in command
+    for text in texts:
+        bad = refusal(decoder, put(tmp_path, text.encode(), "song.m4a"))
+        assert bad.reason is Reason.UNREADABLE
 
 
-def convert(source: Path, target: Path, *options: str) -> Path:
-    command = ["ffmpeg", "-v", "error", "-nostdin", "-y", "-i", str(source), *options, str(target)]
-    subprocess.run(command, check=True)
-    return target
-
-
-@needs_ffmpeg
 @pytest.mark.parametrize(
-    ("suffix", "options", "tolerance"),
+    ("suffix", "codec", "tolerance"),
     [
-        ("m4a", ["-c:a", "alac"], 0),
-        ("wv", ["-c:a", "wavpack"], 0),
-        ("mka", ["-c:a", "flac"], 0),
-        ("oga", ["-c:a", "flac"], 0),
-        ("m4a", ["-c:a", "aac"], 2048),
-        ("aac", ["-c:a", "aac"], 4096),
-        ("wma", ["-c:a", "wmav2"], 8192),
-        ("webm", ["-c:a", "libopus", "-ar", "48000"], 2048),
-        ("wav", ["-c:a", "libmp3lame"], 4096),  # read by libsndfile, but only ffmpeg writes it
+        *(("m4a", "alac", 0), ("wv", "wavpack", 0), ("mka", "flac", 0), ("oga", "flac", 0)),
+        *(("tta", "tta", 0), ("caf", "alac", 0)),
+        *(("m4a", "aac", 2048), ("aac", "aac", 4096), ("wma", "wmav2", 8192)),
+        *(("webm", "libopus", 2048), ("mov", "aac", 2048), ("mkv", "ac3", 4096)),
+        *(("3gp", "aac", 2048), ("flv", "aac", 4096), ("ts", "aac", 4096), ("avi", "mp2", 4096)),
+        *(("wav", "libmp3lame", 4096), ("wav", "adpcm_yamaha", 4096), ("mpg", "mp2", 4096)),
+        *(("ac3", "ac3", 4096), ("eac3", "eac3", 4096)),
     ],
 )
-def test_ffmpeg_formats(
-    suffix: str, options: list[str], tolerance: int, tmp_path: Path, decoder: Decoder
+def test_formats_of_ffmpeg(
+    suffix: str, codec: str, tolerance: int, tmp_path: Path, decoder: Decoder
 ) -> None:
-    wav = np.stack([sung(2, RATE, seed) for seed in (1, 2)], axis=1)
-    source = tmp_path / "source.wav"
-    write_audio(source, wav, RATE, "PCM_16", "WAV")
-    path = convert(source, tmp_path / f"song.{suffix}", *options)
+    rate = 48000 if codec == "libopus" else RATE
+    wav = np.stack([sung(2, rate, seed) for seed in (1, 2)], axis=1)
+    path = write_coded(tmp_path / f"song.{suffix}", wav, rate, codec)
     header = decoder.probe(path)
     assert header.channels == 2
-    got = decoded(decoder, path)
-    assert abs(len(got) / header.sample_rate - 2) * RATE <= tolerance
+    with decoder.decode(path, rate, NATIVE) as result:
+        got = result.wav[0 : len(result.wav)]
+        assert not result.notes or suffix in ("ts", "mpg")  # which state no length
+    assert abs(len(got) - 2 * rate) <= tolerance
     if tolerance == 0:
-        expected = sf.read(source, dtype="float32")[0].mean(axis=1)
+        expected = ((32767 * wav).astype(np.int16) / 32768).mean(axis=1)
         np.testing.assert_allclose(got, expected, atol=1e-6)
-
-
-@needs_ffmpeg
-def test_a_cut_m4a_is_truncated(tmp_path: Path, decoder: Decoder) -> None:
-    source = tmp_path / "source.wav"
-    write_audio(source, sung(10, RATE), RATE, "PCM_16", "WAV")
-    path = convert(source, tmp_path / "song.m4a", "-c:a", "aac", "-movflags", "+faststart")
     os.truncate(path, path.stat().st_size * 6 // 10)
-    bad = refusal(decoder, path)
-    assert bad.reason is Reason.TRUNCATED
-    path = convert(source, tmp_path / "song.m4a", "-c:a", "aac")  # its index is at the end
+    try:
+        with decoder.decode(path, rate, NATIVE) as result:
+            assert result.notes
+    except BadInput as bad:
+        assert bad.reason in (Reason.TRUNCATED, Reason.DAMAGED, Reason.UNREADABLE)
+
+
+def test_a_cut_m4a_is_truncated(tmp_path: Path, decoder: Decoder) -> None:
+    wav = sung(10, RATE)
+    path = write_coded(tmp_path / "song.m4a", wav, RATE, "aac", movflags="+faststart")
+    os.truncate(path, path.stat().st_size * 6 // 10)
+    assert refusal(decoder, path).reason is Reason.TRUNCATED
+    path = write_coded(tmp_path / "song.m4a", wav, RATE, "aac")  # its index is at the end
     os.truncate(path, path.stat().st_size * 6 // 10)
     assert refusal(decoder, path).reason is Reason.UNREADABLE
 
 
-@needs_ffmpeg
 def test_a_video_gives_its_sound(tmp_path: Path, decoder: Decoder) -> None:
-    source = tmp_path / "source.wav"
-    write_audio(source, sung(2, RATE), RATE, "PCM_16", "WAV")
-    picture = ["-f", "lavfi", "-i", "testsrc=size=64x64:rate=10", "-t", "4", "-c:v", "mpeg4"]
-    video = convert(source, tmp_path / "video.mp4", *picture, "-c:a", "aac")
-    assert abs(len(decoded(decoder, video)) / RATE - 2) < 0.1  # shorter than its picture, and fine
+    path = tmp_path / "video.mp4"
+    with av.open(path, "w") as out:
+        video, audio = out.add_stream("mpeg4", rate=10), out.add_stream("aac", rate=RATE)
+        video.width = video.height = 64
+        audio.layout = "mono"
+        for number in range(40):
+            picture = np.full((64, 64, 3), number, np.uint8)
+            out.mux(video.encode(av.VideoFrame.from_ndarray(picture)))
+        resampler = av.AudioResampler(audio.format, "mono", RATE, audio.frame_size)
+        frame = av.AudioFrame.from_ndarray(sung(2, RATE)[None].astype(np.float32), "fltp", "mono")
+        frame.sample_rate = RATE
+        for part in [*resampler.resample(frame), *resampler.resample(None)]:
+            out.mux(audio.encode(part))
+        for stream in (video, audio):
+            out.mux(stream.encode(None))
+    assert abs(len(decoded(decoder, path)) / RATE - 2) < 0.1  # shorter than its picture, and fine
 
 
 def with_serial(data: bytes, serial: int) -> bytes:
@@ -1128,17 +1149,9 @@ def with_serial(data: bytes, serial: int) -> bytes:
     return b"".join(pages)
 
 
-@pytest.mark.parametrize("installed", [False, pytest.param(True, marks=needs_ffmpeg)])
-def test_a_chain_of_ogg_streams_is_read_whole_or_not_at_all(
-    installed: bool, tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """libsndfile reads the first of them and calls that the end."""
+def test_a_chain_of_ogg_streams_is_read_whole(tmp_path: Path, decoder: Decoder) -> None:
     links = [encoded(song(8000, seed=n), 8000, "VORBIS", "OGG") for n in (1, 2)]
     path = put(tmp_path, with_serial(links[0], 1) + with_serial(links[1], 2))
-    if not installed:
-        monkeypatch.setenv("PATH", str(tmp_path))
-    with Decoder(DecodeConfig(), scratch) as decoder:
-        if installed:
-            assert 0 <= len(decoded(decoder, path)) - 2 * 8000 <= 1024  # a block of Vorbis
-        else:
-            assert refusal(decoder, path).reason is Reason.NEEDS_FFMPEG
+    with decoder.decode(path, 8000, NATIVE) as result:
+        assert 0 <= result.source_samples - 2 * 8000 <= 1024  # a block of Vorbis
+        assert result.notes == ("it is 2 files joined, all of them read",)
