@@ -52,6 +52,11 @@ def _escaped(character: str) -> str:
     return _SHORT.get(character) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
 
 
+def one_line(error: object) -> str:
+    """Return the message of a library's error without line breaks."""
+    return " ".join(str(error).split())
+
+
 def first_names(names: Sequence[str], most: int = 3) -> str:
     """Return the first names of a list, and how many more there are."""
     rest = len(names) - most

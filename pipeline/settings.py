@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import math
+import os
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,10 +24,15 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
+from stages.errors import BadInput, Reason
+from stages.open_file import open_source
 
 T = TypeVar("T")
 Hints = Mapping[str, Any]
+
+_MOST_DEPTH = 20
+_MOST_ALIASES = 20
 
 _WORDS = {int: "whole numbers", float: "numbers", str: "strings"}
 
@@ -196,20 +203,44 @@ def _flat(schema: type[Any], sections: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        loaded = OmegaConf.load(path)
-    except FileNotFoundError as error:
-        raise UserError(f"the configuration file {path} does not exist") from error
+        with open(open_source(os.fsencode(path)), encoding="utf-8") as file:
+            text = file.read()
+        _refuse_bombs(text, path)
+        loaded = OmegaConf.load(io.StringIO(text))
+    except BadInput as fault:
+        if fault.reason == Reason.MISSING:
+            raise UserError(f"the configuration file {path} does not exist") from fault
+        raise UserError(f"cannot read settings from {path}: {fault.detail}") from fault
     except OSError as error:  # OmegaConf also raises it, without strerror, for a single number
         raise UserError(f"cannot read settings from {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not valid YAML: {one_line(error)}") from error
     except OmegaConfBaseException as error:  # null as a key
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    except (ValueError, TypeError) as error:  # 2024-99-99, a number of too many digits, {[a]: b}
+        raise UserError(f"{path} has a value that YAML cannot read: {one_line(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path} must have `section: {{key: value}}`, not a list")
     return dict(OmegaConf.to_container(loaded, resolve=False))  # type: ignore[arg-type]
+
+
+def _refuse_bombs(text: str, path: Path) -> None:
+    """Refuse nesting that crashes the parser, and aliases that multiply.
+
+    Raises: UserError: when there is more of either than settings need; YAMLError: when it is no
+    YAML.
+    """
+    depth = aliases = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        aliases += isinstance(event, yaml.AliasEvent)
+        if depth > _MOST_DEPTH:
+            raise UserError(f"{path}: its values are nested too deeply")
+        if aliases > _MOST_ALIASES:
+            raise UserError(f"{path} has more than {_MOST_ALIASES} aliases (*name); write them out")
 
 
 def _parse_overrides(schema: type[Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -225,8 +256,8 @@ def _parse_overrides(schema: type[Any], overrides: Sequence[str]) -> dict[str, A
         seen[key] = item
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"the value of '{item}' is not valid YAML") from error
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"the value of '{item[:100]}' is not valid YAML") from error
         section, _, name = key.partition(".")
         if section in by_name and "." in name:
             name, _, setting = name.partition(".")

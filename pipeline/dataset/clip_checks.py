@@ -15,10 +15,12 @@ import pyarrow.compute as pc
 import soundfile as sf
 
 from pipeline.dataset.ledger import SongEntry
-from pipeline.dataset.schema import clip_name
+from pipeline.dataset.schema import AUDIO_SCHEMA, PITCH_SCHEMA, clip_name
 from pipeline.dataset.shards import Footer
+from pipeline.errors import one_line
 from stages.flac import decode_flac
 
+_TYPES = {field.name: field.type for field in (*AUDIO_SCHEMA, *PITCH_SCHEMA)}
 IDENTITY_COLUMNS = (
     "clip_id",
     "song_id",
@@ -30,6 +32,27 @@ IDENTITY_COLUMNS = (
     "sample_rate",
     "num_samples",
 )
+
+
+def require_columns(clips: pa.Table, names: Sequence[str]) -> None:
+    """Check that a table has these columns of a shard, of the right types and without empty cells.
+
+    Raises: ValueError: when it does not.
+    """
+    clips.validate(full=True)
+    for name in names:
+        if name not in clips.schema.names:
+            raise ValueError(f"it has no column {name}")
+        if name in _TYPES and clips.schema.field(name).type != _TYPES[name]:
+            raise ValueError(f"its column {name} is {clips.schema.field(name).type}")
+    if has_nulls(clips):
+        raise ValueError("it has empty cells")
+
+
+def has_nulls(clips: pa.Table) -> bool:
+    """Tell whether cells are empty, other than the paths of audio, which readers do not need."""
+    cells = clips.flatten()  # also finds audio.bytes
+    return any(cells[name].null_count for name in cells.column_names if name != "audio.path")
 
 
 def identity_faults(clips: pa.Table, footer: Footer) -> Iterator[str]:
@@ -92,7 +115,7 @@ def audio_fault(flac: bytes, num_samples: int, footer: Footer) -> str | None:
             rate = file.samplerate
         samples = decode_flac(flac, footer.subtype)
     except sf.LibsndfileError as error:
-        return f"the audio does not decode: {error}"
+        return f"the audio does not decode: {one_line(error)}"
     if samples.ndim != 1 or len(samples) != num_samples:
         return f"{len(samples)} samples decoded, but num_samples is {num_samples}"
     if rate != footer.sample_rate:

@@ -6,7 +6,6 @@ Tested by tests/pipeline/dataset/test_shard_dataset.py, tests/pipeline/dataset/t
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipeline.dataset.shards import require_supported
-from pipeline.errors import UserError
+from models.input_file import parse_json
+from pipeline.dataset.shards import check_dataset_info, require_supported
+from pipeline.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,16 @@ class DatasetFolder:
         where = f"{self.name}/dataset.json"
         try:
             with self.filesystem.open_input_file(f"{self.root}/dataset.json") as file:
-                info = json.loads(file.read())
+                info = parse_json(file.read().decode())
         except FileNotFoundError as error:
             raise UserError(
                 f"{self.name} is not a dataset: it has no dataset.json; `extract` makes datasets"
             ) from error
         except (OSError, ValueError) as error:
-            raise UserError(f"{where} cannot be read: {error}") from error
+            raise UserError(f"{where} cannot be read: {one_line(error)}") from error
         if not isinstance(info, dict) or not {"fingerprint", "settings"} <= info.keys():
             raise UserError(f"{where} is not the dataset.json of a Cantor dataset")
+        check_dataset_info(info, where)
         require_supported(self.name, info)
         return info
 
@@ -117,5 +118,5 @@ def name_file_in_errors(where: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{where} cannot be read: {error}; `cantor verify` lists damaged shards"
+            f"{where} cannot be read: {one_line(error)}; `cantor verify` lists damaged shards"
         ) from error

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from models.input_file import parse_json, require_regular
 from pipeline.dataset.ledger import SongEntry
 from pipeline.dataset.schema import (
     OLDEST_SUPPORTED,
@@ -21,8 +22,10 @@ from pipeline.dataset.schema import (
     XvectorIdentity,
     shard_schema,
 )
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
+from pipeline.songs.balance import FILTERED, KEPT, QUARANTINED
 from pipeline.storage.atomic import commit_file, read_info, write_info
+from pipeline.storage.json_types import check_type
 from stages.pcm import Subtype
 
 ROW_GROUP_CLIPS = 32
@@ -35,6 +38,17 @@ class Origin:
     fingerprint: str
     environment: dict[str, str]
 
+
+# Keys of dataset.json.
+_INFO: dict[str, Any] = {
+    "fingerprint": str,
+    "settings": dict[str, Any],
+    "speakers": list[str],
+    "encoders": list[str],
+    "f0_method": str,
+    "sample_rate": int,
+    "hop_length": int,
+}
 
 # Keys of the `cantor` entry that are left out where they are null.
 _OPTIONAL = ("xvector", "origin", "codebook_sha256", "codebook_size")
@@ -68,20 +82,39 @@ class Footer:
     def from_json(text: str) -> Footer:
         """Return the footer that `to_json` wrote.
 
-        Raises: ValueError: when the text is damaged; TypeError: when it has other keys; KeyError:
-        when it lacks some.
+        Raises: ValueError: when the text is damaged, or keys are missing, unknown or wrong.
         """
-        values = json.loads(text)
+        values = parse_json(text)
         if not isinstance(values, dict) or "sha256" not in values:
             raise ValueError("its 'cantor' metadata has no checksum")
         if values.pop("sha256") != _canonical_sha256(values):
             raise ValueError("its 'cantor' metadata does not match its checksum")
+        check_type(Footer, values, "'cantor'")
+        _check_ranges(values)
         values["encoders"] = [EncoderIdentity(**encoder) for encoder in values["encoders"]]
         values["ledger"] = [SongEntry.from_dict(entry) for entry in values["ledger"]]
         for key, kind in (("xvector", XvectorIdentity), ("origin", Origin)):
             if key in values:
                 values[key] = kind(**values[key])
         return Footer(**values)
+
+
+def _check_ranges(values: Mapping[str, Any]) -> None:
+    """Raises: ValueError: when a number or a word of a `cantor` entry cannot be right."""
+    positive = {key: values[key] for key in ("sample_rate", "hop_length")}
+    for each in values["encoders"]:
+        positive |= {f"{key} of an encoder": each[key] for key in ("dim", "frame_rate_hz")}
+        if each["dtype"] not in ("float16", "int16"):
+            raise ValueError(f"dtype of an encoder is {each['dtype']}")
+        positive["codebook_size"] = each.get("codebook_size") or 1
+    for key, number in positive.items():
+        if number <= 0:
+            raise ValueError(f"{key} is {number}; it must be above 0")
+    for entry in values["ledger"]:
+        if entry["status"] not in (KEPT, FILTERED, QUARANTINED) or entry["clips"] < 0:
+            raise ValueError(
+                f"{entry['song_id']} has the status {entry['status']} and {entry['clips']} clips"
+            )
 
 
 def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +185,21 @@ def read_dataset_info(dataset: Path) -> dict[str, Any]:
     """
     if not (dataset / "dataset.json").exists():
         raise UserError(f"{dataset} is not a dataset: it has no dataset.json")
-    return read_info(dataset / "dataset.json")
+    info = read_info(dataset / "dataset.json")
+    check_dataset_info(info, str(dataset / "dataset.json"))
+    return info
+
+
+def check_dataset_info(info: Mapping[str, Any], where: str) -> None:
+    """Raises: UserError: when keys of dataset.json have wrong types."""
+    try:
+        for key, kind in _INFO.items():
+            if key in info:
+                check_type(kind, info[key], key)
+                if kind is int and info[key] < 1:
+                    raise ValueError(f"{key} is {info[key]}; it must be above 0")
+    except ValueError as error:
+        raise UserError(f"{where} is damaged: {error}") from error
 
 
 def read_supported_info(dataset: Path) -> dict[str, Any]:
@@ -163,6 +210,15 @@ def read_supported_info(dataset: Path) -> dict[str, Any]:
     info = read_dataset_info(dataset)
     require_supported(dataset, info)
     return info
+
+
+def require_whole(dataset: Path, info: Mapping[str, Any]) -> None:
+    """Raises: UserError: when dataset.json lacks what `extract` and `report` need of it."""
+    missing = sorted(_INFO.keys() - info.keys())
+    if "schema_version" not in info["settings"]:
+        missing.append("settings.schema_version")
+    if missing:
+        raise UserError(f"{dataset / 'dataset.json'} is damaged: it lacks {', '.join(missing)}")
 
 
 def require_supported(
@@ -224,18 +280,21 @@ def read_footer(path: Path) -> Footer:
     Raises: UserError: when the file is not a complete shard; OSError: when it cannot be read.
     """
     try:
+        require_regular(path)
         metadata = pq.read_metadata(path).metadata or {}
         if b"cantor" not in metadata:
             raise UserError(f"{path} has no 'cantor' metadata: it is not a shard of Cantor")
         return Footer.from_json(metadata[b"cantor"].decode())
     except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is not a complete Parquet file: {error}") from error
-    except (pa.ArrowException, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+        raise UserError(f"{path} is not a complete Parquet file: {one_line(error)}") from error
+    except (pa.ArrowException, ValueError) as error:
+        raise UserError(f"{path} is damaged: {one_line(error)}") from error
     except OSError as error:
         if error.errno is not None:
             raise
-        raise UserError(f"{path} is damaged: {error}") from error  # thrift that does not parse
+        raise UserError(
+            f"{path} is damaged: {one_line(error)}"
+        ) from error  # thrift that does not parse
 
 
 def read_footers(paths: Sequence[Path]) -> Iterator[tuple[Path, Footer | UserError]]:

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.dataset.account import Account, balance_dataset
-from pipeline.dataset.clip_checks import IDENTITY_COLUMNS, audio_fault, identity_faults
+from pipeline.dataset.clip_checks import IDENTITY_COLUMNS, audio_fault, has_nulls, identity_faults
 from pipeline.dataset.ledger import SongEntry, entry_record
 from pipeline.dataset.schema import XVECTOR_COLUMN, EncoderIdentity, shard_schema
 from pipeline.dataset.shards import (
@@ -32,7 +32,7 @@ from pipeline.dataset.shards import (
     read_supported_info,
     shard_writer,
 )
-from pipeline.errors import UserError, printable
+from pipeline.errors import UserError, one_line, printable
 from pipeline.fingerprint import fingerprint
 from pipeline.songs.corpus import song_ids_of
 from pipeline.songs.plan import load_plan
@@ -111,7 +111,7 @@ def _check_shard(path: Path) -> tuple[Footer, set[str], float, list[str]] | User
             identities = []
             for number in range(file.num_row_groups):
                 table = file.read_row_group(number)
-                if _has_nulls(table):
+                if has_nulls(table):
                     problems.append("it has empty cells")
                     return footer, set(), 0.0, problems
                 if _statistics(file.metadata, number) != _statistics_of(table, footer):
@@ -124,7 +124,7 @@ def _check_shard(path: Path) -> tuple[Footer, set[str], float, list[str]] | User
                 problems.append(f"{len(clips)} rows, but its footer says {file.metadata.num_rows}")
             problems += identity_faults(clips, footer)
     except (pa.ArrowException, OSError, ValueError) as error:
-        return UserError(f"{path.name} cannot be read: {error}")
+        return UserError(f"{path.name} cannot be read: {one_line(error)}")
     except UserError as error:
         return error
     clip_ids = set(clips["clip_id"].to_pylist())
@@ -161,11 +161,6 @@ def _check_metadata(file: pq.ParquetFile, footer: Footer) -> list[str]:
             f"row groups of {groups} rows, but its footer says {file.metadata.num_rows}"
         )
     return problems
-
-
-def _has_nulls(table: pa.Table) -> bool:
-    cells = table.flatten()  # also finds audio.bytes
-    return any(cells[name].null_count for name in cells.column_names if name != "audio.path")
 
 
 def _statistics(metadata: pq.FileMetaData, number: int) -> list[tuple[Any, ...]]:

@@ -14,12 +14,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.cluster.task_rows import CRASHED
-from pipeline.dataset.clip_checks import audio_faults, identity_faults
+from pipeline.dataset.clip_checks import audio_faults, identity_faults, require_columns
 from pipeline.dataset.decoded_clips import DecodedClips
 from pipeline.dataset.ledger import SongEntry, prepared_entry, quarantined_entry
 from pipeline.dataset.schema import AUDIO_SCHEMA, clip_name
 from pipeline.dataset.shards import Footer, Origin, read_footer
-from pipeline.errors import UserError, name_song_in_errors
+from pipeline.errors import UserError, name_song_in_errors, one_line
 from pipeline.extract.config import ExtractConfig
 from pipeline.extract.job import ExtractJob, TakenOver
 from pipeline.songs.plan import PlannedSong, Task
@@ -139,12 +139,13 @@ class ClipsOfShards:
                 raise UserError(f"{path} was replaced while it was read; run this command again")
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 table = file.read(self.taken_over.columns, use_threads=False)
+            require_columns(table, self.taken_over.columns)
             faults = itertools.chain(identity_faults(table, footer), audio_faults(table, footer))
             if (fault := next(faults, None)) is not None:
                 raise damaged_source(path, fault)
         except FileNotFoundError as error:
             raise UserError(f"{path} disappeared during the run; run this command again") from error
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise damaged_source(path, error) from error
@@ -174,8 +175,8 @@ def origin_of(footer: Footer) -> Origin:
 def damaged_source(path: Path, fault: object) -> UserError:
     """Return the error for a shard of the other dataset that cannot be read or is wrong."""
     return UserError(
-        f"{path} cannot be used ({fault}). `cantor verify {path.parent.parent}` lists everything "
-        "that is damaged. To rebuild a shard, delete it and run `cantor extract` again."
+        f"{path} cannot be used ({one_line(fault)}). `cantor verify {path.parent.parent}` lists "
+        "everything that is damaged. To rebuild a shard, delete it and run `cantor extract` again."
     )
 
 

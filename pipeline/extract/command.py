@@ -20,6 +20,7 @@ from pipeline.dataset.shards import (
     read_dataset_info,
     read_footers,
     require_supported,
+    require_whole,
 )
 from pipeline.errors import UserError, printable
 from pipeline.extract.config import ExtractConfig, fingerprinted
@@ -156,6 +157,7 @@ class Extraction:
         if self.options.force_new or not plan_files(self.folder):  # nothing of it will be kept
             return
         require_supported(self.folder, info)
+        require_whole(self.folder, info)
         recorded: dict[str, Any] = info["settings"]
         settings = {**self.settings, "schema_version": recorded["schema_version"]}  # which stays
         differing = differences(recorded, settings, neutral_values(ExtractConfig))

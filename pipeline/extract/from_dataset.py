@@ -17,6 +17,7 @@ from pipeline.dataset.shards import (
     read_dataset_info,
     read_footers,
     require_supported,
+    require_whole,
 )
 from pipeline.errors import UserError, first_names
 from pipeline.extract.clip_sources import damaged_source, origin_of
@@ -52,6 +53,7 @@ def read_source(dataset: Path) -> SourceDataset:
     dataset = dataset.absolute()
     info = read_dataset_info(dataset)
     require_supported(dataset, info, oldest=1)
+    require_whole(dataset, info)
     if not isinstance(info.get("config"), dict):
         raise UserError(f"{dataset / 'dataset.json'} has no 'config'; only datasets with it serve")
     base = {section: values for section, values in info["config"].items() if section != "workers"}
@@ -112,8 +114,9 @@ def compare(source: SourceDataset, config: ExtractConfig) -> Reading:
         paths, others = _paths(config, section), _paths(source.config, other)
         if other and _part(now, section) == _part(before, other) and paths == others:
             for kind, path in paths.items():
-                sha256 = source.settings[f"{other}.{kind}_sha256"]
-                known[f"{section}.{kind}"] = WeightFile(path, sha256, 0, 0)
+                sha256 = source.settings.get(f"{other}.{kind}_sha256")
+                if isinstance(sha256, str):
+                    known[f"{section}.{kind}"] = WeightFile(path, sha256, 0, 0)
     weights = read_weights(config.weight_paths, known)
     settings = fingerprinted(config, weights)
     taken = {

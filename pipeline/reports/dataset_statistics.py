@@ -21,6 +21,7 @@ import soundfile as sf
 from numpy.typing import NDArray
 
 from pipeline.dataset.account import Account, balance_dataset
+from pipeline.dataset.clip_checks import audio_fault, require_columns
 from pipeline.dataset.schema import QUALITY_COLUMNS
 from pipeline.dataset.shards import (
     Footer,
@@ -28,8 +29,9 @@ from pipeline.dataset.shards import (
     read_dataset_info,
     read_footers,
     require_supported,
+    require_whole,
 )
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.songs.plan import load_plan
 from stages.types import Array
 
@@ -111,6 +113,7 @@ def read_statistics(dataset: Path) -> DatasetStatistics:
     """
     info = read_dataset_info(dataset)
     require_supported(dataset, info, oldest=1)
+    require_whole(dataset, info)
     tasks = load_plan(dataset)
     speakers: dict[str, SpeakerStatistics] = defaultdict(SpeakerStatistics)
     columns: dict[str, list[Floats]] = defaultdict(list)
@@ -123,8 +126,8 @@ def read_statistics(dataset: Path) -> DatasetStatistics:
             continue
         try:
             table = _read_columns(path, (*_COLUMNS, *QUALITY_COLUMNS))
-        except (pa.ArrowException, OSError) as error:
-            problems.append(f"{path.name} cannot be read: {error}")
+        except (pa.ArrowException, OSError, ValueError) as error:
+            problems.append(f"{path.name} cannot be read: {one_line(error)}")
             continue
         _add_shard(table, path.name, footer.sample_rate, speakers)
         columns["lengths_s"].append(_floats(table["num_samples"]) / footer.sample_rate)
@@ -152,8 +155,10 @@ def read_statistics(dataset: Path) -> DatasetStatistics:
 
 def _read_columns(path: Path, names: Sequence[str]) -> pa.Table:
     """Read those of the columns that the shard has."""
-    with pq.ParquetFile(path) as file:
-        return file.read(columns=[name for name in names if name in file.schema_arrow.names])
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        table = file.read(columns=[name for name in names if name in file.schema_arrow.names])
+    require_columns(table, _COLUMNS)
+    return table
 
 
 def _floats(column: pa.ChunkedArray) -> Floats:
@@ -215,8 +220,10 @@ def read_played_clips(dataset: Path, statistics: DatasetStatistics) -> list[Play
     for speaker, candidate in _choose(statistics.speakers):
         try:
             clips.append(_read_clip(dataset, speaker, candidate))
-        except (pa.ArrowException, sf.LibsndfileError) as error:
-            statistics.account.problems.append(f"{candidate.clip_id} cannot be read: {error}")
+        except (pa.ArrowException, OSError, ValueError) as error:
+            statistics.account.problems.append(
+                f"{candidate.clip_id} cannot be read: {one_line(error)}"
+            )
     return clips
 
 
@@ -234,7 +241,7 @@ def _choose(speakers: Mapping[str, SpeakerStatistics]) -> list[tuple[str, _Candi
 
 def _read_clip(dataset: Path, speaker: str, candidate: _Candidate) -> PlayedClip:
     path = dataset / "data" / candidate.shard
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
         present = file.schema_arrow.names
         measures = [name for name in ("gain_db", *QUALITY_COLUMNS) if name in present]
         footer = Footer.from_json(file.metadata.metadata[b"cantor"].decode())
@@ -242,13 +249,19 @@ def _read_clip(dataset: Path, speaker: str, candidate: _Candidate) -> PlayedClip
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if candidate.row < first + rows:
-                table = file.read_row_group(group, columns=["audio", "f0", *measures])
+                table = file.read_row_group(
+                    group, columns=["audio", "f0", "num_samples", *measures]
+                )
                 break
             first += rows
         else:
             raise UserError(f"{path} changed while it was read; run `cantor report` again")
     row = table.slice(candidate.row - first, 1).to_pylist()[0]
+    require_columns(table, ("audio", "f0"))
     flac = row["audio"]["bytes"]
+    fault = audio_fault(flac, row["num_samples"], footer)
+    if fault is not None:
+        raise ValueError(fault)
     wav, sample_rate = sf.read(io.BytesIO(flac), dtype="float32")
     return PlayedClip(
         clip_id=candidate.clip_id,

@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.storage.uri import refuse_uri
 
 MANIFEST_SUFFIXES = frozenset({".csv", ".jsonl"})
+SPLIT_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ def read_manifest(manifest: Path, speaker: str | None = None) -> Iterator[Manife
         if not who:
             raise UserError(f"{where}: 'speaker' is missing (or pass --speaker NAME)")
         split = _text(row, "split", where).strip() or "train"
-        if not re.fullmatch(r"[A-Za-z0-9_]{1,64}", split):
+        if not SPLIT_NAME.fullmatch(split):
             raise UserError(f"{where}: split {split!r} may hold letters, digits and _ only")
         yield ManifestRow(where, line, path, who, split)
 
@@ -96,7 +97,9 @@ def _read_jsonl(manifest: Path, file: TextIO) -> Iterator[tuple[int, dict[str, o
         where = f"{manifest}, line {number}"
         try:
             pairs = json.loads(text, object_pairs_hook=tuple)
-        except (ValueError, RecursionError) as error:  # also a number of too many digits
+        except RecursionError as error:
+            raise UserError(f"{where}: its values are nested too deeply") from error
+        except ValueError as error:  # also a number of too many digits
             raise UserError(f"{where}: {error}") from error
         if not isinstance(pairs, tuple):
             raise UserError(f"{where}: not a JSON object")

@@ -15,11 +15,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from models.input_file import require_regular
+from pipeline.errors import UserError, one_line
 from pipeline.songs.corpus import Corpus, ListedSong
+from pipeline.songs.manifest import SPLIT_NAME
 from pipeline.storage.atomic import commit_file
 from stages.decode import DecodeConfig, Decoder
 from stages.errors import BadInput
@@ -141,7 +145,7 @@ def load_plan(dataset: Path) -> dict[int, Task]:
     """Return the tasks by index, in order; later plan files replace tasks of the same index."""
     tasks: dict[int, Task] = {}
     for path in plan_files(dataset):
-        columns = pq.read_table(path).to_pydict()
+        columns = _read_plan_file(path)
         groups: dict[int, list[PlannedSong]] = defaultdict(list)
         splits: dict[int, str] = {}
         for i, task in enumerate(columns["task"]):
@@ -159,6 +163,36 @@ def load_plan(dataset: Path) -> dict[int, Task]:
         for index, songs in groups.items():
             tasks[index] = Task(index, splits[index], tuple(songs))
     return dict(sorted(tasks.items()))
+
+
+def _read_plan_file(path: Path) -> dict[str, list[Any]]:
+    """Return the columns of a plan file.
+
+    Raises: UserError: when it is damaged; OSError: when the storage fails.
+    """
+    try:
+        require_regular(path)
+        table = pq.read_table(path)
+        table.validate(full=True)
+        if not table.schema.equals(PLAN_SCHEMA):
+            raise ValueError("it has other columns than a plan")
+        columns: dict[str, list[Any]] = table.to_pydict()
+        if any(column.null_count for column in table.columns):
+            raise ValueError("it has empty cells")
+        if not all(map(SPLIT_NAME.fullmatch, columns["split"])):
+            raise ValueError("a split has other characters than letters, digits and _")
+        if not all(math.isfinite(seconds) and seconds >= 0 for seconds in columns["duration_s"]):
+            raise ValueError("a duration is not a number of seconds")
+        if min(columns["task"], default=0) < 0:
+            raise ValueError("a task has a number below 0")
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(
+            f"{path} is damaged: {one_line(error)}; restore it from a copy, or make "
+            "the dataset again with --force-new"
+        ) from error
+    return columns
 
 
 def plan_songs(

@@ -156,7 +156,7 @@ def test_print_config_is_yaml_of_everything() -> None:
         (["extract", "--from", "c"], "DATASET must be given"),
         (["extract", "--from", "c", "f0.f0_min=60"], "DATASET must be given ('f0.f0_min=60' is"),
         (["extract", "--from", "c", "d", "--speaker", "ann"], "--speaker does not go with --from"),
-        (["extract", "c", "d", "--config", "/"], "settings from /: Is a directory"),
+        (["extract", "c", "d", "--config", "/"], "settings from /: not a regular file"),
         (["train", "d"], "RUN must be given"),
         (["train", "d", "run.steps=9"], "RUN must be given ('run.steps=9' is a setting"),
         (["train", "d", "c", "run.stepps=9"], "did you mean 'run.steps'"),

@@ -243,7 +243,7 @@ def test_rates_that_flac_and_the_f0_range_allow_are_taken() -> None:
 def test_folders_and_bytes_that_are_no_settings_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    with pytest.raises(UserError, match=r"folder: Is a directory"):
+    with pytest.raises(UserError, match=r"folder: not a regular file"):
         load_config(folder)
     (tmp_path / "wav.yaml").write_bytes(b"f0:\n  method: \xff\n")
     with pytest.raises(UserError, match=r"wav\.yaml is not UTF-8"):

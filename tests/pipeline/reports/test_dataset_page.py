@@ -59,6 +59,7 @@ def write_dataset(folder: Path, tasks: list[list[Song]], settings: dict = SETTIN
             "schema_version": SCHEMA_VERSION,
             "fingerprint": fingerprint(settings),
             "settings": settings,
+            "speakers": [],
             "encoders": ["mfcc"],
             "f0_method": "praat",
             "sample_rate": RATE,

@@ -226,7 +226,7 @@ def test_a_faulty_manifest_names_the_line(tmp_path: Path, text: str, words: str)
         (r'{"path": "a.wav", "speaker": "\udcff"}', "'speaker' has a lone surrogate"),
         ('{"path": ' + "1" * 5000 + "}", "digits"),
         ("[]", "not a JSON object"),
-        ("[" * 100_000, "recursion"),
+        ("[" * 100_000, "nested too deeply"),
         ('{"path": "a.wav", "speaker": "ann", " path": "b.wav"}', "column 3: 'path' is also"),
     ],
 )
