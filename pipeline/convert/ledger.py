@@ -8,10 +8,11 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from models.input_file import read_json
+from models.synthesizer.json_fields import typed
 from pipeline.convert.result import Conversion
 from pipeline.errors import UserError
 from pipeline.songs.balance import QUARANTINED, Balance
@@ -58,6 +59,13 @@ class Record:
     fingerprint: str
     environment: dict[str, str]
     entry: ConvertEntry
+
+
+_DEFAULTS = {
+    field.name: list(field.default) if field.name == "notices" else field.default
+    for field in fields(ConvertEntry)
+    if field.default is not MISSING
+}
 
 
 class ConvertAccount(Balance[ConvertEntry]):
@@ -131,8 +139,8 @@ def read_records(
         path = folder / record_name(index)
         try:
             values = read_json(path)
-            values["entry"]["notices"] = tuple(values["entry"]["notices"])
-            records[index] = Record(**{**values, "entry": ConvertEntry(**values["entry"])})
+            entry = {**_DEFAULTS, **values["entry"]}
+            records[index] = typed(Record, {**values, "entry": entry}, "")
         except FileNotFoundError:
             continue
         except (ValueError, TypeError, KeyError) as error:

@@ -232,7 +232,8 @@ def _read_marker(folder: Path) -> dict[str, Any] | None:
         marker = read_json(path)
     except ValueError as error:
         raise UserError(f"{path} is damaged; delete {folder} to make a new corpus") from error
-    return marker if isinstance(marker, dict) and "sha256" in marker else None
+    listed = isinstance(marker, dict) and isinstance(marker.get("sha256"), dict)
+    return marker if listed else None
 
 
 def _present(folder: Path) -> list[str]:

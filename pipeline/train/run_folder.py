@@ -133,8 +133,14 @@ def _facts(folder: Path) -> tuple[Checkpoint, dict[str, str]]:
     path = folder / _FACTS_FILE
     try:
         facts = read_json(path)
-        checkpoint = Checkpoint(folder, int(facts["step"]), dict(facts["validation"]))
-        return checkpoint, dict(facts["sha256"])
+        step, validation, sums = facts["step"], dict(facts["validation"]), dict(facts["sha256"])
+        if type(step) is not int or not all(
+            isinstance(value, int | float) for value in validation.values()
+        ):
+            raise ValueError("its step or a measure is not a number")
+        if not all(isinstance(name, str) and Path(name).name == name for name in sums):
+            raise ValueError("it lists something other than files of its folder")
+        return Checkpoint(folder, step, validation), sums
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from error
 
@@ -287,7 +293,10 @@ def load_optimizer(
             raise CheckpointError(f"there is no parameter for the optimizer's {key}")
         states.setdefault(number, {})[kind] = tensor.clone()  # out of the mapped file
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": states, "param_groups": groups})
+    try:
+        optimizer.load_state_dict({"state": states, "param_groups": groups})
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"the optimizer's state does not fit: {error}") from error
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
@@ -321,7 +330,8 @@ def load_network_state(network: nn.Module, tensors: Mapping[str, Tensor], source
     try:
         network.load_state_dict(dict(tensors))
     except RuntimeError as error:
-        raise CheckpointError(f"{source} does not fit the networks: {error}") from error
+        line = str(error).partition("\n")[2].partition("\n")[0].strip() or str(error)
+        raise CheckpointError(f"{source} does not fit the networks: {line}") from error
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from models.checkpoint import CheckpointError
+from models.input_file import parse_json
 from models.synthesizer.blocks.discriminators import MultiPeriodDiscriminator
 from models.synthesizer.config import SynthesizerConfig
 from models.synthesizer.sovits.networks import Synthesizer
@@ -107,7 +109,11 @@ def resume_state(
     Raises: CheckpointError: when it does not fit the networks.
     """
     tensors, notes = checkpoint.read()
-    networks = _build_networks(config, identity, int(notes["source_rate"]), group)
+    try:
+        source_rate, scaler = int(notes["source_rate"]), parse_json(notes["scaler"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.folder} lacks the notes of a run ({error})") from error
+    networks = _build_networks(config, identity, source_rate, group)
     for network, part in zip(networks, ("generator", "discriminator"), strict=True):
         load_network_state(network, part_of(tensors, part), checkpoint.folder)
     state = TrainState(networks, config, group, checkpoint.step)
@@ -115,7 +121,7 @@ def resume_state(
         load_network_state(state.averaged, part_of(tensors, "averaged"), checkpoint.folder)
     load_optimizer(state.step.optim_g, state.names_g, part_of(tensors, "optim_g"))
     load_optimizer(state.step.optim_d, state.names_d, part_of(tensors, "optim_d"))
-    state.step.scaler.load_state_dict(json.loads(notes["scaler"]))
+    state.step.scaler.load_state_dict(scaler)
     return state
 
 
