@@ -42,6 +42,7 @@ from stages.f0.sovits_compat import fill_unvoiced
 from stages.loudness import apply_gain, measure_loudness
 from stages.pcm import dequantise, quantise
 from stages.pieces import Joiner, Piece, plan_pieces, read_frames, stretches
+from stages.quality.second_voice import Suspects, suspects
 from stages.resample import resample
 from stages.slice import is_silent, slice_silence
 from stages.types import Array
@@ -182,6 +183,7 @@ class _SongConversion:
         self.pieces: list[Piece] = []
         self.stretches: list[_Stretch] = []
         self.gain_db = 0.0
+        self.suspects = Suspects()
         self.key = 0.0
         self.statistics: UnitStatistics | None = None
 
@@ -204,6 +206,7 @@ class _SongConversion:
         self.key = self._vocoder_key()
         self.statistics = self._statistics()
         self._warn_of_high_pitch()
+        self._warn_of_second_voice()
 
     def sing(self) -> Iterator[Array]:
         """Yield the converted song at the voice's rate, as long as the song, in order."""
@@ -272,6 +275,7 @@ class _SongConversion:
         for piece in pieces:
             wav = self._normalised(piece, self._gain_of(piece))
             f0 = estimate_f0(wav, self.rate, self.config.f0, piece.frames)
+            self.suspects += suspects(wav, self.rate, f0, self.hop)
             first = piece.start if piece.joined else piece.read_start
             contour[first - base : piece.read_stop - base] = f0[first - piece.read_start :]
             self._report_half(piece)
@@ -346,6 +350,14 @@ class _SongConversion:
             self.notices.append(
                 f"{100 * share:.2g} % of the voiced frames lie above {HIGHEST_HZ:.0f} Hz, where "
                 "the networks do not tell pitches apart; transpose downwards"
+            )
+
+    def _warn_of_second_voice(self) -> None:
+        if self.suspects.suspicion() > 0.5:
+            self.notices.append(
+                "the song seems to have more than one voice, or instruments, in "
+                f"{self.suspects.share:.0%} of its voiced frames; the voice would sing all of it: "
+                "separate the vocals first, and convert those"
             )
 
     def _warn_of_level_difference(self, song: float, converted: float) -> None:

@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from stages.quality import AUDIO_MEASURES, MEASURES, PITCH_MEASURES, Measure
 
-# A measure that is added raises the version; so does any other change, by this number.
+# A measure that is added or changed raises the version; so does any other change, by this number.
 _LAYOUT_VERSION = 2
-SCHEMA_VERSION = max(_LAYOUT_VERSION, *(measure.since for measure in MEASURES))
+SCHEMA_VERSION = max(_LAYOUT_VERSION, *(measure.changed or measure.since for measure in MEASURES))
 
 # Datasets from this version on are read, verified and resumed as they are. Older ones are opened
 # by `report`, and by `extract --from`, which makes a dataset of the present version.
@@ -38,6 +38,12 @@ def audio_columns(version: int) -> tuple[str, ...]:
 def pitch_columns(version: int) -> tuple[str, ...]:
     """Return the measures of pitch in shards of a schema version."""
     return _columns(PITCH_MEASURES, version)
+
+
+def pitch_revisions(version: int) -> dict[str, int]:
+    """Return the measures of pitch in shards of a schema version, each with its revision."""
+    names = pitch_columns(version)
+    return {each.name: each.revision(version) for each in PITCH_MEASURES if each.name in names}
 
 
 def quality_columns(version: int) -> tuple[str, ...]:

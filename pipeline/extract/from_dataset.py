@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.dataset.schema import AUDIO_COLUMNS, SCHEMA_VERSION, audio_columns, pitch_columns
+from pipeline.dataset.schema import AUDIO_COLUMNS, SCHEMA_VERSION, audio_columns, pitch_revisions
 from pipeline.dataset.shards import (
     Footer,
     iter_shards,
@@ -108,7 +108,7 @@ def compare(source: SourceDataset, config: ExtractConfig) -> Reading:
     known: dict[str, WeightFile] = {}
     counterparts = _counterparts(source.config, config)
     version = source.settings["schema_version"]
-    if pitch_columns(version) != pitch_columns(SCHEMA_VERSION):
+    if pitch_revisions(version) != pitch_revisions(SCHEMA_VERSION):
         counterparts["f0"] = ""  # measures that it lacks need f0 as it was before interpolation
     for section, other in counterparts.items():
         paths, others = _paths(config, section), _paths(source.config, other)

@@ -35,6 +35,7 @@ class Pitch:
 
     def __init__(self, job: ExtractJob) -> None:
         self.config = job.config
+        self.version = job.schema_version
         self.weights = job.weights.get("f0.checkpoint")
         # Clips of another dataset all stay: its audio is taken over as it is.
         self.filters = job.taken_over is None
@@ -50,7 +51,8 @@ class Pitch:
             contours = self._estimate(wavs, clips["song_id"].to_pylist())
         with clock.stage("quality"):
             measured = [
-                measure_pitch(wav, rate, f0, hop) for wav, f0 in zip(wavs, contours, strict=True)
+                measure_pitch(wav, rate, f0, hop, self.version)
+                for wav, f0 in zip(wavs, contours, strict=True)
             ]
         if config.f0.interpolate:
             contours = [interpolate_gaps(f0) for f0 in contours]

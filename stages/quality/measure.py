@@ -54,6 +54,8 @@ class Measure(Generic[Subject]):
     measure: its value for a clip. It must not depend on the clip's level, since songs change level
       before clips exist.
     stored: whether it is a column; else it serves for its limits alone.
+    changed: the first schema version with this `measure`, where earlier ones had `earlier`: a
+      dataset keeps the values of its version.
     """
 
     name: str
@@ -64,11 +66,28 @@ class Measure(Generic[Subject]):
     measure: Callable[[Subject], float]
     limits: tuple[Limit, ...] = ()
     stored: bool = True
+    changed: int | None = None
+    earlier: Callable[[Subject], float] | None = None
+
+    def revision(self, version: int) -> int:
+        """Return the schema version that the measure's values of `version` go back to."""
+        if self.changed is not None and version >= self.changed:
+            return self.changed
+        return self.since
+
+    def value(self, clip: Subject, version: int | None = None) -> float:
+        """Return the value for a clip, as a schema version has it. None: the present one."""
+        measure = self.measure
+        if self.earlier is not None and version is not None and version < (self.changed or 0):
+            measure = self.earlier
+        return float(measure(clip))
 
 
-def measure_all(measures: Sequence[Measure[Subject]], clip: Subject) -> dict[str, float]:
-    """Return the values of a clip by name."""
-    return {measure.name: float(measure.measure(clip)) for measure in measures}
+def measure_all(
+    measures: Sequence[Measure[Subject]], clip: Subject, version: int | None = None
+) -> dict[str, float]:
+    """Return the values of a clip by name, as a schema version has them."""
+    return {measure.name: measure.value(clip, version) for measure in measures}
 
 
 def first_beyond(

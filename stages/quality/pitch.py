@@ -10,7 +10,7 @@ import numpy as np
 
 from stages.f0.pitch import f0_to_pitch
 from stages.quality.measure import Limit, Measure, measure_all
-from stages.quality.second_voice import second_voice
+from stages.quality.second_voice import EARLIER_RULES, second_voice
 from stages.types import Array
 
 _JUMP_SEMITONES = 10.0  # no voice glides as far from one frame to the next
@@ -36,14 +36,17 @@ class ClipPitch:
         return float(low), float(high)
 
 
-def measure_pitch(wav: Array, sample_rate: int, f0: Array, hop_length: int) -> dict[str, float]:
+def measure_pitch(
+    wav: Array, sample_rate: int, f0: Array, hop_length: int, version: int | None = None
+) -> dict[str, float]:
     """Return the value of each of `PITCH_MEASURES`; all are 0 where no frame is voiced.
 
     wav: (T,), finite. f0: (F,) Hz, 0 = unvoiced; frame i is at sample i * hop_length.
+    version: the schema version whose measures are wanted; None: the present one.
     """
     if not np.any(f0 > 0):
         return {measure.name: 0.0 for measure in PITCH_MEASURES}
-    return measure_all(PITCH_MEASURES, ClipPitch(wav, sample_rate, f0, hop_length))
+    return measure_all(PITCH_MEASURES, ClipPitch(wav, sample_rate, f0, hop_length), version)
 
 
 def _octave_jump_rate(clip: ClipPitch) -> float:
@@ -101,6 +104,10 @@ PITCH_MEASURES: tuple[Measure[ClipPitch], ...] = (
         reason="second_voice",
         since=2,
         measure=lambda clip: second_voice(clip.wav, clip.sample_rate, clip.f0, clip.hop_length),
+        changed=4,
+        earlier=lambda clip: second_voice(
+            clip.wav, clip.sample_rate, clip.f0, clip.hop_length, EARLIER_RULES
+        ),
         limits=(Limit(key="max_second_voice", lowest=0, highest=1),),
     ),
     Measure(

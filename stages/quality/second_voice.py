@@ -9,12 +9,15 @@ Tested by tests/stages/quality/test_pitch.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from stages.types import Array
 
-# The constants were chosen on the recordings that `second_voice` speaks of.
+# docs/quality.md says on which recordings the constants were chosen, and how often they err.
 _WINDOW_S = 0.07
 _STEP_S = 0.03
 _BAND_HZ = (60.0, 2000.0)
@@ -33,47 +36,95 @@ _DRIFT_STEPS = 2  # half a semitone from one frame to the next
 _RELATED = (1 / 4, 1 / 3, 1 / 2, 2 / 3, 1, 3 / 2, 2, 3)
 _RELATED_SEMITONES = 1.0
 
-_STRONG = 0.15
-_SUSPECT_SHARE = 0.1
+_PRESENT = 0.03  # of the strongest partial in the frame
+_INCOMPLETE = 0.6  # of the first partials of a pitch
 _LEAST_VOICED_S = 2.0  # in less, a few odd frames would be a large share
 _BLOCK_FRAMES = 1000
 
 
-def second_voice(wav: Array, sample_rate: int, f0: Array, hop_length: int) -> float:
+@dataclass(frozen=True)
+class Rules:
+    """What counts as a second voice.
+
+    strong: strength of a second pitch that makes a frame suspect; that of the first is 1.
+    share: suspect share of the frames where the suspicion is 0.5.
+    complete: whether the pitch of the first voice must have most of its first partials. Else that
+      of a voice with one strong formant is taken for a multiple, and its own partials for another.
+    """
+
+    strong: float
+    share: float
+    complete: bool
+
+
+RULES = Rules(strong=0.05, share=0.2, complete=True)
+EARLIER_RULES = Rules(strong=0.15, share=0.1, complete=False)  # of schema versions 2 and 3
+
+
+@dataclass(frozen=True)
+class Suspects:
+    """Examined frames of a recording and the suspect ones, which add up over its parts.
+
+    least: number of frames below which a few odd ones would be a large share.
+    """
+
+    suspect: int = 0
+    examined: int = 0
+    least: float = 1.0
+
+    def __add__(self, other: Suspects) -> Suspects:
+        return Suspects(
+            self.suspect + other.suspect,
+            self.examined + other.examined,
+            max(self.least, other.least),
+        )
+
+    @property
+    def share(self) -> float:
+        return self.suspect / max(self.examined, self.least)
+
+    def suspicion(self, rules: Rules = RULES) -> float:
+        """Return the suspicion, 0 to 1, that two harmonic series sound at once."""
+        return self.share / (self.share + rules.share)
+
+
+def second_voice(
+    wav: Array, sample_rate: int, f0: Array, hop_length: int, rules: Rules = RULES
+) -> float:
     """Return the suspicion, 0 to 1, that two harmonic series sound in a clip (T,) at once.
 
     f0: (F,) Hz at samples 0, hop, ...; 0 = unvoiced. Every 30 ms a voiced frame is examined. It
-    counts when a second pitch is 0.15 as strong as the first, there and 30 ms before or after. The
-    suspicion is 0.5 where a tenth of the frames count (of 2 s at least), and share / (share + 0.1)
-    in general.
-
-    Above 0.5, in clips of 5 s with Praat's f0: none of 21 solo ones, as they are, with noise at 20
-    or 10 dB, or in a room that rings for 0.5 s with a quarter of the voice's energy (of 3.5 s, an
-    eighth); a third of them where the room is as loud as the voice; 27 of 28 of a song with guitar
-    and an ensemble; of mixtures of two singers at 0, -6 and -12 dB 0.96, 0.96 and 0.44. With DIO's
-    f0, which finds less of two voices voiced, 0.56, 0.64 and 0.32 of these.
+    counts when a second pitch is 0.05 as strong as the first, there and 30 ms before or after. The
+    suspicion is 0.5 where a fifth of the frames count (of 2 s at least), and
+    share / (share + 0.2) in general. docs/quality.md has the error rates.
 
     It misses a second voice that is silent wherever the first is voiced, one that keeps to the
     first's unison, octaves, fifth or twelfth, and partials above 2 kHz.
     """
+    return suspects(wav, sample_rate, f0, hop_length, rules).suspicion(rules)
+
+
+def suspects(
+    wav: Array, sample_rate: int, f0: Array, hop_length: int, rules: Rules = RULES
+) -> Suspects:
+    """Count the frames in which a second harmonic series sounds. Arguments as `second_voice`."""
     step = max(1, round(_STEP_S * sample_rate / hop_length))
     frames = np.flatnonzero(f0 > 0)
     frames = frames[(frames % step == 0) & (frames * hop_length < len(wav))]
+    least = _LEAST_VOICED_S * sample_rate / hop_length / step
     if len(frames) == 0:
-        return 0.0
+        return Suspects(0, 0, least)
     octaves = np.log2(np.where(f0 > 0, f0, np.nan).astype(np.float64))
     slope = np.gradient(octaves) if len(f0) > 1 else np.zeros(1)
     glide = np.abs(np.nan_to_num(slope)) * sample_rate / hop_length  # octaves per second
     strength = np.concatenate(
         [
-            _second_strength(wav, sample_rate, block * hop_length, f0[block], glide[block])
+            _second_strength(wav, sample_rate, block * hop_length, f0[block], glide[block], rules)
             for block in np.array_split(frames, -(-len(frames) // _BLOCK_FRAMES))
         ]
     )
-    suspect = _sustained(strength, np.diff(frames) == step).max(axis=1) >= _STRONG
-    least = _LEAST_VOICED_S * sample_rate / hop_length / step
-    share = float(np.count_nonzero(suspect) / max(len(suspect), least))
-    return share / (share + _SUSPECT_SHARE)
+    suspect = _sustained(strength, np.diff(frames) == step).max(axis=1) >= rules.strong
+    return Suspects(int(np.count_nonzero(suspect)), len(frames), least)
 
 
 def _second_strength(
@@ -82,15 +133,22 @@ def _second_strength(
     centres: NDArray[np.intp],
     f0: Array,
     glide: NDArray[np.float64],
+    rules: Rules,
 ) -> NDArray[np.float64]:
     """Return (N, C): the strength of each pitch of `_SECOND_HZ`, that of the first being 1."""
     partials, bin_hz = _spectra(wav, sample_rate, centres)
     candidates = f0[:, None].astype(np.float64) * _FIRST_MULTIPLES
     strengths = _summed(partials, candidates, bin_hz)
     strengths[:, 1:][candidates[:, 1:] > _FIRST_MAX_HZ] = 0
-    best = strengths.argmax(axis=1)[:, None]
+    evidence = strengths
+    if rules.complete:
+        present = _present(partials, candidates, bin_hz)
+        evidence = strengths * np.square(present)
+        # Multiples are for f0 of which few partials sound: an octave error, or two voices.
+        evidence[:, _FIRST_MULTIPLES > 1] *= present[:, :1] <= _INCOMPLETE
+    best = evidence.argmax(axis=1)[:, None]
     first_hz = np.take_along_axis(candidates, best, axis=1)  # (N, 1)
-    first = np.take_along_axis(strengths, best, axis=1)
+    first = strengths.max(axis=1)[:, None]
 
     hz = np.arange(partials.shape[1]) * bin_hz
     number = np.maximum(1, np.round(hz / first_hz))  # (N, K): the nearest partial of the first
@@ -131,15 +189,32 @@ def _summed(
     partials: NDArray[np.float32], pitches: NDArray[np.float64], bin_hz: float
 ) -> NDArray[np.float64]:
     """Return (N, C): weighted sums over the first partials of pitches (N, C) in spectra (N, K)."""
+    total = np.zeros(pitches.shape)
+    for weight, amplitude in zip(_WEIGHTS, _near_partials(partials, pitches, bin_hz), strict=True):
+        total += weight * amplitude
+    return total
+
+
+def _near_partials(
+    partials: NDArray[np.float32], pitches: NDArray[np.float64], bin_hz: float
+) -> Iterator[NDArray[np.float64]]:
+    """Yield (N, C) for each of the first partials: its amplitude, 0 above the band."""
     from scipy.ndimage import maximum_filter1d
 
     near = maximum_filter1d(partials, 3, axis=1)
-    total = np.zeros(pitches.shape)
-    for number, weight in enumerate(_WEIGHTS, start=1):
+    for number in range(1, _PARTIALS + 1):
         k = np.round(number * pitches / bin_hz).astype(np.intp)
         inside = k < partials.shape[1]
-        total += weight * inside * np.take_along_axis(near, np.where(inside, k, 0), axis=1)
-    return total
+        yield inside * np.take_along_axis(near, np.where(inside, k, 0), axis=1)
+
+
+def _present(
+    partials: NDArray[np.float32], pitches: NDArray[np.float64], bin_hz: float
+) -> NDArray[np.float64]:
+    """Return (N, C): the share of the first partials of pitches (N, C) that the spectra have."""
+    least = _PRESENT * partials.max(axis=1, keepdims=True)
+    near = _near_partials(partials, pitches, bin_hz)
+    return np.mean([amplitude > least for amplitude in near], axis=0)
 
 
 def _sustained(strength: NDArray[np.float64], adjacent: NDArray[np.bool_]) -> NDArray[np.float64]:

@@ -29,7 +29,7 @@ from pipeline.dataset.schema import (
     OLDEST_SUPPORTED,
     QUALITY_COLUMNS,
     SCHEMA_VERSION,
-    pitch_columns,
+    pitch_revisions,
     quality_columns,
 )
 from pipeline.dataset.shard_dataset import ShardDataset
@@ -131,7 +131,7 @@ def test_a_new_dataset_is_made_from_every_version(
     before = pq.read_table(source / "data", partitioning=None)
     after = pq.read_table(new / "data", partitioning=None)
     assert len(after) == len(before) > 0
-    measures_of_pitch_stay = pitch_columns(version) == pitch_columns(SCHEMA_VERSION)
+    measures_of_pitch_stay = pitch_revisions(version) == pitch_revisions(SCHEMA_VERSION)
     for name in before.column_names:
         if name in AUDIO_COLUMNS or name == "audio" or measures_of_pitch_stay:
             assert after[name] == before[name], name
@@ -156,7 +156,7 @@ def test_only_what_is_missing_is_made_again(
     outcome = run_from(source, tmp_path / "new")
     assert outcome.account.problems == []
     assert "units" not in outcome.work.stage_s and "decode" not in outcome.work.stage_s
-    lacks_pitch = pitch_columns(version) != pitch_columns(SCHEMA_VERSION)
+    lacks_pitch = pitch_revisions(version) != pitch_revisions(SCHEMA_VERSION)
     assert ("f0" in outcome.work.stage_s) == lacks_pitch
 
 

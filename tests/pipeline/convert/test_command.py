@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -335,6 +336,18 @@ def test_what_a_person_can_put_right_is_said(voice: Path, song: Path, tmp_path: 
         convert(voice, song, song)
     with pytest.raises(UserError, match="holds no voice"):
         read_request(tmp_path)
+
+
+def test_a_mix_of_voices_is_pointed_out(voice: Path, tmp_path: Path) -> None:
+    first, second = (sing(VOICES[i], 4.0, RATE, seed=i).wav for i in (1, 2))
+    notices = []
+    for number, wav in enumerate((first, first + second)):
+        sf.write(tmp_path / f"{number}.wav", 0.5 * wav, RATE)
+        _, conversion = convert(voice, tmp_path / f"{number}.wav", tmp_path / "out.wav")
+        notices.append([each for each in conversion.notices if "more than one voice" in each])
+    assert notices[0] == []
+    (notice,) = notices[1]
+    assert re.search(r"in \d+% of its voiced frames; .*: separate the vocals first", notice)
 
 
 def test_output_that_is_not_finite_is_one_sentence_and_no_file(short: Path, tmp_path: Path) -> None:
