@@ -203,8 +203,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("further", nargs="*", type=Path, help="solo recordings, SINGER/FILE")
     parser.add_argument("--f0", nargs="*", default=["praat", "dio"], help="methods")
+    parser.add_argument("--only", choices=("tuned", "held out", "further recordings"))
     options = parser.parse_args()
-    found = groups(options.further)
+    found = [each for each in groups(options.further) if options.only in (None, each.name)]
     print(f"| clips of {CLIP_S} s | f0 | clips | above {LIMIT:g} | wrong |\n|---|---|---|---|---|")
     for group in found:
         for name, mixed, clips in conditions(group):

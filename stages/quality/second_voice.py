@@ -57,7 +57,7 @@ class Rules:
     complete: bool
 
 
-RULES = Rules(strong=0.05, share=0.2, complete=True)
+RULES = Rules(strong=0.05, share=0.16, complete=True)
 EARLIER_RULES = Rules(strong=0.15, share=0.1, complete=False)  # of schema versions 2 and 3
 
 
@@ -95,8 +95,8 @@ def second_voice(
 
     f0: (F,) Hz at samples 0, hop, ...; 0 = unvoiced. Every 30 ms a voiced frame is examined. It
     counts when a second pitch is 0.05 as strong as the first, there and 30 ms before or after. The
-    suspicion is 0.5 where a fifth of the frames count (of 2 s at least), and
-    share / (share + 0.2) in general. docs/quality.md has the error rates.
+    suspicion is 0.5 where 16 % of the frames count (of 2 s at least), and
+    share / (share + 0.16) in general. docs/quality.md has the error rates.
 
     It misses a second voice that is silent wherever the first is voiced, one that keeps to the
     first's unison, octaves, fifth or twelfth, and partials above 2 kHz.
@@ -214,7 +214,8 @@ def _present(
     """Return (N, C): the share of the first partials of pitches (N, C) that the spectra have."""
     least = _PRESENT * partials.max(axis=1, keepdims=True)
     near = _near_partials(partials, pitches, bin_hz)
-    return np.mean([amplitude > least for amplitude in near], axis=0)
+    share: NDArray[np.float64] = np.mean([amplitude > least for amplitude in near], axis=0)
+    return share
 
 
 def _sustained(strength: NDArray[np.float64], adjacent: NDArray[np.bool_]) -> NDArray[np.float64]:
