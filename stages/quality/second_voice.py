@@ -44,7 +44,7 @@ _BLOCK_FRAMES = 1000
 
 @dataclass(frozen=True)
 class Rules:
-    """What counts as a second voice.
+    """Limits from which a frame and a clip are suspect.
 
     strong: strength of a second pitch that makes a frame suspect; that of the first is 1.
     share: suspect share of the frames where the suspicion is 0.5.
