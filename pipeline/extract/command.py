@@ -110,9 +110,6 @@ def reextract(
 
 
 def _run(extraction: Extraction) -> ExtractOutcome:
-    note = note_on_trial_units(each.name for each in extraction.config.all_encoders.values())
-    if note is not None:
-        extraction.console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     if not extraction.options.dry_run:
         return complete(extraction)
     extraction.describe(preview(extraction))
@@ -140,6 +137,9 @@ class Extraction:
 
     def list_inputs(self) -> None:
         self.source.list_songs()
+        note = note_on_trial_units(each.name for each in self.config.all_encoders.values())
+        if note is not None:
+            self.console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 
     def check_settings(self) -> None:
         """Refuse other settings than the recorded ones; else go on with those.
