@@ -42,6 +42,7 @@ __all__ = [
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _CONFIGURATION = ("config.json", "preprocessor_config.json")
+CHECKPOINT_RECORD = "checkpoint.json"  # of a training run: lists the files with their SHA-256
 OWN_HEADER = "cantor"  # entry in safetensors' metadata that marks Cantor's own format
 _MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
 _MOST_HEADER_BYTES = 8 << 20  # about 80,000 tensors
@@ -88,6 +89,7 @@ def load_foreign(path: str | os.PathLike[str], metadata: dict[str, str] | None =
         if metadata is not None:
             metadata |= file_metadata
         return tensors
+    require_recorded_sha256(path)
     try:
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -113,6 +115,7 @@ def read_safetensors(
     head = _head(path)
     if _is_safetensors(head) and struct.unpack_from("<Q", head)[0] > _MOST_HEADER_BYTES:
         raise CheckpointError(f"{path} has a header for more tensors than any network has")
+    require_recorded_sha256(path)
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys() if keys is None else keys
@@ -139,6 +142,50 @@ def save_safetensors(
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def require_recorded_sha256(path: Path) -> None:
+    """Compare a file with the SHA-256 that lies beside it, if one does, once in this process.
+
+    It may be in NAME.sha256.json, which fetch-encoder writes, or in a run's checkpoint.json.
+
+    Raises: CheckpointError: when they differ, or the record is damaged.
+    """
+    for name, places in ((f"{path.name}.sha256.json", ("sha256",)),
+                         (CHECKPOINT_RECORD, ("sha256", path.name))):  # fmt: skip
+        record = path.with_name(name)
+        try:
+            expected = read_json(record)
+            for place in places:
+                expected = expected[place]
+        except (FileNotFoundError, KeyError):
+            continue
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{record} does not state a SHA-256 ({error})") from error
+        require_sha256(path, expected, name)
+
+
+def require_sha256(path: Path, expected: object, record: str) -> None:
+    """Compare a file with its SHA-256, unless this process has done so since the file changed.
+
+    record: name of the file that states it, for errors.
+
+    Raises: CheckpointError: when it differs, or the file does not exist.
+    """
+    _require_file(path)
+    status = path.stat()
+    key = (path.resolve(), status.st_size, status.st_mtime_ns, str(expected))
+    if key in _as_recorded:
+        return
+    if _file_sha256(path) != expected:
+        raise CheckpointError(
+            f"{path} is damaged or was replaced: its SHA-256 is not the one in {record}. Restore "
+            f"it, or remove {record} if the change is yours"
+        )
+    _as_recorded.add(key)
+
+
+_as_recorded: set[tuple[Any, ...]] = set()  # files that had the SHA-256 of their record
 
 
 def weight_files(path: str | os.PathLike[str]) -> list[Path]:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from models.checkpoint import CheckpointError
+from models.checkpoint import CheckpointError, require_recorded_sha256
 from models.onnx_child import Limits, first_line, graph_faults, session_options
 
 _LIMITS = Limits()
@@ -88,6 +88,7 @@ def open_session(
         search = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
         provider = ("CUDAExecutionProvider", {"device_id": str(device.index or 0)} | search)
     refuse_external_weights(path)
+    require_recorded_sha256(path)
     answer = _in_child(path, first_run)
     try:
         if "load" in answer:

@@ -29,7 +29,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from models.checkpoint import CheckpointError, read_safetensors, save_safetensors, sha256_of
+from models.checkpoint import (
+    CHECKPOINT_RECORD,
+    CheckpointError,
+    read_safetensors,
+    require_sha256,
+    save_safetensors,
+    sha256_of,
+)
 from models.input_file import read_json
 from pipeline.errors import StorageFault, UserError
 from pipeline.fingerprint import differences, neutral_values
@@ -38,7 +45,6 @@ from pipeline.storage.step_log import StepLog
 from pipeline.train.config import TrainConfig
 
 TRAINING_FILE = "training.safetensors"
-_FACTS_FILE = "checkpoint.json"
 _BEST_BY = "mel_distance"
 
 
@@ -120,8 +126,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     checkpoint, sums = _facts(folder)
     for name, expected in sums.items():
-        if sha256_of(folder / name) != expected:
-            raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is wrong")
+        require_sha256(folder / name, expected, CHECKPOINT_RECORD)
     return checkpoint
 
 
@@ -130,7 +135,7 @@ def _facts(folder: Path) -> tuple[Checkpoint, dict[str, str]]:
 
     Raises: CheckpointError: when checkpoint.json is damaged.
     """
-    path = folder / _FACTS_FILE
+    path = folder / CHECKPOINT_RECORD
     try:
         facts = read_json(path)
         step, validation, sums = facts["step"], dict(facts["validation"]), dict(facts["sha256"])
@@ -246,7 +251,7 @@ def _seal(folder: Path, step: int, validation: Mapping[str, float]) -> None:
     """List the files of a checkpoint with their SHA-256, and sync all of it to the disk."""
     sums = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
     facts = {"step": step, "validation": dict(validation), "sha256": sums}
-    (folder / _FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (folder / CHECKPOINT_RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for path in folder.iterdir():
         with path.open("rb+") as file:
             os.fsync(file.fileno())

@@ -22,6 +22,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from models import checkpoint
 from models.checkpoint import (
     CheckpointError,
     Opaque,
@@ -559,3 +560,34 @@ def test_sha256_is_of_the_content_not_of_the_path(tmp_path: Path) -> None:
     empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     (tmp_path / "empty").touch()
     assert sha256_of(tmp_path / "empty") == empty
+
+
+def test_weights_are_compared_with_the_sha256_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once in a process for each state of a file; a record of other files says nothing."""
+    path, tensors = tmp_path / "a.safetensors", {"w": torch.ones(2)}
+    save_safetensors(path, tensors, {"cantor": "{}"})
+    pickled = save(tmp_path / "a.pt", tensors)
+    (tmp_path / "checkpoint.json").write_text('{"step": 1, "sha256": {"other": "ab"}}')
+    for file, read in ((path, read_safetensors), (path, load_foreign), (pickled, load_foreign)):
+        read(file)
+        record = tmp_path / f"{file.name}.sha256.json"
+        record.write_text(json.dumps({"sha256": sha256_of(file)}))
+        read(file)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_file_sha256", None)
+            read(file)
+        for content in ({"sha256": "ab" * 32}, {"sha256": None}, {"sha256": [1]}):
+            record.write_text(json.dumps(content))
+            with pytest.raises(CheckpointError, match=rf"{file.name} .* the one in {record.name}"):
+                read(file)
+        for text in ("[]", "{", "3"):
+            record.write_text(text)
+            with pytest.raises(CheckpointError, match=rf"{record.name} (does not state|is not)"):
+                read(file)
+        record.unlink()
+        read(file)
+    (tmp_path / "checkpoint.json").write_text(json.dumps({"sha256": {path.name: "ab" * 32}}))
+    with pytest.raises(CheckpointError, match=r"not the one in checkpoint\.json"):
+        read_safetensors(path)

@@ -167,7 +167,7 @@ def test_a_model_without_its_config_or_with_a_broken_one(sovits_folder: Path) ->
     config = sovits_folder / "config.json"
     content = config.read_text()
     config.write_text("{")
-    assert "config.json is not a JSON file" in refusal(sovits_folder)
+    assert "config.json is not JSON" in refusal(sovits_folder)
     config.write_text(json.dumps({**json.loads(content), "model": {"ssl_dim": 768}}))
     assert "config.json" in refusal(sovits_folder)
     config.unlink()
