@@ -35,6 +35,7 @@ test-quick: setup
 	$(PYTEST) -m 'not soak and not ray and not slow'
 
 soak: setup
+	$(BIN)/python benchmarks/robust.py
 	CANTOR_SOAK_KILLS=$(KILLS) $(BIN)/python -m pytest -m soak -s
 
 wheels: | $(BIN)/python

@@ -124,6 +124,7 @@ def _claim(declared: int, present: int, frame_bytes: int | None) -> Claim:
 
 WAVE_FIXED_WIDTH = {1: "PCM", 3: "float", 6: "A-law", 7: "mu-law"}  # by format tag
 WAVE_EXTENSIBLE = 0xFFFE
+ADPCM_HEAD_BYTES = {2: 7, 0x11: 4}  # of a channel's head of a block: Microsoft and IMA ADPCM
 G72X_TAGS = (0x14, 0x38, 0x40)  # G.723, NMS and G.721 ADPCM: FFmpeg takes another bit order
 HEADER_SLACK = 512  # a data size that exceeds the data by less may count the header in
 
@@ -252,6 +253,11 @@ def _wave_frame_bytes(fmt: bytes, count: int, endian: str) -> tuple[int | None, 
     tag, channels, _rate, _speed, align, bits = struct.unpack(endian + "HHIIHH", fmt[:16])
     if tag == WAVE_EXTENSIBLE and count >= 26 and len(fmt) >= 26:
         tag = struct.unpack(endian + "H", fmt[24:26])[0]
+    if tag in ADPCM_HEAD_BYTES and channels and len(fmt) >= 20:
+        block = (align - ADPCM_HEAD_BYTES[tag] * channels) * 2 // channels + (2 if tag == 2 else 1)
+        stated = struct.unpack(endian + "H", fmt[18:20])[0]
+        if bits != 4 or block != stated:
+            return None, f"its header contradicts itself about blocks of {align} bytes"
     if tag not in WAVE_FIXED_WIDTH or not channels:
         return None, None
     width = (bits + 7) // 8

@@ -286,6 +286,20 @@ def test_a_header_that_contradicts_itself_is_refused(
     assert outcome(decoder, path) == Reason.UNSUPPORTED
 
 
+@pytest.mark.parametrize("subtype", ["MS_ADPCM", "IMA_ADPCM"])
+def test_blocks_of_adpcm_of_another_size_are_refused(
+    subtype: str, decoder: Decoder, tmp_path: Path
+) -> None:
+    for channels in (1, 2):
+        buffer = io.BytesIO()
+        wav = 0.3 * np.sin(np.arange(2 * 44100).reshape(-1, channels) / 20)
+        sf.write(buffer, wav, 44100, format="WAV", subtype=subtype)
+        data = bytearray(buffer.getvalue())
+        assert outcome(decoder, put(tmp_path, data, "whole.wav")) == "kept"
+        struct.pack_into("<H", data, 32, 0xFFFF)
+        assert outcome(decoder, put(tmp_path, data, "odd.wav")) == Reason.UNSUPPORTED
+
+
 @pytest.mark.parametrize(
     ("kind", "subtype"), [("AU", "G721_32"), ("WAV", "G721_32"), ("AU", "G723_24")]
 )
