@@ -189,53 +189,58 @@ class AudioStream:
             self.notes.append(f"the audio is joined where its time stamps jump ({self._jumps} x)")
 
     def _frames(self) -> Iterator[Any]:
-        for packet in self._demuxed():
-            if packet.pts is not None and packet.time_base is not None:
-                end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                self._end_s = max(self._end_s, end)
-            if packet.stream is not self._stream:
-                continue
-            if packet.size:
-                if self.is_framed and not self._is_frame(bytes(packet), packet.pos):
+        with av.logging.Capture() as complaints:
+            for packet in self._demuxed():
+                if packet.pts is not None and packet.time_base is not None:
+                    end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                    self._end_s = max(self._end_s, end)
+                if packet.stream is not self._stream:
                     continue
-                self.packets += 1
-            with av.logging.Capture() as complaints:
-                try:
-                    frames = packet.decode()
-                except av.error.EOFError:
-                    continue
-                except av.error.MemoryError:
-                    raise
-                except av.error.FFmpegError:
-                    if not is_tag(bytes(packet)[:8]):
-                        self._fault("undecodable audio")
-                    continue
-            for frame in frames:
-                if frame.samples:
-                    yield frame
-                    self.faults.audio_after |= packet.size > 0
-            if complaints:  # some decoders report damage only to the log, and return their guess
-                self._fault("damaged audio")
-            if packet.is_corrupt and not self._complete:
-                self._fault("an incomplete packet")
+                if packet.size:
+                    if self.is_framed and not self._is_frame(packet):
+                        continue
+                    self.packets += 1
+                complaints.clear()
+                yield from self._decoded(packet)
+                if complaints:  # some decoders report damage to the log only, and guess the audio
+                    self._fault("damaged audio")
+                if packet.is_corrupt and not self._complete:
+                    self._fault("an incomplete packet")
 
-    def _is_frame(self, packet: bytes, at: int | None) -> bool:
-        """Compare a packet, from byte `at`, with its frame header.
+    def _decoded(self, packet: Any) -> Iterator[Any]:
+        try:
+            frames = packet.decode()
+        except av.error.EOFError:
+            return
+        except av.error.MemoryError:
+            raise
+        except av.error.FFmpegError:
+            if not is_tag(bytes(packet)[:8]):
+                self._fault("undecodable audio")
+            return
+        for frame in frames:
+            if frame.samples:
+                yield frame
+                self.faults.audio_after |= packet.size > 0
+
+    def _is_frame(self, packet: Any) -> bool:
+        """Compare a packet with its frame header.
 
         FFmpeg adds stray bytes to the frame before them, or gives packets of nothing else.
         """
-        self.end_byte = None if at is None else at + len(packet)
-        if is_tag(packet):  # a frame may follow it in the packet
+        self.end_byte = None if packet.pos is None else packet.pos + packet.size
+        data = bytes(packet)
+        if is_tag(data):  # a frame may follow it in the packet
             return True
-        if not is_sync(packet):
-            self.stray_bytes += len(packet) if any(packet) else 0
+        if not is_sync(data):
+            self.stray_bytes += len(data) if any(data) else 0
             return False
         if self.packets and (self.stray_bytes or self.last_is_partial):
             self._fault("bytes that are no frame" if self.stray_bytes else "half a frame")
-        expected = frame_bytes(packet[:8]) or len(packet)
-        stray = packet[expected:]
+        expected = frame_bytes(data[:8]) or len(data)
+        stray = data[expected:]
         self.stray_bytes = 0 if is_tag(stray) or not any(stray) else len(stray)
-        self.last_is_partial = len(packet) < expected
+        self.last_is_partial = len(data) < expected
         return True
 
     def _demuxed(self) -> Iterator[Any]:

@@ -149,12 +149,17 @@ def checksum_holds(tag: Mp3Tag, read: Read) -> bool:
         return True
     start, stop, expected = tag.music
     behind = read(stop, 8)
-    audio = read(start, stop - start)
-    if len(audio) < stop - start or (behind and not is_tag(behind)):
+    if behind and not is_tag(behind):
         return True
-    return crc16(audio) == expected
+    crc = 0
+    for at in range(start, stop, CRC_CHUNK):
+        data = read(at, min(CRC_CHUNK, stop - at))
+        crc = crc16(data, crc)
+    short = len(data) < min(CRC_CHUNK, stop - at)
+    return short or crc == expected
 
 
+CRC_CHUNK = 4 << 20  # bytes of audio that are read at once
 LANES = 4096  # stretches of the data whose checksums are computed side by side
 
 
@@ -168,31 +173,35 @@ def _crc_table() -> NDArray[np.uint16]:
 _TABLE = _crc_table()
 
 
-def crc16(data: bytes) -> int:
-    """Return the CRC-16/ARC of `data`.
+def crc16(data: bytes, crc: int = 0) -> int:
+    """Return the CRC-16/ARC of `data` behind bytes whose own is `crc`.
 
     A checksum is linear: those of equal stretches are computed side by side, and then joined.
     """
     step = len(data) // LANES
     rest = len(data) - step * LANES
-    crc = 0
     for byte in data[:rest]:
         crc = crc >> 8 ^ int(_TABLE[(crc ^ byte) & 255])
     if not step:
         return crc
     stretches = np.frombuffer(data, np.uint8, offset=rest).reshape(LANES, step).T.astype(np.uint16)
     lanes = np.zeros(LANES, np.uint16)
-    shifted = np.uint16(1) << np.arange(16, dtype=np.uint16)  # each bit, moved on by `step` bytes
+    moved = np.uint16(1) << np.arange(16, dtype=np.uint16)  # each bit, `step` bytes later
     for column in stretches:
         lanes = lanes >> 8 ^ _TABLE[(lanes ^ column) & 255]
-        shifted = shifted >> 8 ^ _TABLE[shifted & 255]
+        moved = moved >> 8 ^ _TABLE[moved & 255]
+    low, high = _all_sums(moved[:8].tolist()), _all_sums(moved[8:].tolist())
     for lane in lanes.tolist():
-        moved = 0
-        for bit, value in enumerate(shifted.tolist()):
-            if crc >> bit & 1:
-                moved ^= value
-        crc = moved ^ lane
+        crc = low[crc & 255] ^ high[crc >> 8] ^ lane
     return crc
+
+
+def _all_sums(bits: list[int]) -> list[int]:
+    """Return, for each byte, the exclusive or of the values of its bits."""
+    sums = [0]
+    for value in bits:
+        sums += [value ^ other for other in sums]
+    return sums
 
 
 def first_frame(window: bytes) -> tuple[int, Frame] | None:
