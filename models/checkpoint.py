@@ -306,8 +306,11 @@ def _require_file(path: Path) -> None:
 
 def _head(path: Path) -> bytes:
     _require_file(path)
-    with path.open("rb") as file:
-        head = file.read(512)
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:  # of a read, which does not name the file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     if not head:
         raise CheckpointError(f"{path} is empty")
     return head

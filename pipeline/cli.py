@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -681,6 +682,8 @@ def main() -> None:
     except StorageFault as error:
         fail_storage(error)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            fail(f"error: {printable(str(error.filename))} is too long a name", 2)
         from pipeline.storage.atomic import storage_fault
 
         fail_storage(storage_fault(error))

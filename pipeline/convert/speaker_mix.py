@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from models.input_file import require_regular
 from pipeline.errors import UserError
 
 _TIME = "time_s"
@@ -129,11 +130,14 @@ def _lines(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 def _text(path: Path) -> str:
     try:
+        require_regular(path)
         return path.read_text("utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(f"voice.mix: the file '{path}' does not exist; {_HOW}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8; save it as 'CSV UTF-8'") from error
+    except ValueError as error:
+        raise UserError(f"voice.mix: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import soundfile
 import torch
 
 from models.checkpoint import CheckpointError, save_safetensors
@@ -25,7 +28,9 @@ from pipeline.storage.step_log import StepLog
 from pipeline.tools import distill, fetch
 from pipeline.tools.demo_corpus import _MARKER, _read_marker
 from pipeline.train.run_folder import Checkpoints, RunFolder, read_checkpoint, write_training
+from tests.helpers.command import cantor
 from tests.helpers.mutations import check_reader, mutated_bytes, mutated_json
+from tests.helpers.voices import write_small_voice
 
 ERRORS = (UserError, CheckpointError)
 
@@ -121,3 +126,27 @@ def test_records_of_downloads_and_the_demo_corpus(tmp_path: Path) -> None:
     marker.parent.mkdir()
     marker.write_text(json.dumps({"sha256": {"a.wav": "ab"}, "seed": 0}))
     check_reader(marker, mutated_json(marker.read_text()), lambda: _read_marker(tmp_path), ERRORS)
+
+
+def test_what_is_no_file_is_named_by_every_command(tmp_path: Path) -> None:
+    """Opening a FIFO would hang."""
+    voice = write_small_voice(tmp_path / "voice")
+    song, out, fifo = tmp_path / "song.wav", tmp_path / "out.wav", tmp_path / "fifo"
+    soundfile.write(song, np.sin(np.arange(8000) * 0.1), 16000)
+    os.mkfifo(fifo)
+    convert = ("convert", voice, song, out, "--speaker", "ann")
+    for words in (
+        ("convert", fifo, song, out),
+        (*convert, "--encoder-checkpoint", fifo),
+        (*convert, "--config", fifo),
+        ("convert", voice, song, out, f"voice.mix={fifo}"),
+        (*convert, f"units.codebook={fifo}", "units.codebook_ratio=0.5"),
+        (*convert, f"units.index={fifo}", "units.index_ratio=0.5"),
+        (*convert, "f0.method=rmvpe", f"f0.checkpoint={fifo}"),
+        ("export", fifo, tmp_path / "exported"),
+        ("convert-encoder", fifo, "--print"),
+    ):
+        assert str(fifo) in cantor(*words, status=2), words
+    assert "too long a name" in cantor(
+        "convert-encoder", tmp_path / ("x" * 300), "--print", status=2
+    )
