@@ -336,7 +336,8 @@ def _manifest(path: Path, songs: list[str]) -> Path:
 
 
 def test_a_manifest_names_songs_anywhere(tmp_path: Path, convert: Convert) -> None:
-    here = write_song(tmp_path / "elsewhere" / "a.wav")
+    here = write_song(tmp_path / "far away" / "a.wav")
+    write_song(tmp_path / "elsewhere" / "a.wav")
     songs = [str(here), "elsewhere/a.wav", "elsewhere/gone.wav"]
     manifest = _manifest(tmp_path / "list.csv", songs)
     outcome = convert(manifest, tmp_path / "out")
