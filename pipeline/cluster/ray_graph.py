@@ -241,7 +241,8 @@ def run_graph(
     context.max_consecutive_actor_init_deaths = 16
     context.execution_no_progress_timeout_s = -1  # it sees whole tasks only, which may be long
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # It prints the traceback of each task that is dropped, though run_rounds looks after those.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     # max_task_retries has no named parameter yet; without it Ray retries such a task for ever.
     warnings.filterwarnings("ignore", category=ray.util.annotations.RayDeprecationWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\.data")

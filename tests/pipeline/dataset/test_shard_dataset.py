@@ -10,7 +10,6 @@ import pickle
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 import threading
 import tracemalloc
@@ -30,6 +29,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from models.synthesizer.batch import Batch
+from pipeline.cluster.ray_connection import connected
 from pipeline.dataset.data_config import DataConfig
 from pipeline.dataset.examples import collate
 from pipeline.dataset.schema import OLDEST_SUPPORTED, SCHEMA_VERSION, EncoderIdentity
@@ -593,13 +593,18 @@ def test_the_plain_trainer_learns(to_learn: Path) -> None:
 
 
 @pytest.mark.ray
-def test_two_workers_of_ray_learn_what_one_learns(to_learn: Path, tmp_path: Path) -> None:
+def test_two_workers_of_ray_learn_what_one_learns(
+    to_learn: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     script = EXAMPLES / "train_toy_ray.py"
-    ran = subprocess.run(
-        [sys.executable, script, to_learn, tmp_path], capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    losses = json.loads(ran.stdout[ran.stdout.index("[") :])
+    monkeypatch.setattr(sys, "argv", [str(script), str(to_learn), str(tmp_path)])
+    with connected(None):
+        runpy.run_path(str(script), run_name="__main__")
+    printed = capsys.readouterr().out
+    losses = json.loads(printed[printed.index("[") :])
     assert np.allclose(losses, list(alone(script, to_learn, len(losses))), rtol=1e-4)
     assert np.mean(losses[-6:]) < 0.9 * np.mean(losses[:6])
     assert list(tmp_path.rglob("model.pt"))

@@ -72,7 +72,7 @@ import pyworld
 stonemask = pyworld.stonemask
 
 def slow(*args):
-    time.sleep(0.5)
+    time.sleep(0.25)
     return stonemask(*args)
 
 pyworld.stonemask = slow
@@ -163,9 +163,9 @@ def strike(
 
 @pytest.fixture(scope="module")
 def many_songs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty songs, each of which makes a task under MANY_TASKS; not to be written to."""
+    """Fourteen songs, each of which makes a task under MANY_TASKS; not to be written to."""
     folder = tmp_path_factory.mktemp("many")
-    make_songs(folder, speakers=4, songs=5, seconds=3.05, longer_s=0.01)
+    make_songs(folder, speakers=2, songs=7, seconds=3.05, longer_s=0.01)
     return folder
 
 
@@ -177,13 +177,13 @@ def expected(
     folder = tmp_path_factory.mktemp("uninterrupted") / "d"
     run_extract(many_songs, folder, MANY_TASKS)
     hashes = shard_hashes(folder)
-    assert len(hashes) == 20
+    assert len(hashes) == 14
     return hashes
 
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """PYTHONPATH under which every clip takes half a second more."""
+    """PYTHONPATH under which every clip takes a quarter of a second more."""
     folder = tmp_path_factory.mktemp("slow")
     (folder / "pyworld.py").write_text(SLOW_PYWORLD)
     return str(folder)
@@ -247,19 +247,19 @@ def test_a_song_that_kills_its_worker_is_quarantined_alone(tmp_path: Path) -> No
     """A native library that crashes on one song, as segfaults do: the process dies each time."""
     (tmp_path / "faulty").mkdir()
     (tmp_path / "faulty" / "pyworld.py").write_text(CRASHING_PYWORLD)
-    make_songs(tmp_path / "corpus", speakers=1, songs=2, seconds=2.0)
+    make_songs(tmp_path / "corpus", speakers=1, songs=1, seconds=2.0)
     wav = tune(2.0)
     sf.write(tmp_path / "corpus/spk0/killer.wav", wav / np.abs(wav).max() * 0.123, 44100)
     settings = ["loudness.mode=none", "workers.max_task_retries=0", ONE_WORKER]
     run = start(tmp_path / "corpus", tmp_path / "d", *settings, PYTHONPATH=str(tmp_path / "faulty"))
     output, _ = run.communicate(timeout=240)
     assert run.returncode == 0, output
-    assert "workers died on spk0/killer.wav" in output
+    assert "workers died on spk0/killer.wav" in output and "Traceback" not in output
     result = verify(tmp_path / "d")
     assert result.problems == []
     assert result.shards == 1
     assert result.account.entries["spk0/killer.wav"].reason == "crashed"
-    assert result.account.count("kept") == 2
+    assert result.account.count("kept") == 1
 
 
 def test_a_model_that_kills_its_worker_is_blamed_and_no_song(
