@@ -70,7 +70,7 @@ class Faults:
     def __str__(self) -> str:
         if self.first is None:
             return "none"
-        others = f" (and {self.count - 1} more places)" if self.count > 1 else ""
+        others = f" (and {self.count - 1} more)" if self.count > 1 else ""
         return f"{self.first[1]} at {self.first[0]:.2f} s{others}"
 
 
@@ -201,8 +201,10 @@ class AudioStream:
                         continue
                     self.packets += 1
                 complaints.clear()
+                faults = self.faults.count
                 yield from self._decoded(packet)
-                if complaints:  # some decoders report damage to the log only, and guess the audio
+                if complaints and self.faults.count == faults:
+                    # Some decoders report damage to the log only, and guess the audio.
                     self._fault("damaged audio")
                 if packet.is_corrupt and not self._complete:
                     self._fault("an incomplete packet")
