@@ -1,18 +1,17 @@
-"""A connection to Ray: to a cluster, or to one on this machine that ends with the command.
-
-Tested by tests/pipeline/cluster/test_ray_graph.py.
-"""
+"""A connection to Ray: to a cluster, or to one on this machine that ends with the command."""
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
+from ray._private.node import Node
 
 import models
 import pipeline
@@ -25,6 +24,14 @@ from pipeline.errors import StorageFault, UserError
 KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+}
+
+# Services of a head node that no run of ours uses: API and dashboard, autoscaler, logs.
+_SERVICES = ("start_api_server", "start_monitor", "start_log_monitor")
+_LOOPBACK = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the name is Ray's; it holds on Linux as well
+    "RAY_enable_metrics_collection": "0",
+    "RAY_enable_open_telemetry": "0",
 }
 
 
@@ -41,35 +48,70 @@ def connected(
     """
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
     environment: dict[str, str] = dict.fromkeys(names, str(threads)) | KEEP_FREED_MEMORY
-    runtime_env: dict[str, Any] = {"env_vars": environment}
-    quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
-    if address is None:
-        environment["PYTHONPATH"] = os.pathsep.join([str(_source_root()), *_python_path()])
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        store_gb = object_store_gb or min(4.0, max(0.1, memory / 2**30 / 10))
-        _init(
-            "local",
-            num_cpus=len(os.sched_getaffinity(0)),
-            object_store_memory=int(store_gb * 2**30),
-            include_dashboard=False,
-            runtime_env=runtime_env,
-            **quiet,
-        )
-    else:
-        _require_answer(address)
-        # Other machines get our code from here; the libraries must be installed there.
-        runtime_env["py_modules"] = [str(Path(m.__path__[0])) for m in (pipeline, stages, models)]
+    with ExitStack() as stack:
+        stack.callback(ray.shutdown)
+        if address is None:
+            stack.enter_context(on_loopback())
+            path = os.pathsep.join([str(_source_root()), *_python_path()])
+            # Ray's processes inherit it. A runtime environment would start each worker twice.
+            stack.enter_context(_environment(environment | {"PYTHONPATH": path}))
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            store_gb = object_store_gb or min(4.0, max(0.1, memory / 2**30 / 10))
+            _init(
+                "local",
+                num_cpus=len(os.sched_getaffinity(0)),
+                object_store_memory=int(store_gb * 2**30),
+                include_dashboard=False,
+            )
+        else:
+            _require_answer(address)
+            # Other machines get our code from here; the libraries must be installed there.
+            modules = [str(Path(m.__path__[0])) for m in (pipeline, stages, models)]
+            try:
+                _init(address, runtime_env={"env_vars": environment, "py_modules": modules})
+            except ConnectionError as error:
+                raise UserError(f"no Ray cluster answers at {address}: {error}") from error
         try:
-            _init(address, runtime_env=runtime_env, **quiet)
-        except ConnectionError as error:
-            raise UserError(f"no Ray cluster answers at {address}: {error}") from error
+            yield
+        except ray.exceptions.RayError as error:
+            words = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise StorageFault(f"the Ray cluster failed: {words}") from error
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """Let a cluster that is started in the block stay on this machine, in its fewest processes.
+
+    Its servers listen on 127.0.0.1 only. It has no dashboard, whose process asks the metadata
+    servers of clouds where it runs, no autoscaler and no metrics.
+    """
+    services = {name: getattr(Node, name) for name in _SERVICES if hasattr(Node, name)}
+    network = ray_constants.ENABLE_RAY_CLUSTER
+    for name in services:
+        setattr(Node, name, lambda node, **options: None)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with _environment(_LOOPBACK):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = network
+        for name, start in services.items():
+            setattr(Node, name, start)
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
-    except ray.exceptions.RayError as error:
-        words = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise StorageFault(f"the Ray cluster failed: {words}") from error
     finally:
-        ray.shutdown()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _require_answer(address: str) -> None:
@@ -92,7 +134,7 @@ def _init(address: str, **options: Any) -> None:
         os.dup2(nowhere.fileno(), 2)
     try:
         with keep_sigterm():
-            ray.init(address, **options)
+            ray.init(address, logging_level="error", log_to_driver=False, **options)
         # Ray prints the deaths of workers to stdout in many words; we handle and report those.
         ray._private.worker._worker_logs_enabled = False
     finally:

@@ -239,10 +239,13 @@ def cluster() -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster()
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    from pipeline.cluster.ray_connection import on_loopback
+
+    with on_loopback():
+        cluster = Cluster()
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
 
 
 @pytest.mark.ray

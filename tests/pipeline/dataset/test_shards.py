@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 
+from pipeline.cluster.ray_connection import connected
 from pipeline.dataset.account import Account
 from pipeline.dataset.schema import shard_schema
 from pipeline.dataset.shards import Footer, iter_shards, read_dataset_info, read_footer
@@ -115,8 +116,7 @@ def test_hugging_face_reads_the_folder_by_its_card(dataset: Path, tmp_path: Path
 def test_ray_data(dataset: Path, clips: int) -> None:
     import ray
 
-    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="error")
-    try:
+    with connected(None):
         ray.data.DataContext.get_current().enable_progress_bars = False
         data = ray.data.read_parquet(str(dataset / "data"))
         assert data.count() == clips
@@ -128,8 +128,6 @@ def test_ray_data(dataset: Path, clips: int) -> None:
         types = dict(zip(schema.names, schema.types, strict=True))
         assert types["f0"] == pa.list_(pa.float32())
         assert isinstance(row["units_mfcc"], bytes)
-    finally:
-        ray.shutdown()
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:

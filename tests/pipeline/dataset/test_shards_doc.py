@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cluster.ray_connection import connected
 from pipeline.dataset.schema import OLDEST_SUPPORTED, SCHEMA_VERSION
 from stages.quality import MEASURES
 
@@ -58,12 +59,9 @@ def test_example(
 def test_example_on_ray(rated_dataset: Path) -> None:
     import ray
 
-    ray.init("local", num_cpus=1, include_dashboard=False, logging_level="error")
-    try:
+    with connected(None):
         ray.data.DataContext.get_current().enable_progress_bars = False
         run(next(code for title, code in _EXAMPLES if title in _ON_RAY), rated_dataset)
-    finally:
-        ray.shutdown()
 
 
 def run(code: str, dataset: Path) -> None:
