@@ -15,7 +15,7 @@ from pipeline.songs.balance import QUARANTINED
 
 _LOG_EVERY_S = 30.0
 _QUIET_S = 600.0
-_MOST_UNANSWERED = 2  # readings in a row, of 5 s each
+_SILENT_S = 60.0  # busy machines take longer than a few seconds to answer
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,19 @@ class ProgressDisplay:
 
     def _snapshots(self, every_s: float) -> Iterator[Snapshot]:
         latest, changed, warned = Snapshot(), time.monotonic(), False
-        unanswered = 0
+        answered, silent = time.monotonic(), False
         while not self._stop.wait(every_s):
             answer = self.read()
-            unanswered = 0 if answer is not None else unanswered + 1
-            if unanswered == _MOST_UNANSWERED:
+            if answer is not None:
+                if silent:
+                    self.console.print("Ray answers again.")
+                answered, silent = time.monotonic(), False
+            elif not silent and time.monotonic() - answered >= _SILENT_S:
+                silent = True
                 self.console.print(
-                    "Ray does not answer. If it was killed, this program ends within a minute. "
-                    "Committed work is safe; run the same command to go on."
+                    f"Ray has not answered for {_SILENT_S:.0f} s. The machine may be busy. If Ray "
+                    "was killed, this program ends within a minute; committed work is safe, and "
+                    "the same command resumes."
                 )
             snapshot = answer or latest
             if snapshot != latest:
