@@ -19,7 +19,7 @@ from torch.nn.modules.module import (
 
 # Parameters for each tensor of a file: a fused one may be stored in parts, and a shared one once.
 _PER_TENSOR = 2
-_AT_LEAST = 100
+_AT_LEAST = 1500  # a whole network, so that a file of another kind is told what it lacks
 _EVENTS_PER_PARAMETER = 4  # modules count too, and a weight norm adds parameters and moves one
 
 
