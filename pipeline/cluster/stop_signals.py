@@ -97,7 +97,10 @@ def keep_sigterm() -> Iterator[None]:
         yield
     except SystemExit:
         signal.signal(signal.SIGTERM, before)
-        signal.raise_signal(signal.SIGTERM)
+        if callable(before):  # called, since a signal raised here would count as a second one
+            before(signal.SIGTERM, None)
+        else:
+            signal.raise_signal(signal.SIGTERM)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -69,6 +69,24 @@ except KeyboardInterrupt:
     assert run.returncode == 0
 
 
+RAYS_HANDLER = """
+import os, signal, sys, time
+from pipeline.cluster.stop_signals import interrupt_at_stop_signal, keep_sigterm
+try:
+    with interrupt_at_stop_signal() as request, keep_sigterm():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        os.kill(os.getpid(), signal.SIGTERM)
+except KeyboardInterrupt:
+    time.sleep(0.2)  # a thread would end the process at a second signal
+    print(request.number)
+"""
+
+
+def test_one_sigterm_while_a_library_has_its_own_handler_is_one_signal() -> None:
+    run = _start(RAYS_HANDLER)
+    assert run.communicate(timeout=60) == (f"{int(signal.SIGTERM)}\n", "")
+
+
 DEAF = """
 import signal, sys, time
 from pipeline.cluster.stop_signals import interrupt_at_stop_signal
