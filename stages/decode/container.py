@@ -145,8 +145,8 @@ class AudioStream:
     def surplus(self) -> str | None:
         """Return, after reading, that there was much more audio than the container states."""
         seconds = self._total / self.sample_rate
-        if self.name not in ROUNDED or not self.stated_s:
-            return None
+        if self.is_framed or self.name in EXACT | NO_LENGTH | {"ogg"} or not self.stated_s:
+            return None  # compared otherwise, or an estimate of FFmpeg's
         if seconds < self.stated_s + ROUNDED_TOLERANCE_S:
             return None
         return f"its header states {self.stated_s:.2f} s, all {seconds:.2f} s are read"

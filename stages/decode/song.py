@@ -177,7 +177,6 @@ def _open_container(
             stream.faults.add(seconds, f"{structure.damage.words}, about")
 
         skip = MP3_DECODER_DELAY if stream.codec == "mp3" and not (tag and tag.gapless) else 0
-
         end = tag.num_samples if tag and tag.gapless else None
         if (stream.name, stream.codec) == ("ogg", "vorbis") and structure.joined == 1:
             end = header.num_samples

@@ -286,6 +286,24 @@ def test_a_header_that_contradicts_itself_is_refused(
     assert outcome(decoder, path) == Reason.UNSUPPORTED
 
 
+@pytest.mark.parametrize(
+    ("kind", "subtype", "code", "damaged"),
+    [
+        ("CAF", "PCM_16", b"lpcm", b"Lpcm"),
+        ("WAV", "MS_ADPCM", b"fmt \x32\0\0\0\2", b"fmt \x32\0\0\0\x22"),
+    ],
+)
+def test_a_file_that_decodes_to_much_more_than_it_states_gets_a_note(
+    kind: str, subtype: str, code: bytes, damaged: bytes, decoder: Decoder, tmp_path: Path
+) -> None:
+    """One bit of the format is wrong, so that the samples are noise of another length."""
+    buffer = io.BytesIO()
+    sf.write(buffer, 0.3 * np.sin(np.arange(2 * 44100) / 20), 44100, format=kind, subtype=subtype)
+    assert code in buffer.getvalue()
+    path = put(tmp_path, buffer.getvalue().replace(code, damaged), "odd.bin")
+    assert outcome(decoder, path) != "kept"
+
+
 @pytest.mark.parametrize("subtype", ["MS_ADPCM", "IMA_ADPCM"])
 def test_blocks_of_adpcm_of_another_size_are_refused(
     subtype: str, decoder: Decoder, tmp_path: Path
