@@ -286,6 +286,7 @@ def test_a_model_that_kills_its_worker_is_blamed_and_no_song(
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(7200)  # 15 s a kill
 def test_soak(many_songs: Path, tmp_path: Path, expected: dict[str, str], slow: str) -> None:
     """CANTOR_SOAK_KILLS random kills (20 by default), seeded by CANTOR_SOAK_SEED."""
     rng = random.Random(int(os.environ.get("CANTOR_SOAK_SEED", "0")))
