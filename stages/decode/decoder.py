@@ -82,16 +82,12 @@ class Header:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A song at the target rate in a scratch file; `close` (or leaving `with`) deletes it.
-
-    channels_peak: the highest absolute sample of all channels before they were mixed; 1 is full
-    scale.
-    """
+    """A song at the target rate in a scratch file; `close` (or leaving `with`) deletes it."""
 
     wav: PcmFile
     header: Header
     source_samples: int  # per channel, as decoded
-    channels_peak: float = 0.0  # highest absolute sample of any channel before the down-mix
+    channels_peak: float = 0.0  # of any channel, before the down-mix; 1 is full scale
     notes: tuple[str, ...] = ()  # what is odd about the file, although it can be used
 
     def close(self) -> None:

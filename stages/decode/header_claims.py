@@ -122,7 +122,7 @@ def _claim(declared: int, present: int, frame_bytes: int | None) -> Claim:
 
 # ---- RIFF/WAVE, RF64, BW64, AVI -----------------------------------------------------------------
 
-WAVE_FIXED_WIDTH = {1: "PCM", 3: "float", 6: "A-law", 7: "mu-law"}  # by format tag
+WAVE_FIXED_WIDTH = (1, 3, 6, 7)  # PCM, float, A-law, mu-law: every sample has the same width
 WAVE_EXTENSIBLE = 0xFFFE
 ADPCM_HEAD_BYTES = {2: 7, 0x11: 4}  # of a channel's head of a block: Microsoft and IMA ADPCM
 G72X_TAGS = (0x14, 0x38, 0x40)  # G.723, NMS and G.721 ADPCM: FFmpeg takes another bit order
